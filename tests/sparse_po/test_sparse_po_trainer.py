@@ -1,0 +1,405 @@
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from tests.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
+from trl_ext.sparse_po.loss import sparse_po_loss
+from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
+
+
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "beta": 0.5,
+}
+
+
+def make_trainer(folder, path, tokenizer, *, dpo=False, data=None, trainer_arguments=None, **settings):
+    config_class, trainer_class = (DPOConfig, DPOTrainer) if dpo else (SparsePOConfig, SparsePOTrainer)
+    settings = {**COMMON, **settings}
+    return trainer_class(
+        model=path,
+        args=config_class(output_dir=str(folder), **settings),
+        train_dataset=tiny_pairs() if data is None else data,
+        processing_class=tokenizer,
+        **(trainer_arguments or {}),
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def first_batch(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def perturb(model, scale=0.05):
+    """Moves the policy away from the reference, so that log-ratios and divergences are not zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "token_masks" not in name:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(model):
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and "token_masks" not in name
+    }
+
+
+ONES = {"mask_type": "ones", "divergence_coef": 0.0}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"loss_type": ["hinge"]},
+        {"loss_type": ["ipo"]},
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+        {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+        {"loss_type": ["nca_pair"]},
+        {"loss_type": ["bco_pair"]},
+        {"loss_type": ["sppo_hard"]},
+        {"loss_type": ["aot_unpaired"]},
+        {"loss_type": ["apo_zero", "apo_down"], "loss_weights": [0.5, 0.5]},
+        {"loss_type": ["discopop"]},
+        {"loss_type": ["sigmoid_norm"]},
+        {"ld_alpha": 0.5},
+    ],
+    ids=lambda loss: "-".join(map(str, loss.values())) or "sigmoid",
+)
+def test_ones_without_divergence_is_dpo(loss, tmp_path, tiny_path, tokenizer):
+    found = []
+    for dpo in (True, False):
+        trainer = make_trainer(tmp_path, tiny_path, tokenizer, dpo=dpo, **loss, **({} if dpo else ONES))
+        perturb(trainer.model)
+        value = trainer.compute_loss(trainer.model, first_batch(trainer))
+        value.backward()
+        found.append((value.detach(), gradients(trainer.model), {k: v[-1] for k, v in trainer._metrics["train"].items()}))
+    (dpo_loss, dpo_gradients, dpo_metrics), (our_loss, our_gradients, our_metrics) = found
+    torch.testing.assert_close(our_loss, dpo_loss, rtol=2e-6, atol=1e-6)
+    assert our_gradients.keys() == dpo_gradients.keys()
+    for name, gradient in dpo_gradients.items():
+        # discopop divides the logits by its temperature of 0.05 and sppo_hard squares them, and rounding with them
+        tolerance = 1e-4 if loss.get("loss_type") in (["discopop"], ["sppo_hard"]) else 2e-6
+        assert (our_gradients[name] - gradient).abs().max() <= tolerance * max(1.0, gradient.abs().max()), name
+    for name in dpo_metrics.keys() - ({"logps/chosen", "logps/rejected"} if "ld_alpha" in loss else set()):
+        assert our_metrics[name] == pytest.approx(dpo_metrics[name], rel=1e-4, abs=1e-5), name
+
+
+MASKS = [
+    {},
+    {"independent_masks": True},
+    {"mask_reward": False},
+    {"mask_divergence": False},
+    {"mask_type": "activation"},
+    {"mask_type": "ones"},
+    {"mask_type": "ones", "divergence_coef": 0.5, "detach_chosen_divergence": True},
+    {"independent_masks": True, "mask_l1_reward": 0.01, "mask_l1_divergence": 0.02},
+    {"mask_l1_reward": 0.01, "mask_l1_divergence": 0.02},
+]
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=lambda masks: "-".join(map(str, masks)) or "common")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_trainer_loss_equals_the_formula(family, masks, tmp_path, tokenizer):
+    """The trainer's loss and its gradients against full logits in float64 of separate models."""
+    path = save_tiny_model(tmp_path / "model", family, **({"final_logit_softcapping": 5.0} if family == "gemma2" else {}))
+    trainer = make_trainer(tmp_path, path, tokenizer, **masks)
+    perturb(trainer.model)
+    batch = first_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    ours = gradients(trainer.model)
+
+    policy = tiny_model(family).double()
+    policy.load_state_dict(trainer.model.state_dict(), strict=False)
+    reference = tiny_model(family).double()
+    reference.load_state_dict(trainer.ref_model.state_dict())
+    weights = trainer.token_masks(batch)
+    labels = batch["input_ids"][:, 1:]
+    completion = batch["completion_mask"][:, 1:]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = policy(**inputs).logits[:, :-1].log_softmax(-1)
+    with torch.no_grad():
+        reference_logits = reference(**inputs).logits[:, :-1].log_softmax(-1)
+    gathered = (logits - reference_logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * completion
+    divergences = (reference_logits.exp() * (reference_logits - logits)).sum(-1) * completion
+    args = trainer.args
+    expected = sparse_po_loss(
+        gathered,
+        divergences,
+        weights["reward"].double(),
+        weights["divergence"].double(),
+        args.beta,
+        divergence_coef=args.divergence_coef,
+        detach_chosen_divergence=args.detach_chosen_divergence,
+        l1_reward=args.mask_l1_reward,
+        l1_divergence=args.mask_l1_divergence,
+        common_mask=args.mask_type == "learned" and not args.independent_masks,
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    expected.backward()
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(ours[name].double(), gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "mask_type"), list(itertools.product(FAMILIES, ["learned", "activation"])))
+def test_trains_every_family(family, mask_type, tmp_path, tokenizer):
+    path = save_tiny_model(tmp_path / "model", family)
+    trainer = make_trainer(tmp_path, path, tokenizer, mask_type=mask_type, max_steps=3)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    unchanged = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    assert not unchanged
+    history = trainer.state.log_history[0]
+    for key in (
+        "rewards/accuracies", "logps/chosen", "kl/chosen", "kl/rejected", "mask/reward/mean", "mask/divergence/mean",
+        "mask/reward/sparsity_chosen", "mask/reward/sparsity_rejected", "mask/divergence/sparsity_chosen",
+        "mask/divergence/sparsity_rejected", "mask/dead_sequences",
+    ):  # fmt: skip
+        assert key in history
+    assert ("aux_loss" in history) == (family == "mixtral")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])  # eager only
+def test_activation_mask_is_the_same_under_every_attention_kernel(family, tmp_path, tokenizer):
+    path = save_tiny_model(tmp_path / "model", family)
+    found = []
+    for attention in ("eager", "sdpa"):
+        trainer = make_trainer(
+            tmp_path, path, tokenizer, mask_type="activation", model_init_kwargs={"attn_implementation": attention}
+        )
+        found.append(trainer.token_masks(first_batch(trainer))["reward"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    completion = first_batch(trainer)["completion_mask"][:, 1:].bool()
+    assert torch.count_nonzero(found[0][~completion]) == 0
+    assert found[0].max() <= 1 and found[0].min() >= 0 and found[0][completion].std() > 0.01
+
+
+def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
+    from trl_ext.sparse_po.masks import standardize
+
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer)
+    batch = first_batch(trainer)
+    states = trainer._reference_states(batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    hidden = tiny_model()(**inputs, output_hidden_states=True).hidden_states[1:]
+    completion = batch["completion_mask"][:, 1:].bool()
+    expected = torch.stack([standardize(h[:, :-1][completion]) for h in hidden])
+    torch.testing.assert_close(states.layer_states, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.hidden, hidden[-1][:, :-1][completion], rtol=1e-4, atol=1e-5)
+
+
+def test_masks_have_their_own_groups(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_learning_rate=0.5, mask_weight_decay=0.3, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    mask_groups = [group for group in optimizer.param_groups if group.get("token_masks")]
+    assert [group["weight_decay"] for group in mask_groups] == [0.3, 0.0]
+    assert all(group["lr"] == 0.5 for group in mask_groups)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters})
+    assert {id(p) for p in parameters} == {id(p) for p in trainer.model.parameters()}
+    assert {id(p) for g in mask_groups for p in g["params"]} == {id(p) for p in trainer.masks.parameters()}
+    assert sum(len(g["params"]) for g in trainer.create_optimizer().param_groups) == len(parameters)
+
+
+def test_own_optimizer_trains_the_masks_too(tmp_path, tiny_path, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = make_trainer(
+        tmp_path, model, tokenizer, max_steps=2, trainer_arguments={"optimizers": (optimizer, None)}
+    )
+    perturb(trainer.model)
+    before = [p.detach().clone() for p in trainer.masks.parameters()]
+    trainer.train()
+    assert all(not torch.equal(p, q) for p, q in zip(trainer.masks.parameters(), before, strict=True))
+
+
+def test_saved_policy_is_a_plain_model(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2, independent_masks=True)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, trainer.model.get_parameter(name), rtol=0, atol=0)
+    saved = load_file(tmp_path / "saved" / "token_masks.safetensors")
+    assert saved.keys() == dict(trainer.masks.learned.named_parameters()).keys()
+    for name, parameter in trainer.masks.learned.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"independent_masks": True, "mask_learning_rate": 0.1}, {"peft": True}])
+def test_resumed_equals_uninterrupted(settings, tmp_path, tiny_path, tokenizer):
+    settings = dict(settings)
+    arguments = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])} if settings.pop("peft", False) else {}
+    settings |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "trainer_arguments": arguments}
+    uninterrupted = make_trainer(tmp_path / "a", tiny_path, tokenizer, **settings)
+    uninterrupted.train()
+    resumed = make_trainer(tmp_path / "b", tiny_path, tokenizer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert losses(resumed) == losses(uninterrupted)
+    for (name, p), (_, q) in zip(
+        resumed.model.named_parameters(), uninterrupted.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+
+
+def test_load_best_model_restores_its_masks(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tiny_path, tokenizer, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps",
+        eval_steps=1, load_best_model_at_end=True, mask_learning_rate=0.1,
+        trainer_arguments={"eval_dataset": tiny_pairs(8, seed=1)},
+    )  # fmt: skip
+    trainer.train()
+    saved = load_file(f"{trainer.state.best_model_checkpoint}/token_masks.safetensors")
+    for name, parameter in trainer.masks.learned.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=["accumulation", "checkpointing", "reentrant"],
+)
+def test_same_training_by_other_means(settings, tmp_path, tiny_path, tokenizer):
+    plain = make_trainer(tmp_path / "a", tiny_path, tokenizer, max_steps=3)
+    other = make_trainer(tmp_path / "b", tiny_path, tokenizer, max_steps=3, **settings)
+    plain.train()
+    other.train()
+    assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
+    for p, q in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=2e-3)
+
+
+def test_lora_trains_masks_against_the_disabled_adapter(tmp_path, tiny_path, tokenizer):
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=3, trainer_arguments={"peft_config": config})
+    batch = first_batch(trainer)
+    full = make_trainer(tmp_path, tiny_path, tokenizer)
+    torch.testing.assert_close(
+        trainer._reference_states(batch).hidden, full._reference_states(batch).hidden, rtol=1e-5, atol=1e-6
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        trained = "lora_" in name or "token_masks" in name
+        assert torch.equal(parameter, before[name]) != trained, name
+    assert trainer.state.log_history[0]["kl/chosen"] > 0
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not any("token_masks" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+
+
+def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
+    from peft import get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_path), config)
+    trainer = make_trainer(tmp_path, model, tokenizer, max_steps=2)
+    batch = first_batch(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert metrics["kl/chosen"] == pytest.approx(0, abs=1e-5)  # the "ref" adapter starts as a copy
+    trainer.train()
+    head = trainer.model.get_base_model().get_output_embeddings()
+    assert trainer._reference_input(batch).head is head.modules_to_save["ref"]
+    assert trainer.state.log_history[1]["kl/chosen"] > 0
+
+
+def test_separate_reference_model_of_another_size(tmp_path, tiny_path, tokenizer):
+    reference = tiny_model("llama", seed=3, hidden_size=48, num_hidden_layers=3)
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2, trainer_arguments={"ref_model": reference})
+    assert trainer.masks.learned["common"].layer_weight.shape == (3, 48)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl/chosen"] > 0
+
+
+def test_sync_ref_model(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tiny_path, tokenizer, max_steps=2, sync_ref_model=True, ref_model_sync_steps=2,
+        ref_model_mixup_alpha=1.0,
+    )  # fmt: skip
+    trainer.train()
+    for name, parameter in trainer.ref_model.named_parameters():
+        torch.testing.assert_close(parameter, trainer.model.get_parameter(name), rtol=0, atol=0)
+
+
+def test_bfloat16(tmp_path, tiny_path, tokenizer):
+    reference = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2)
+    reference.train()
+    mixed = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2, bf16=True)
+    mixed.train()
+    pure = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2, model_init_kwargs={"dtype": "bfloat16"})
+    pure.train()
+    assert next(pure.masks.parameters()).dtype == torch.float32
+    for trainer in (mixed, pure):
+        assert losses(trainer) == pytest.approx(losses(reference), abs=0.05)
+
+
+def test_conversational_data_and_evaluation(tmp_path, tiny_path, tokenizer):
+    data = tiny_pairs(8, conversational=True)
+    trainer = make_trainer(
+        tmp_path, tiny_path, tokenizer, data=data, max_steps=1, trainer_arguments={"eval_dataset": tiny_pairs(4, seed=2)}
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0 and "eval_mask/reward/mean" in metrics and metrics["eval_kl/chosen"] >= 0
+    again = trainer.evaluate(tiny_pairs(4, seed=2))
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
+def test_token_masks_shapes_and_rng(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, independent_masks=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    weights = trainer.token_masks(batch)
+    rows, length = batch["input_ids"].shape
+    outside = batch["completion_mask"][:, 1:] == 0
+    assert set(weights) == {"reward", "divergence"}
+    for mask in weights.values():
+        assert mask.shape == (rows, length - 1) and mask.dtype == torch.float32 and not mask.requires_grad
+        assert torch.count_nonzero(mask[outside]) == 0 and mask[~outside].mean() > 0.5
+    assert not torch.equal(weights["reward"], weights["divergence"])
+
+
+def test_max_length_truncates_completions(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_length=6, max_steps=1)
+    assert first_batch(trainer)["input_ids"].shape[1] == 6
+    trainer.train()
+    assert losses(trainer)[0] > 0
+
+
+def test_default_config_name(tiny_path, tokenizer, tmp_path, monkeypatch):
+    from trl_ext.sparse_po import sparse_po_trainer
+
+    class CpuConfig(SparsePOConfig):
+        def __init__(self, output_dir):
+            super().__init__(output_dir, use_cpu=True, bf16=False)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sparse_po_trainer, "SparsePOConfig", CpuConfig)
+    trainer = SparsePOTrainer(tiny_path, train_dataset=tiny_pairs(4), processing_class=tokenizer)
+    assert trainer.args.output_dir.endswith("-SparsePO") and isinstance(trainer.args, SparsePOConfig)

@@ -1,0 +1,185 @@
+"""Each wrong input raises before any step, with the field, the value and the remedy; nothing saved is lost."""
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
+from transformers import T5Config, T5ForConditionalGeneration
+from trl import DPOConfig
+
+from tests.sparse_po.test_sparse_po_trainer import COMMON, losses, make_trainer
+from tests.tiny import tiny_model, tiny_pairs
+from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
+
+
+def replaced(row, **values):
+    rows = tiny_pairs(6).to_list()
+    rows[row].update(values)
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_type": "dense"}, "mask_type.*'dense'"),
+        ({"mask_init": "ones"}, "mask_init"),
+        ({"mask_weight_decay": -0.1}, "mask_weight_decay.*-0.1"),
+        ({"mask_l1_reward": float("nan")}, "mask_l1_reward.*nan"),
+        ({"mask_learning_rate": -1.0}, "mask_learning_rate.*-1.0"),
+        ({"divergence_coef": -1.0}, "divergence_coef"),
+        ({"mask_type": "ones", "independent_masks": True}, "independent_masks.*learned"),
+        ({"mask_type": "activation", "mask_l1_reward": 0.1}, "mask_l1_reward.*learned"),
+        ({"mask_reward": False, "mask_divergence": False}, "mask_type='ones'"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=False"),
+        ({"padding_free": True}, "padding_free=False"),
+        ({"use_weighting": True}, "use_weighting=False"),
+        ({"use_liger_kernel": True}, "use_kernels"),
+        ({"loss_type": ["sft"]}, "'sft'.*sigmoid"),
+        ({"loss_type": ["aot"]}, "'aot'.*sigmoid"),
+        ({"f_divergence_type": "forward_kl"}, "f_divergence_type.*reverse_kl"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_config(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SparsePOConfig(output_dir=str(tmp_path), **{**COMMON, **settings})
+
+
+def test_plain_dpo_config(tmp_path, tiny_path, tokenizer):
+    with pytest.raises(TypeError, match="SparsePOConfig"):
+        SparsePOTrainer(
+            tiny_path, args=DPOConfig(str(tmp_path), **COMMON), train_dataset=tiny_pairs(), processing_class=tokenizer
+        )
+
+
+def chosen_without_text():
+    return replaced(3, chosen="  ")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: tiny_pairs().remove_columns("chosen"), "'chosen'"),
+        (lambda: tiny_pairs().rename_column("rejected", "refused"), "'rejected'.*refused"),
+        (chosen_without_text, "row 3.*`chosen` is empty.*drop_invalid_pairs"),
+        (lambda: replaced(2, rejected=""), "row 2.*`rejected` is empty"),
+        (lambda: replaced(1, chosen=" good", rejected=" good"), "row 1.*equals.*drop_invalid_pairs"),
+        (
+            lambda: Dataset.from_list(
+                tiny_pairs(2, conversational=True).to_list()
+                + [{"prompt": [{"role": "user", "content": "a"}]}
+                   | {side: [{"role": "assistant", "content": ""}] for side in ("chosen", "rejected")}]
+            ),
+            "row 2.*`chosen` is empty",
+        ),
+        (lambda: IterableDataset.from_generator(lambda: iter(replaced(0, chosen=" "))), "row 0.*`chosen` is empty"),
+    ],
+    ids=["no-chosen", "no-rejected", "empty-chosen", "empty-rejected", "equal", "conversational", "iterable"],
+)  # fmt: skip
+def test_data(data, message, tmp_path, tiny_path, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny_path, tokenizer, data=data(), max_steps=1)
+
+
+def test_invalid_pairs_are_dropped_on_request(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tiny_path, tokenizer, data=chosen_without_text(), drop_invalid_pairs=True, max_steps=1
+    )
+    assert len(trainer.train_dataset) == 5
+    empty = Dataset.from_list([{"prompt": "a", "chosen": "", "rejected": ""}])
+    with pytest.raises(ValueError, match="Every pair of the train dataset"):
+        make_trainer(tmp_path, tiny_path, tokenizer, data=empty, drop_invalid_pairs=True)
+
+
+def test_prompts_longer_than_max_length(tmp_path, tiny_path, tokenizer, caplog):
+    with pytest.raises(ValueError, match="16 of 16 prompts.*max_length=2.*Raise `max_length`"):
+        make_trainer(tmp_path, tiny_path, tokenizer, max_length=2)
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_length=4)
+    assert 0 < len(trainer.train_dataset) < 16
+    assert any("were dropped" in record.getMessage() for record in caplog.records)
+
+
+def test_encoder_decoder(tmp_path, tokenizer):
+    config = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        make_trainer(tmp_path, T5ForConditionalGeneration(config), tokenizer)
+
+
+def test_vocabulary_mismatch(tmp_path, tiny_path, tokenizer):
+    reference = tiny_model(vocab_size=99)
+    with pytest.raises(ValueError, match="99.*one vocabulary"):
+        make_trainer(tmp_path, tiny_path, tokenizer, trainer_arguments={"ref_model": reference})
+
+
+def test_prompt_learning(tmp_path, tiny_path, tokenizer):
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="prompt learning.*LoraConfig"):
+        make_trainer(tmp_path, tiny_path, tokenizer, trainer_arguments={"peft_config": config})
+
+
+def test_vision_dataset(tmp_path, tiny_path, tokenizer):
+    data = tiny_pairs(2).add_column("images", [[], []])
+    with pytest.raises(ValueError, match="vision-language"):
+        make_trainer(tmp_path, tiny_path, tokenizer, data=data)
+
+
+def test_activation_mask_without_activations(tmp_path, tiny_path, tokenizer, monkeypatch):
+    from trl_ext.sparse_po import reference_states
+
+    monkeypatch.setattr(reference_states, "MLP_NAMES", ())
+    monkeypatch.setattr(reference_states, "OUT_PROJECTION_NAMES", ())
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=1)
+    with pytest.raises(ValueError, match="'mlp'.*LlamaForCausalLM.*mask_type='learned'"):
+        trainer.train()
+
+
+def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_path, tokenizer):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=5, save_strategy="steps", save_steps=2)
+    compute_loss = trainer.compute_loss
+    seen = []
+
+    def poisoned(model, inputs, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == 4:
+            with torch.no_grad():
+                model.get_output_embeddings().weight[5] = torch.nan
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(FloatingPointError, match="step 4.*checkpoint.*learning_rate"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "token_masks.safetensors").is_file()
+    again = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(losses(again)) == 3
+
+
+def test_checkpoint_without_masks(tmp_path, tiny_path, tokenizer):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, tiny_path, tokenizer, **settings, mask_type="ones").train()
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, **settings)
+    with pytest.raises(ValueError, match="token_masks.safetensors.*resume_from_checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_checkpoint_of_other_masks(tmp_path, tiny_path, tokenizer):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, tiny_path, tokenizer, **settings).train()
+    other = make_trainer(tmp_path, tiny_path, tokenizer, **settings, independent_masks=True)
+    with pytest.raises(ValueError, match="independent_masks=False.*independent_masks=True"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    reference = tiny_model(seed=4, hidden_size=48)
+    larger = make_trainer(tmp_path, tiny_path, tokenizer, **settings, trainer_arguments={"ref_model": reference})
+    with pytest.raises(ValueError, match="another size"):
+        larger.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_dead_masks_warn_once(tmp_path, tiny_path, tokenizer, caplog):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=3, mask_learning_rate=0.0)
+    with torch.no_grad():
+        trainer.masks.learned["common"].mixer_weight.fill_(-1.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["mask/dead_sequences"] == 1.0
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
+    assert sum("token mask is zero" in record.getMessage() for record in caplog.records) == 1

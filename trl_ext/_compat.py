@@ -1,0 +1,47 @@
+"""The only module that touches private names of TRL, transformers, accelerate, DeepSpeed and PEFT.
+
+Every name gathered here is watched by `tests/contract/` on each TRL version the package claims to support.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, use_adapter
+
+
+__all__ = [
+    "FusedCausalLMOutput",
+    "SyncRefModelCallback",
+    "disable_gradient_checkpointing",
+    "maybe_gather_lm_head_ctx",
+    "observe_attention",
+    "use_adapter",
+]
+
+
+@contextmanager
+def observe_attention(callback: Callable[..., None]) -> Iterator[None]:
+    """
+    Calls `callback(module, query, key, value)` each time a transformers attention block calls its attention function,
+    whatever the kernel, until the context ends.
+    """
+    get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def observed_get_interface(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attention_function = get_interface(*args, **kwargs)
+
+        def observed_attention(module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+            callback(module, query, key, value)
+            return attention_function(module, query, key, value, *rest, **options)
+
+        return observed_attention
+
+    ALL_ATTENTION_FUNCTIONS.get_interface = observed_get_interface
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS.get_interface

@@ -1,0 +1,103 @@
+"""Learned masks on disk, beside the policy and never inside it."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .._compat import maybe_gather_lm_head_ctx
+from .masked_forward import TokenMasks
+from .sparse_po_config import SparsePOConfig
+
+
+TOKEN_MASKS_FILE = "token_masks.safetensors"
+_SETTINGS = ("mask_type", "independent_masks", "mask_reward", "mask_divergence")
+
+
+def mask_state_dict(masks: TokenMasks) -> dict[str, torch.Tensor]:
+    """
+    Whole float32 copies of the masks' parameters on the CPU.
+
+    Under ZeRO-3 and FSDP the parameters are gathered, so all processes must call it.
+
+    Args:
+        masks ([`TokenMasks`]):
+            Masks of the policy.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name, such as `"common.layer_weight"`; empty without learned masks.
+    """
+    parameters = dict(masks.learned.named_parameters())
+    with maybe_gather_lm_head_ctx(*parameters.values()):
+        return {name: _whole(parameter).detach().float().cpu().clone() for name, parameter in parameters.items()}
+
+
+def save_masks(state: dict[str, torch.Tensor], folder: str | Path, config: SparsePOConfig) -> None:
+    """
+    Writes `token_masks.safetensors`, the mask settings in its metadata.
+
+    Args:
+        state (`dict[str, torch.Tensor]`):
+            From [`mask_state_dict`].
+        folder (`str` or `Path`):
+            Folder of the model or checkpoint; made where missing.
+        config ([`SparsePOConfig`]):
+            Configuration of the run.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    metadata = {name: str(getattr(config, name)) for name in _SETTINGS} | {"format": "pt"}
+    save_file(state, Path(folder) / TOKEN_MASKS_FILE, metadata=metadata)
+
+
+def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) -> None:
+    """
+    Restores the masks of a checkpoint in place. Does nothing without learned masks.
+
+    Args:
+        masks ([`TokenMasks`]):
+            Masks of the policy.
+        folder (`str` or `Path`):
+            Folder of the checkpoint.
+        config ([`SparsePOConfig`]):
+            Configuration of the run.
+
+    Raises:
+        ValueError: If the file is missing, or is of masks of another kind or shape.
+    """
+    if not masks.learned:
+        return
+    path = Path(folder) / TOKEN_MASKS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"The checkpoint {folder} has no {TOKEN_MASKS_FILE}, so its learned masks cannot be restored. Resume from a "
+            "checkpoint of a SparsePO run with learned masks, or train from its weights without "
+            "`resume_from_checkpoint`."
+        )
+    with safe_open(path, framework="pt") as file:
+        saved_settings = file.metadata() or {}
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in _SETTINGS:
+        if saved_settings.get(name) != str(getattr(config, name)):
+            raise ValueError(
+                f"The masks of the checkpoint {folder} were trained with `{name}={saved_settings.get(name)}`, and this "
+                f"run has `{name}={getattr(config, name)}`. Set it to the checkpoint's value, or start a new run."
+            )
+    own = {name: parameter.shape for name, parameter in masks.learned.named_parameters()}
+    if own != {name: tensor.shape for name, tensor in saved.items()}:
+        raise ValueError(
+            f"The masks of the checkpoint {folder} are for a reference model of another size: "
+            f"{_sizes(saved)} against {_sizes(dict(masks.learned.named_parameters()))} (layers, hidden size). Use the "
+            "reference model that they were trained with."
+        )
+    masks.learned.load_state_dict(saved)
+
+
+def _sizes(tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("layer_weight")]
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

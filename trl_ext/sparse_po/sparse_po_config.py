@@ -1,0 +1,166 @@
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+
+UNSUPPORTED_LOSS_TYPES = {
+    "sft": "it reads the log-probabilities that the masks weight",
+    "aot": "it sorts policy and reference sums apart, and a masked divergence belongs to neither",
+}
+
+
+@dataclass
+class SparsePOConfig(DPOConfig):
+    r"""
+    Configuration of [`SparsePOTrainer`].
+
+    All fields of [`~trl.DPOConfig`] keep their meaning; those that the method cannot honour are refused with a
+    `ValueError`. The defaults are the paper's common learned mask (https://huggingface.co/papers/2410.05102).
+
+    Parameters:
+        > Parameters that control the masks
+
+        mask_type (`str`, *optional*, defaults to `"learned"`):
+            `"learned"`: a small network on the reference model's hidden states; `"activation"`: read off the reference
+            model's activations, the paper's MaPO; `"ones"`: no mask, which gives TDPO1, TDPO2 or DPO.
+        independent_masks (`bool`, *optional*, defaults to `False`):
+            Learned masks only: one mask for the rewards and another for the divergences, instead of a common one.
+        mask_reward (`bool`, *optional*, defaults to `True`):
+            Whether the mask weights the log-ratios; otherwise their weight is one.
+        mask_divergence (`bool`, *optional*, defaults to `True`):
+            Whether the mask weights the divergences; otherwise their weight is one.
+        mask_init (`str`, *optional*, defaults to `"positive"`):
+            `"positive"` starts learned masks near one; `"paper"` is the official code's initialisation, where a share
+            of the masks starts at zero everywhere and never learns.
+        mask_learning_rate (`float`, *optional*):
+            Learning rate of learned masks. Defaults to the policy's, as in the paper.
+        mask_weight_decay (`float`, *optional*, defaults to `0.01`):
+            Decoupled weight decay of learned masks, LayerNorm and biases excluded.
+        mask_l1_reward (`float`, *optional*, defaults to `0.0`):
+            Weight of the L1 norm of the reward mask, summed over the tokens of a pair.
+        mask_l1_divergence (`float`, *optional*, defaults to `0.0`):
+            Weight of the L1 norm of the divergence mask, summed over the tokens of a pair.
+
+        > Parameters that control the divergence
+
+        divergence_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the token-level KL(reference || policy). With `mask_type="ones"`, 0 is DPO and 1 is TDPO1.
+        detach_chosen_divergence (`bool`, *optional*, defaults to `False`):
+            Whether to stop the gradient through the chosen divergence. With `mask_type="ones"` and
+            `divergence_coef=alpha` this is TDPO2.
+
+        > Parameters that control the data
+
+        drop_invalid_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to drop pairs with an empty completion or with equal completions, instead of raising.
+    """
+
+    mask_type: str = field(
+        default="learned",
+        metadata={
+            "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO) or 'ones' (no mask).",
+            "choices": ["learned", "activation", "ones"],
+        },
+    )
+    independent_masks: bool = field(
+        default=False,
+        metadata={"help": "Learn one mask for the rewards and another for the divergences instead of a common one."},
+    )
+    mask_reward: bool = field(
+        default=True, metadata={"help": "Weight the log-ratios by the mask; otherwise their weight is one."}
+    )
+    mask_divergence: bool = field(
+        default=True, metadata={"help": "Weight the divergences by the mask; otherwise their weight is one."}
+    )
+    mask_init: str = field(
+        default="positive",
+        metadata={
+            "help": "Initialisation of learned masks: 'positive' starts near one, 'paper' is the official code's.",
+            "choices": ["positive", "paper"],
+        },
+    )
+    mask_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of learned masks. Defaults to the policy's."}
+    )
+    mask_weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of learned masks."})
+    mask_l1_reward: float = field(
+        default=0.0, metadata={"help": "Weight of the L1 norm of the reward mask, summed over the tokens of a pair."}
+    )
+    mask_l1_divergence: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the L1 norm of the divergence mask, summed over the tokens of a pair."},
+    )
+    divergence_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the token-level KL(reference || policy). With 'ones', 0 is DPO and 1 is TDPO1."},
+    )
+    detach_chosen_divergence: bool = field(
+        default=False,
+        metadata={"help": "Stop the gradient through the chosen divergence, as TDPO2 does."},
+    )
+    drop_invalid_pairs: bool = field(
+        default=False,
+        metadata={"help": "Drop pairs with an empty completion or with equal completions, instead of raising."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_masks()
+        self._check_inherited_fields()
+
+    def _check_masks(self) -> None:
+        for name, allowed in (
+            ("mask_type", ("learned", "activation", "ones")),
+            ("mask_init", ("positive", "paper")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}. Use 0 to switch it off.")
+        if self.mask_learning_rate is not None and not self.mask_learning_rate >= 0:
+            raise ValueError(
+                f"`mask_learning_rate` must not be negative, got {self.mask_learning_rate}. Leave it out to use "
+                "`learning_rate`."
+            )
+        if self.mask_type != "learned":
+            for name in ("independent_masks", "mask_l1_reward", "mask_l1_divergence", "mask_learning_rate"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)}` applies to learned masks only, and `mask_type` is "
+                        f"{self.mask_type!r}. Remove `{name}` or set `mask_type='learned'`."
+                    )
+        if self.mask_type != "ones" and not (self.mask_reward or self.mask_divergence):
+            raise ValueError(
+                "`mask_reward` and `mask_divergence` are both False, so no term uses the mask. Set `mask_type='ones'` "
+                "to train without masks."
+            )
+
+    def _check_inherited_fields(self) -> None:
+        for loss_type in self.loss_type:
+            if loss_type in UNSUPPORTED_LOSS_TYPES:
+                raise ValueError(
+                    f"`loss_type={loss_type!r}` is not supported: {UNSUPPORTED_LOSS_TYPES[loss_type]}. Use "
+                    "`loss_type='sigmoid'`, the paper's loss, or `trl.DPOTrainer`."
+                )
+        refusals = {
+            "precompute_ref_log_probs": (
+                "it stores one sum for each sequence, while the masks and the token-level divergence need the "
+                "reference's states and its whole next-token distribution at every token. Set "
+                "`precompute_ref_log_probs=False`"
+            ),
+            "padding_free": "the pairs are scored as rows of one padded batch. Set `padding_free=False`",
+            "use_weighting": "WPO weights read unmasked log-probabilities. Set `use_weighting=False`",
+            "use_liger_kernel": (
+                "it is deprecated in TRL and untested with the masks. Use "
+                '`model_init_kwargs={"use_kernels": True}` instead'
+            ),
+        }
+        for name, reason in refusals.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}=True` is not supported by SparsePO: {reason}.")
+        if self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. Set "
+                "`f_divergence_type='reverse_kl'`."
+            )
