@@ -19,7 +19,9 @@ def test_learned_mask_equals_the_formula():
     mask = LearnedTokenMask(3, 5)
     for parameter in mask.parameters():
         torch.nn.init.normal_(parameter)
-    mask.mixer_weight.data = torch.tensor([0.2, -1.0, 0.2])
+    mask.norm_bias.data *= 0.2
+    mask.layer_bias.data *= 0.2
+    mask.mixer_weight.data = torch.tensor([1.0, -1.0, 0.5])
     total = torch.zeros(40, dtype=torch.float64)
     for layer in range(3):
         norm = torch.nn.functional.layer_norm(
