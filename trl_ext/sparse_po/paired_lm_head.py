@@ -15,7 +15,7 @@ from .._compat import maybe_gather_lm_head_ctx
 from . import paired_lm_head_triton
 
 
-CPU_TILE = (256, 4096)
+CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 32768)
 
 

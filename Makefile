@@ -1,0 +1,41 @@
+# The versions everything here was run with; torch comes first, since pip would otherwise take a build with CUDA.
+TORCH := torch==2.13.0
+PINNED := trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 datasets==5.2.0 deepspeed==0.19.8
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint contract benchmark clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet $(TORCH)
+	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP) ## Train five policies on the playground, print one table, draw the pictures (8 minutes on 2 cores)
+	$(VENV)/bin/trl-ext demo
+
+lint: $(STAMP) ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint ## Check style and types and run the test-suite
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+
+contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its own environment
+	bash tests/contract/run_matrix.sh "$(TORCH)" "$(filter-out trl==%,$(PINNED))"
+
+benchmark: $(STAMP) ## Measure SparsePO against TRL's DPOTrainer and a naive implementation
+	$(PYTHON) -m tests.benchmarks.sparse_po
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

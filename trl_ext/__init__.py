@@ -1,0 +1,37 @@
+"""Published methods as plugins for Hugging Face TRL."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ActivationTokenMask": "trl_ext.sparse_po.masks",
+    "LearnedTokenMask": "trl_ext.sparse_po.masks",
+    "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
+    "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
+    "TokenMaskCallback": "trl_ext.sparse_po.token_mask_callback",
+    "paired_log_probs": "trl_ext.sparse_po.paired_lm_head",
+    "sparse_po_loss": "trl_ext.sparse_po.loss",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .sparse_po.loss import sparse_po_loss
+    from .sparse_po.masks import ActivationTokenMask, LearnedTokenMask
+    from .sparse_po.paired_lm_head import paired_log_probs
+    from .sparse_po.sparse_po_config import SparsePOConfig
+    from .sparse_po.sparse_po_trainer import SparsePOTrainer
+    from .sparse_po.token_mask_callback import TokenMaskCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'trl_ext' has no attribute {name!r}; it has {sorted(__all__)}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,131 @@
+"""The command `trl-ext`: recipes checked first, then launched with accelerate."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+
+from . import __version__
+
+
+# Command: script module with `make_parser`
+TRAINING_COMMANDS = {"sparse-po": "trl_ext.scripts.sparse_po"}
+_LAUNCH_OPTIONS = ("--accelerate_config", "--num_processes")
+USAGE = """trl-ext [--version] [--help] COMMAND
+
+  sparse-po   Train a policy with SparsePO:
+              trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
+  demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
+  recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
+
+--accelerate_config takes the path of a file, or one of: {configs}."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs `trl-ext`.
+
+    Args:
+        arguments (`list[str]`, *optional*):
+            Arguments. Defaults to the process's own.
+
+    Returns:
+        `int`: exit status; a launched command's own.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        Console(markup=False, highlight=False).print(USAGE.format(configs=", ".join(accelerate_configs())))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        Console(highlight=False).print(__version__)
+        return 0
+    command, *rest = arguments
+    commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "recipes": _recipes}
+    commands |= {name: lambda rest, module=module: _train(module, rest) for name, module in TRAINING_COMMANDS.items()}
+    if command not in commands:
+        errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
+        return 2
+    try:
+        return commands[command](rest)
+    except (ValueError, FileNotFoundError) as error:
+        errors.print(f"trl-ext {command}: {error}")
+        return 2
+
+
+def accelerate_configs() -> list[str]:
+    """Names of the accelerate configs in the package."""
+    folder = files("trl_ext") / "accelerate_configs"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def accelerate_config_path(name: str) -> str:
+    """
+    The file of an accelerate config given by path or by name.
+
+    Raises:
+        ValueError: If there is neither such a file nor such a name.
+    """
+    if Path(name).is_file():
+        return name
+    if name in accelerate_configs():
+        return str(files("trl_ext") / "accelerate_configs" / f"{name}.yaml")
+    raise ValueError(
+        f"`--accelerate_config {name}` is neither a file nor one of {', '.join(accelerate_configs())}. Give one of them."
+    )
+
+
+def launch_command(module: str, arguments: list[str]) -> list[str]:
+    """The `accelerate launch` command line of a training script, its recipe not yet checked."""
+    script_arguments = list(arguments)
+    options = {}
+    for option in _LAUNCH_OPTIONS:
+        if option in script_arguments:
+            position = script_arguments.index(option)
+            if position + 1 >= len(script_arguments):
+                raise ValueError(f"`{option}` needs a value.")
+            options[option] = script_arguments[position + 1]
+            del script_arguments[position : position + 2]
+    config = accelerate_config_path(options.get("--accelerate_config", "single_process"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    if "--num_processes" in options:
+        command += ["--num_processes", options["--num_processes"]]
+    return [*command, "-m", module, *script_arguments]
+
+
+def _train(module: str, arguments: list[str]) -> int:
+    command = launch_command(module, arguments)
+    script_arguments = command[command.index(module) + 1 :]
+    parser = importlib.import_module(module).make_parser(prog="trl-ext")
+    if "--help" in script_arguments or "-h" in script_arguments:
+        parser.print_help()
+        return 0
+    # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
+    parser.check(script_arguments)
+    return subprocess.run(command, env=os.environ, check=False).returncode
+
+
+def _demo(arguments: list[str]) -> int:
+    from .playground.demo import main as demo
+
+    return demo(arguments)
+
+
+def _recipes(arguments: list[str]) -> int:
+    folder = Path(arguments[0] if arguments else "recipes")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Give the folder that holds your recipes.")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    for path in sorted(folder.rglob("*.yaml")):
+        first = path.read_text().split("\n", 1)[0]
+        console.print(f"{path}  {first.removeprefix('#').strip()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

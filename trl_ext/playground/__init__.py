@@ -1,0 +1,49 @@
+"""A small world where the truth is known: reviews from a grammar, whose sentiment, sentiment-bearing tokens and
+grammaticality are exact, with a tokenizer, a base model trained on them, preference pairs and rewards.
+
+It is the default data of the demo and of many tests, and needs no hub.
+"""
+
+from .base_model import BaseModelSettings, base_model_path
+from .grammar import generate_review, vocabulary, word_sentiments
+from .preferences import load_playground_dataset, preference_dataset, prompts
+from .rewards import count_positive_words, grammaticality, sentiment, sentiment_reward, token_truth
+from .tokenizer import build_tokenizer
+
+
+__all__ = [
+    "BaseModelSettings",
+    "base_model_path",
+    "build_tokenizer",
+    "count_positive_words",
+    "generate_review",
+    "grammaticality",
+    "load_playground_dataset",
+    "preference_dataset",
+    "prompts",
+    "resolve",
+    "sentiment",
+    "sentiment_reward",
+    "token_truth",
+    "vocabulary",
+    "word_sentiments",
+]
+
+
+def resolve(name: str) -> str:
+    """
+    Turns the name `"playground"` into the folder of the base model, which is trained on the first call.
+
+    Args:
+        name (`str`):
+            Must be `"playground"`.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: If the name is another.
+    """
+    if name != "playground":
+        raise ValueError(f"`model_name_or_path: {name}` is no playground model; the only name is 'playground'.")
+    return str(base_model_path())

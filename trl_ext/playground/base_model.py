@@ -1,0 +1,141 @@
+"""The playground's base model: a small Llama, trained from scratch on the grammar's reviews and cached."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from inspect import getsource
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
+
+from . import grammar
+from .grammar import generate_review
+from .tokenizer import EOS, PAD, build_tokenizer
+
+
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """
+    Everything that decides the base model.
+
+    Attributes:
+        seed (`int`): Seed of weights and text.
+        steps (`int`): Optimizer steps.
+        batch_size (`int`): Reviews in one step.
+        learning_rate (`float`): Peak learning rate of AdamW, cosine schedule.
+        hidden_size (`int`): Width.
+        intermediate_size (`int`): Width of the MLP.
+        num_layers (`int`): Decoder layers.
+        num_heads (`int`): Attention heads.
+    """
+
+    seed: int = 0
+    steps: int = 340
+    batch_size: int = 48
+    learning_rate: float = 4e-3
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "seed" and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+
+    def key(self) -> str:
+        """Hash of the settings, the grammar, the training code and the torch version."""
+        source = getsource(grammar) + getsource(_train)
+        content = json.dumps(asdict(self), sort_keys=True) + source + torch.__version__
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of the package: below `XDG_CACHE_HOME` where set, else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_ext" / "playground"
+
+
+def base_model_path(
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+    settings: BaseModelSettings | None = None,
+) -> Path:
+    """
+    Folder of the base model and its tokenizer; trains it on the first call, in about a minute on two cores.
+
+    Args:
+        cache_dir (`str` or `Path`, *optional*):
+            Where models are kept. Defaults to [`cache_folder`].
+        seed (`int`, *optional*, defaults to `0`):
+            Seed, where `settings` is not given.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+        settings ([`BaseModelSettings`], *optional*):
+            Settings.
+
+    Returns:
+        `Path`
+    """
+    settings = settings or BaseModelSettings(seed=seed)
+    root = Path(cache_dir) if cache_dir is not None else cache_folder()
+    folder = root / settings.key()
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "config.json").is_file():
+            partial = Path(tempfile.mkdtemp(dir=root))
+            try:
+                _train(settings, show_progress).save_pretrained(partial)
+                build_tokenizer().save_pretrained(partial)
+                partial.replace(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def build_model(settings: BaseModelSettings) -> LlamaForCausalLM:
+    """The untrained model, about 0.9M parameters at the default settings."""
+    tokenizer = build_tokenizer()
+    set_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids(EOS),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+    )
+    return LlamaForCausalLM(config)
+
+
+def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM:
+    state = torch.random.get_rng_state()
+    tokenizer, model = build_tokenizer(), build_model(settings)
+    generator = random.Random(f"corpus-{settings.seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+    warmup = max(1, settings.steps // 20)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
+    steps = tqdm(range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress)
+    for _ in steps:
+        texts = [generate_review(generator).text + EOS for _ in range(settings.batch_size)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    torch.random.set_rng_state(state)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Runnable training scripts, one for each method."""

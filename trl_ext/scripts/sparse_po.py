@@ -1,0 +1,82 @@
+# /// script
+# dependencies = ["trl-ext"]
+# ///
+"""
+Train a policy with SparsePO.
+
+# The playground, on a CPU
+python -m trl_ext.scripts.sparse_po --config recipes/sparse_po/playground.yaml
+
+# LoRA with ZeRO-3 on a node
+accelerate launch --config_file trl_ext/accelerate_configs/zero3.yaml -m trl_ext.scripts.sparse_po \
+    --config recipes/sparse_po/qwen3_lora_zero3.yaml
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+
+@dataclass
+class SparsePOScriptArguments:
+    """
+    Arguments of the script beyond TRL's.
+
+    Args:
+        show_token_masks (`int`, *optional*, defaults to `0`):
+            Number of evaluation pairs whose tokens are shown coloured by weight, in the terminal, as HTML and as PNG.
+    """
+
+    show_token_masks: int = field(
+        default=0,
+        metadata={"help": "Number of evaluation pairs whose tokens are shown coloured by weight (0 shows none)."},
+    )
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, mask_args: Any) -> None:
+    """Trains, evaluates and saves as the parsed arguments say."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..sparse_po.sparse_po_trainer import SparsePOTrainer
+    from ..sparse_po.token_mask_callback import TokenMaskCallback
+    from .loading import last_checkpoint, load_datasets, model_init_kwargs, resolve_model
+
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    dataset = load_datasets(script_args, dataset_args)
+    trainer = SparsePOTrainer(
+        model=resolve_model(model_args.model_name_or_path),
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if mask_args.show_token_masks > 0:
+        trainer.add_callback(TokenMaskCallback(trainer, num_pairs=mask_args.show_token_masks))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model and masks saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def make_parser(prog: str | None = None) -> "StrictParser":
+    """The strict parser of the script's arguments."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from ..sparse_po.sparse_po_config import SparsePOConfig
+    from .strict_parser import StrictParser
+
+    return StrictParser(
+        (ScriptArguments, SparsePOConfig, ModelConfig, DatasetMixtureConfig, SparsePOScriptArguments), prog=prog
+    )
+
+
+if __name__ == "__main__":
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(), main)

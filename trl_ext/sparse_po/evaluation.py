@@ -1,0 +1,212 @@
+"""Measurements of a trained policy and of its masks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from scipy.stats import rankdata
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .masked_forward import scatter_tokens
+from .paired_lm_head import logit_transform, paired_log_probs
+from .reference_states import gathered_head, original_head
+
+
+@dataclass
+class RewardAndDivergence:
+    """
+    Reward and divergence of responses sampled from a policy.
+
+    Attributes:
+        completions (`list[str]`): The responses.
+        rewards (`list[float]`): Reward of each response.
+        divergences (`list[float]`): KL(policy || reference) in nats, summed over the tokens of each response.
+    """
+
+    completions: list[str]
+    rewards: list[float]
+    divergences: list[float]
+
+    @property
+    def mean_reward(self) -> float:
+        return float(np.mean(self.rewards))
+
+    @property
+    def mean_divergence(self) -> float:
+        return float(np.mean(self.divergences))
+
+    @property
+    def standard_errors(self) -> tuple[float, float]:
+        """Standard errors of the mean reward and of the mean divergence."""
+        return tuple(float(np.std(x, ddof=1) / len(x) ** 0.5) for x in (self.rewards, self.divergences))  # type: ignore
+
+
+def reward_and_divergence(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    reward_function: Callable[..., list[float]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> RewardAndDivergence:
+    """
+    Samples one response for each prompt and measures it.
+
+    The divergence is exact at every position of the sample: the whole next-token distributions are compared.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Policy, without gradient.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model; `None` for a PEFT policy against itself with the adapter switched off.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of both.
+        prompts (`list[str]`):
+            Prompts.
+        reward_function (`Callable`):
+            Reward function as TRL's online trainers take it, called with `prompts` and `completions`.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest response.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature. The divergence is that of the untempered distributions.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Prompts in one batch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples; the process's own random state is left as it was.
+
+    Returns:
+        [`RewardAndDivergence`]
+
+    Raises:
+        ValueError: If there are no prompts, or no reference model for a policy without adapter.
+    """
+    if not prompts:
+        raise ValueError("`prompts` is empty. Give at least one prompt.")
+    if ref_model is None and not is_peft_model(model):
+        raise ValueError("`ref_model` is None, which needs a PEFT policy. Give the reference model.")
+    completions: list[str] = []
+    divergences: list[float] = []
+    with torch.no_grad(), torch.random.fork_rng(), _evaluating(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            sequences, labels = _sample(model, tokenizer, batch, max_new_tokens, temperature)
+            completions += [
+                tokenizer.decode(row[mask], skip_special_tokens=True)
+                for row, mask in zip(sequences, labels != -100, strict=True)
+            ]
+            divergences += _divergences(model, ref_model, sequences, labels, tokenizer.pad_token_id).tolist()
+    rewards = reward_function(prompts=prompts, completions=completions)
+    return RewardAndDivergence(completions, [float(reward) for reward in rewards], divergences)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Right-padded sequences and labels, `-100` on the prompt and after the first end token."""
+    prompt_ids = [tokenizer(prompt, return_token_type_ids=False)["input_ids"] for prompt in prompts]
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    width = max(map(len, prompt_ids))
+    padded = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=model.device)
+    generated = model.generate(
+        input_ids=padded, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos,
+    )[:, width:]  # fmt: skip
+    ended = (generated == eos).cumsum(dim=1)
+    lengths = ((ended == 0) | ((ended == 1) & (generated == eos))).sum(dim=1).tolist()
+    rows = [ids + row[:length].tolist() for ids, row, length in zip(prompt_ids, generated, lengths, strict=True)]
+    longest = max(map(len, rows))
+    sequences = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+    labels = torch.full_like(sequences, -100)
+    for index, (ids, row) in enumerate(zip(prompt_ids, rows, strict=True)):
+        labels[index, len(ids) : len(row)] = sequences[index, len(ids) : len(row)]
+    return sequences, labels
+
+
+def _divergences(
+    model: PreTrainedModel, ref_model: PreTrainedModel | None, sequences: torch.Tensor, labels: torch.Tensor, pad: int
+) -> torch.Tensor:
+    lengths = (labels != -100).long().cumsum(dim=1).argmax(dim=1)
+    attention_mask = (torch.arange(sequences.size(1), device=sequences.device) <= lengths.unsqueeze(1)).long()
+    inputs = {"input_ids": sequences, "attention_mask": attention_mask, "use_cache": False}
+    policy = model.get_base_model() if is_peft_model(model) else model
+    predicted = labels[:, 1:] != -100
+    hidden = policy.base_model(**inputs).last_hidden_state[:, :-1][predicted]
+    switched_off = model.disable_adapter() if ref_model is None else nullcontext()
+    reference = policy if ref_model is None else ref_model
+    with switched_off:
+        ref_hidden = reference.base_model(**inputs).last_hidden_state[:, :-1][predicted]
+    scale, softcap = logit_transform(policy.config.get_text_config())
+    ref_scale, ref_softcap = logit_transform(reference.config.get_text_config())
+    ref_head = original_head(reference.get_output_embeddings())
+    with (
+        gathered_head(policy.get_output_embeddings()) as (weight, bias),
+        gathered_head(ref_head) as (ref_weight, ref_bias),
+    ):
+        # KL(second || first): the policy stands second
+        _, _, divergences = paired_log_probs(
+            ref_hidden, ref_weight, hidden, weight, labels[:, 1:][predicted], policy_bias=ref_bias, ref_bias=bias,
+            policy_logit_scale=ref_scale, policy_softcap=ref_softcap, ref_logit_scale=scale, ref_softcap=softcap,
+        )  # fmt: skip
+    return scatter_tokens(divergences, predicted).sum(dim=1)
+
+
+@dataclass
+class MaskRecovery:
+    """
+    How well a mask finds the tokens that matter.
+
+    Attributes:
+        auc (`float`): Chance that a token that matters has a higher weight than one that does not, ties counted half.
+        lift (`float`): Mean weight of the tokens that matter over the mean weight of all; 0 for a mask of zeros.
+    """
+
+    auc: float
+    lift: float
+
+
+def mask_recovery(weights: list[np.ndarray], truth: list[np.ndarray]) -> MaskRecovery:
+    """
+    Compares weights with the known truth, all tokens of all sequences together.
+
+    Args:
+        weights (`list[np.ndarray]`):
+            Weights of the response tokens of each sequence.
+        truth (`list[np.ndarray]`):
+            For the same tokens, a value that is not zero where the token matters.
+
+    Returns:
+        [`MaskRecovery`]
+
+    Raises:
+        ValueError: If lengths differ, or all or no tokens matter.
+    """
+    if [len(x) for x in weights] != [len(x) for x in truth]:
+        raise ValueError("`weights` and `truth` must have one value for each token of the same sequences.")
+    weight, matters = np.concatenate(weights).astype(float), np.concatenate(truth) != 0
+    num_matter, num_others = int(matters.sum()), int((~matters).sum())
+    if not num_matter or not num_others:
+        raise ValueError("`truth` must mark some tokens and not all; otherwise there is nothing to find.")
+    rank_sum = rankdata(weight)[matters].sum()
+    auc = (rank_sum - num_matter * (num_matter + 1) / 2) / (num_matter * num_others)
+    mean = weight.mean()
+    return MaskRecovery(float(auc), float(weight[matters].mean() / mean) if mean > 0 else 0.0)

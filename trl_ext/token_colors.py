@@ -1,0 +1,164 @@
+"""Tokens coloured by weight: on the terminal, as HTML and as PNG."""
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+
+COLOR_MAP = colormaps["YlOrRd"]
+LINE_WIDTH = 92
+
+
+@dataclass
+class WeightedText:
+    """
+    A text in pieces, each with a weight.
+
+    Attributes:
+        title (`str`): What it is.
+        pieces (`list[str]`): Pieces of text, spaces included.
+        weights (`list[float]`): Weight of each piece, not negative; `nan` for text that has none, such as a prompt.
+    """
+
+    title: str
+    pieces: list[str]
+    weights: list[float]
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """
+    The text that each token adds, whatever the tokenizer's own signs for spaces and bytes.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        ids (`list[int]`):
+            Token ids.
+
+    Returns:
+        `list[str]`, one piece for each id; together they are the decoded text.
+    """
+    texts = [tokenizer.decode(ids[:end]) for end in range(1, len(ids) + 1)]
+    return [text[len(before) :] for before, text in zip(["", *texts[:-1]], texts, strict=True)]
+
+
+def _color(weight: float, highest: float) -> str | None:
+    if np.isnan(weight):
+        return None
+    return to_hex(COLOR_MAP(0.85 * weight / highest)) if weight > 0 and highest > 0 else "#ffffff"
+
+
+def highest_weight(texts: list[WeightedText]) -> float:
+    """The weight that gets the darkest colour."""
+    return max((w for text in texts for w in text.weights if not np.isnan(w)), default=0.0)
+
+
+def to_rich(text: WeightedText, highest: float) -> Text:
+    """One weighted text for the terminal."""
+    result = Text()
+    for piece, weight in zip(text.pieces, text.weights, strict=True):
+        color = _color(weight, highest)
+        result.append(piece, style="dim" if color is None else f"black on {color}")
+    return result
+
+
+def to_html(texts: list[WeightedText], heading: str) -> str:
+    """A whole HTML page; hovering over a token shows its weight."""
+    highest = highest_weight(texts)
+    parts = []
+    for text in texts:
+        spans = []
+        for piece, weight in zip(text.pieces, text.weights, strict=True):
+            color, shown = _color(weight, highest), html.escape(piece).replace("\n", "&#8629;<br>")
+            if color is None:
+                spans.append(f'<span class="plain">{shown}</span>')
+            else:
+                spans.append(f'<span style="background:{color}" title="{weight:.3f}">{shown}</span>')
+        parts.append(f"<h2>{html.escape(text.title)}</h2>\n<p>{''.join(spans)}</p>")
+    style = (
+        "body{font-family:sans-serif;max-width:60em;margin:2em auto;color:#222}h1{font-size:1.3em}"
+        "h2{font-size:1em;margin-bottom:.2em}p{line-height:1.9;white-space:pre-wrap;margin-top:0}"
+        "span{border-radius:3px;padding:2px 1px}.plain{color:#888}"
+    )
+    legend = f"White is weight 0, the darkest colour {highest:.3f}; grey text has no weight."
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(heading)}</title>'
+        f"<style>{style}</style></head>\n<body><h1>{html.escape(heading)}</h1>\n<p>{legend}</p>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
+    """
+    Draws the texts with a colour bar.
+
+    Args:
+        texts (`list[WeightedText]`):
+            Texts, from top to bottom.
+        heading (`str`):
+            Title of the picture.
+        path (`str` or `Path`):
+            PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    highest = highest_weight(texts)
+    layout: list[tuple[float, float, str, str | None, bool]] = []
+    line = 0.0
+    for text in texts:
+        layout.append((0, line, text.title, None, True))
+        line = _place(text, line + 1.25, highest, layout.append) + 1.9
+    height = max(2.0, 0.235 * line + 1.0)
+    figure = Figure(figsize=(10.5, height), dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.03, 0.42 / height, 0.88, 1 - 1.0 / height))
+    axes.set_xlim(0, LINE_WIDTH)
+    axes.set_ylim(line, -0.8)
+    axes.axis("off")
+    figure.suptitle(heading, x=0.03, y=1 - 0.14 / height, ha="left", va="top", fontsize=12, fontweight="bold")
+    for column, row, piece, color, is_title in layout:
+        if color is not None:
+            axes.add_patch(_rectangle(column, row, len(piece), color))
+        axes.text(
+            column, row, piece, family="sans-serif" if is_title else "monospace", fontsize=10 if is_title else 9.6,
+            fontweight="bold" if is_title else "normal", va="center", parse_math=False,
+            color="#222222" if color is not None or is_title else "#8a8a8a",
+        )  # fmt: skip
+    shown = ListedColormap([to_hex(COLOR_MAP(0.85 * x)) if x else "#ffffff" for x in np.linspace(0, 1, 128)])
+    bar_axes = figure.add_axes((0.935, 0.2, 0.014, 0.6))
+    figure.colorbar(ScalarMappable(Normalize(0, highest or 1.0), shown), cax=bar_axes, label="token weight")
+    figure.savefig(path)
+
+
+def _rectangle(column: float, row: float, width: int, color: str):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column, row - 0.52), width, 1.04, color=color, linewidth=0)
+
+
+def _place(text: WeightedText, line: float, highest: float, add: Callable[[tuple], None]) -> float:
+    """Breaks a text into lines of fixed-width characters; returns the last line."""
+    column = 0
+    for piece, weight in zip(text.pieces, text.weights, strict=True):
+        for index, part in enumerate(piece.split("\n")):
+            if index:
+                line, column = line + 1.25, 0
+            if column and column + len(part) > LINE_WIDTH:
+                line, column, part = line + 1.25, 0, part.lstrip(" ")
+            while part:
+                add((column, line, part[:LINE_WIDTH], _color(weight, highest), False))
+                column, part = column + len(part[:LINE_WIDTH]), part[LINE_WIDTH:]
+                if part:
+                    line, column = line + 1.25, 0
+    return line
