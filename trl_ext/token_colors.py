@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 COLOR_MAP = colormaps["YlOrRd"]
-LINE_WIDTH = 92
+LINE_WIDTH = 104
 
 
 @dataclass
@@ -131,7 +131,7 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
         if color is not None:
             axes.add_patch(_rectangle(column, row, len(piece), color))
         axes.text(
-            column, row, piece, family="sans-serif" if is_title else "monospace", fontsize=10 if is_title else 9.6,
+            column, row, piece, family="sans-serif" if is_title else "monospace", fontsize=10.6,
             fontweight="bold" if is_title else "normal", va="center", parse_math=False,
             color="#222222" if color is not None or is_title else "#8a8a8a",
         )  # fmt: skip

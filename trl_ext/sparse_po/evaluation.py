@@ -10,9 +10,9 @@ from accelerate.utils import is_peft_model
 from scipy.stats import rankdata
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .masked_forward import scatter_tokens
+from .masked_forward import TokenMasks, scatter_tokens
 from .paired_lm_head import logit_transform, paired_log_probs
-from .reference_states import gathered_head, original_head
+from .reference_states import ReferenceCollector, gathered_head, original_head
 
 
 @dataclass
@@ -168,6 +168,33 @@ def _divergences(
             policy_logit_scale=ref_scale, policy_softcap=ref_softcap, ref_logit_scale=scale, ref_softcap=softcap,
         )  # fmt: skip
     return scatter_tokens(divergences, predicted).sum(dim=1)
+
+
+@torch.no_grad()
+def mask_weights(
+    masks: TokenMasks, ref_model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Weights of the response tokens of a batch, outside a trainer.
+
+    Args:
+        masks ([`TokenMasks`]):
+            Masks, such as [`restore_masks`] returns.
+        ref_model ([`~transformers.PreTrainedModel`]):
+            Reference model they were trained with.
+        inputs (`dict[str, torch.Tensor]`):
+            `input_ids`, `attention_mask` and `completion_mask`, each `(rows, T)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: reward mask and divergence mask, each `(rows, T-1)`, float32, zero outside
+        the completion. Column `t` weights token `t + 1`.
+    """
+    collector = ReferenceCollector(masks.mask_type)
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    collector.run(
+        ref_model, labels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    )
+    return masks(collector.states, inputs["completion_mask"][:, 1:].bool())
 
 
 @dataclass

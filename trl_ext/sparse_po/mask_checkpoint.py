@@ -95,6 +95,39 @@ def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) ->
     masks.learned.load_state_dict(saved)
 
 
+def restore_masks(folder: str | Path) -> TokenMasks:
+    """
+    Builds the masks that a finished run saved, to study them.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with `token_masks.safetensors`.
+
+    Returns:
+        [`TokenMasks`]
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+    """
+    path = Path(folder) / TOKEN_MASKS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {TOKEN_MASKS_FILE}. Give the folder of a run with learned masks.")
+    with safe_open(path, framework="pt") as file:
+        settings = file.metadata()
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    num_layers, hidden_size = next(tensor.shape for name, tensor in saved.items() if name.endswith("layer_weight"))
+    masks = TokenMasks(
+        num_layers,
+        hidden_size,
+        settings["mask_type"],
+        settings["independent_masks"] == "True",
+        settings["mask_reward"] == "True",
+        settings["mask_divergence"] == "True",
+    )
+    masks.learned.load_state_dict(saved)
+    return masks.eval()
+
+
 def _sizes(tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("layer_weight")]
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
 from .._compat import SyncRefModelCallback, disable_gradient_checkpointing, use_adapter
+from ..model_card import write_method_card
+from .card import CITATION, method_section
 from .loss import mask_l1_penalty
 from .mask_checkpoint import load_masks, mask_state_dict, save_masks
 from .masked_forward import TOKEN_MASKS, MaskedCausalLMOutput, ReferenceInput, TokenMasks, add_token_masks
@@ -96,6 +99,7 @@ class SparsePOTrainer(DPOTrainer):
     _paper = {
         "title": "SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
         "id": "2410.05102",
+        "citation": CITATION,
     }
 
     args: SparsePOConfig
@@ -321,7 +325,32 @@ class SparsePOTrainer(DPOTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         if state and self.args.should_save:
             save_masks(state, folder, self.args)
+        if not _internal_call:
+            self._write_card_into(Path(folder))
         super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _write_card_into(self, folder: Path) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
+        card = Path(self.args.output_dir) / "README.md"
+        if self.args.should_save and card.is_file() and folder.resolve() != Path(self.args.output_dir).resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            model_id = self.hub_model_id or str(self.args.output_dir)
+            base_model = self.model.config.name_or_path
+            write_method_card(
+                self.args.output_dir,
+                model_id=model_id,
+                base_model=base_model if base_model and not Path(base_model).is_dir() else None,
+                method_section=method_section(self.args, self.state.log_history, model_id),
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Masks first: a checkpoint without them is refused before anything is overwritten

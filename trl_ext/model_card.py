@@ -1,0 +1,84 @@
+"""Model cards: TRL's own, mended and completed with what a method adds."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from . import __version__
+
+
+def settings_table(rows: dict[str, object]) -> str:
+    """A Markdown table of settings and values."""
+    lines = [f"| `{name}` | {_shown(value)} |" for name, value in rows.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def finish_model_card(content: str, *, model_id: str, base_model: str | None, method_section: str) -> str:
+    """
+    Mends TRL's card and adds a method's section before the framework versions.
+
+    TRL writes `[None](https://huggingface.co/None)` for a base model in a local folder, `model="None"` where the model
+    is not on the Hub, and the misspelt metadata `licence: license`.
+
+    Args:
+        content (`str`):
+            Text of TRL's card, metadata included.
+        model_id (`str`):
+            Hub id of the model, or the folder it is saved in.
+        base_model (`str`, *optional*):
+            Name of the base model to show; `None` where it has no name on the Hub.
+        method_section (`str`):
+            Markdown put into the training procedure.
+
+    Returns:
+        `str`
+    """
+    if base_model is None:
+        content = content.replace(
+            "a fine-tuned version of [None](https://huggingface.co/None)", "fine-tuned from a local base model"
+        )
+    content = content.replace('model="None"', f'model="{model_id}"')
+    card = ModelCard(content)
+    metadata = card.data.to_dict()
+    metadata.pop("licence", None)
+    body = card.text
+    versions = "### Framework versions\n\n"
+    if versions not in body:
+        body += f"\n{versions}"
+    body = body.replace(versions, f"{method_section.strip()}\n\n{versions}- trl_ext: {__version__}\n", 1)
+    card.text = re.sub(r"[ \t]+\n", "\n", body)
+    card.data = type(card.data)(**metadata)
+    return str(card)
+
+
+def write_method_card(
+    folder: str | Path, *, model_id: str | None, base_model: str | None, method_section: str
+) -> None:
+    """
+    Rewrites the `README.md` that TRL left in a folder (see [`finish_model_card`]).
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with TRL's card.
+        model_id (`str`, *optional*):
+            Hub id of the model. Defaults to the folder.
+        base_model (`str`, *optional*):
+            Name of the base model, or `None`.
+        method_section (`str`):
+            Markdown of the method.
+    """
+    path = Path(folder) / "README.md"
+    content = finish_model_card(
+        path.read_text(encoding="utf-8"),
+        model_id=model_id or str(folder),
+        base_model=base_model,
+        method_section=method_section,
+    )
+    path.write_text(content, encoding="utf-8")
+
+

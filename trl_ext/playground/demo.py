@@ -1,0 +1,244 @@
+"""The demo: SparsePO against its relatives on the playground, where what matters in a response is known."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+# In the order of the table; the first is launched as a user would launch it
+METHODS: dict[str, list[str]] = {
+    "SparsePO common": [],
+    "SparsePO independent": ["--independent_masks", "True"],
+    "MaPO": ["--mask_type", "activation", "--mask_learning_rate", "0"],
+    "TDPO1": ["--mask_type", "ones", "--mask_learning_rate", "0"],
+    "DPO": ["--mask_type", "ones", "--mask_learning_rate", "0", "--divergence_coef", "0"],
+}
+COLORS = {
+    "SparsePO common": "#c1272d",
+    "SparsePO independent": "#e88a1a",
+    "MaPO": "#3b7dd8",
+    "TDPO1": "#2f9e5b",
+    "DPO": "#6b6b6b",
+}
+NUM_PROMPTS = 256
+
+
+@dataclass
+class MethodResult:
+    """
+    What one method reached.
+
+    Attributes:
+        name (`str`): Method.
+        points (`list[tuple[float, float]]`): KL and reward at each checkpoint.
+        accuracy (`float`): Share of test pairs whose chosen response has the higher implicit reward.
+        sparsity (`tuple[float, float]`): Share of zero weights of the reward and of the divergence mask.
+        auc (`tuple[float, float]`): How well each mask finds the sentiment-bearing tokens.
+        grammaticality (`float`): Share of grammatical sentences in the samples of the last checkpoint.
+    """
+
+    name: str
+    points: list[tuple[float, float]] = field(default_factory=list)
+    accuracy: float = float("nan")
+    sparsity: tuple[float, float] = (0.0, 0.0)
+    auc: tuple[float, float] = (0.5, 0.5)
+    grammaticality: float = float("nan")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo; returns its exit status."""
+    root = Path(__file__).resolve().parents[2]
+    parser = argparse.ArgumentParser("trl-ext demo", description=__doc__)
+    parser.add_argument("--config", default=str(root / "recipes" / "sparse_po" / "playground.yaml"), help="recipe")
+    parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
+    parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
+    options = parser.parse_args(arguments)
+    if not Path(options.config).is_file():
+        raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    output_dir = Path(options.output_dir)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True)
+    console, start = Console(), time.monotonic()
+    from . import resolve
+
+    console.rule("Base model of the playground")
+    resolve("playground")
+    overrides = [] if options.max_steps is None else ["--max_steps", str(options.max_steps)]
+    results = []
+    for name, settings in METHODS.items():
+        console.rule(name)
+        folder = output_dir / name.lower().replace(" ", "_")
+        train(folder, options.config, [*settings, *overrides], launch=name == next(iter(METHODS)))
+        results.append(measure(name, folder))
+    console.print(results_table(results))
+    draw_frontier(results, output_dir / "frontier.png")
+    draw_pair(output_dir / "sparsepo_common", output_dir / "token_masks.png")
+    (output_dir / "results.json").write_text(json.dumps([vars(result) for result in results], indent=1))
+    console.print(
+        f"Pictures: {output_dir / 'frontier.png'} and {output_dir / 'token_masks.png'}. "
+        f"{time.monotonic() - start:.0f} seconds."
+    )
+    return 0
+
+
+def train(folder: Path, config: str, overrides: list[str], launch: bool) -> None:
+    """Trains as the recipe says, through `trl-ext sparse-po` or, to spare a start-up, in this process."""
+    arguments = ["--config", config, "--output_dir", str(folder), *overrides]
+    if launch:
+        subprocess.run([sys.executable, "-m", "trl_ext.cli", "sparse-po", *arguments], check=True)
+        return
+    from ..scripts.sparse_po import main as run
+    from ..scripts.sparse_po import make_parser
+
+    run(*make_parser().parse_args_and_config(arguments))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in order."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def measure(name: str, folder: Path) -> MethodResult:
+    """Measures a finished run: every checkpoint on the frontier, the masks against the truth."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..sparse_po.evaluation import mask_recovery, reward_and_divergence
+    from . import grammaticality, prompts, resolve, sentiment_reward
+
+    reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
+    test_prompts = prompts(NUM_PROMPTS, split="test")
+    result = MethodResult(name)
+    for path in [Path(resolve("playground")), *checkpoints(folder)]:
+        policy = AutoModelForCausalLM.from_pretrained(path).eval()
+        measured = reward_and_divergence(
+            policy, reference, tokenizer, test_prompts, sentiment_reward, max_new_tokens=56, batch_size=NUM_PROMPTS
+        )
+        result.points.append((measured.mean_divergence, measured.mean_reward))
+    result.grammaticality = float(np.mean(grammaticality(measured.completions)))
+    state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_rewards/accuracies" in entry]
+    result.accuracy = evaluations[-1]["eval_rewards/accuracies"]
+    weights, truth = zip(*weighted_test_responses(folder, reference, tokenizer), strict=True)
+    result.sparsity = tuple(float(np.mean(np.concatenate([w[term] for w in weights]) == 0)) for term in (0, 1))
+    result.auc = tuple(mask_recovery([w[term] for w in weights], list(truth)).auc for term in (0, 1))
+    return result
+
+
+def weighted_test_responses(
+    folder: Path, reference, tokenizer, num_pairs: int = 100
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
+    """For test responses, the weights of both masks and the sentiment of each token."""
+    from ..sparse_po.evaluation import mask_weights
+    from . import preference_dataset, token_truth
+
+    masks = run_masks(folder)
+    pairs = preference_dataset(num_pairs, split="test")
+    for row in pairs:
+        for side in ("chosen", "rejected"):
+            inputs = response_inputs(tokenizer, row["prompt"], row[side] + tokenizer.eos_token)
+            completion = inputs["completion_mask"][0, 1:].bool()
+            weights = tuple(mask[0][completion].numpy() for mask in mask_weights(masks, reference, inputs))
+            yield weights, np.array([*token_truth(row[side]), 0.0])  # type: ignore[misc]
+
+
+def run_masks(folder: Path):
+    """The masks of a finished run of the demo."""
+    from ..sparse_po.mask_checkpoint import TOKEN_MASKS_FILE, restore_masks
+    from ..sparse_po.masked_forward import TokenMasks
+
+    if (folder / TOKEN_MASKS_FILE).is_file():
+        return restore_masks(folder)
+    return TokenMasks(1, 1, "activation" if folder.name == "mapo" else "ones")
+
+
+def response_inputs(tokenizer, prompt: str, response: str) -> dict[str, torch.Tensor]:
+    """One prompt and response as a batch of one row."""
+    ids = tokenizer(prompt + response, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    completion = torch.ones_like(ids)
+    completion[:, : len(tokenizer(prompt)["input_ids"])] = 0
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
+
+
+def results_table(results: list[MethodResult]) -> Table:
+    """The results as one table."""
+    table = Table(title=f"SparsePO on the playground ({NUM_PROMPTS} sampled responses, 200 test pairs)")
+    columns = ("method", "reward", "KL to reference", "grammatical", "preference\naccuracy", "sparsity\nm_u / m_d",
+               "finds sentiment tokens\nAUC m_u / m_d")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    divergence, reward = results[0].points[0]
+    table.add_row("base model", f"{reward:.3f}", f"{divergence:.2f}", "", "", "", "", end_section=True)
+    for result in results:
+        divergence, reward = result.points[-1]
+        table.add_row(
+            result.name,
+            f"{reward:.3f}",
+            f"{divergence:.2f}",
+            f"{result.grammaticality:.3f}",
+            f"{result.accuracy:.3f}",
+            " / ".join(f"{value:.2f}" for value in result.sparsity),
+            " / ".join(f"{value:.2f}" for value in result.auc),
+        )
+    return table
+
+
+def draw_frontier(results: list[MethodResult], path: Path) -> None:
+    """Reward against KL of every checkpoint of every method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for result in results:
+        divergences, rewards = zip(*result.points, strict=True)
+        axes.plot(
+            divergences, rewards, marker="o", markersize=5, linewidth=1.8, color=COLORS[result.name], label=result.name
+        )
+        axes.plot(divergences[-1], rewards[-1], marker="*", markersize=14, color=COLORS[result.name])
+    axes.set_xlabel("KL(policy || reference), nats per response")
+    axes.set_ylabel("sentiment reward")
+    axes.set_title("Reward against divergence through training (star: the end)", loc="left", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_pair(folder: Path, path: Path) -> None:
+    """One test pair, each token coloured by its weight, with the known truth below it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..sparse_po.evaluation import mask_weights
+    from ..token_colors import WeightedText, save_png, token_pieces
+    from . import preference_dataset, resolve, token_truth
+
+    reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
+    row = preference_dataset(1, split="test")[0]
+    texts = []
+    for side in ("chosen", "rejected"):
+        inputs = response_inputs(tokenizer, row["prompt"], row[side])
+        completion = inputs["completion_mask"][0].bool()
+        mask = mask_weights(run_masks(folder), reference, inputs)[0][0]
+        learned = torch.cat([torch.tensor([torch.nan]), mask.masked_fill(~completion[1:], torch.nan)])
+        truth = torch.full_like(learned, torch.nan)
+        truth[completion] = torch.tensor(token_truth(row[side])).abs() / 2 * float(mask.max())
+        pieces = token_pieces(tokenizer, inputs["input_ids"][0].tolist())
+        texts.append(WeightedText(f"{side}: learned weights", pieces, learned.tolist()))
+        texts.append(WeightedText(f"{side}: known strength of sentiment, scaled", pieces, truth.tolist()))
+    save_png(texts, "SparsePO common mask on a test pair", path)
