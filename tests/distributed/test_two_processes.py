@@ -1,0 +1,100 @@
+"""Two CPU processes train as one does, under DDP, ZeRO-2 and ZeRO-3, and what they save loads back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import trl_ext
+from tests.tiny import save_tiny_model
+
+
+pytestmark = pytest.mark.distributed
+CONFIGS = Path(trl_ext.__file__).parent / "accelerate_configs"
+ROOT = Path(trl_ext.__file__).parents[1]
+SCRIPT = str(Path(__file__).with_name("train.py"))
+LAUNCHERS = {
+    "single": [],
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "zero2": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero2.yaml")],
+    "zero3": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero3.yaml")],
+}
+CHAINS = {
+    "ddp": ["DistributedDataParallel", "AcceleratedOptimizer", "AdamW"],
+    "zero2": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
+    "zero3": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer_Stage3", "AdamW"],
+}
+PORTS = iter(range(29610, 29700))
+
+
+def launch(launcher, model, output, *options, settings=None):
+    arguments = ["--model", model, "--output", str(output), "--batch_size", "4" if launcher == "single" else "2"]
+    command = [sys.executable, *LAUNCHERS[launcher]]
+    if launcher.startswith("zero"):
+        command += ["--main_process_port", str(next(PORTS) + os.getpid() % 300)]
+    result = subprocess.run(
+        [*command, SCRIPT, *arguments, "--settings", json.dumps(settings or {}), *options],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((Path(output) / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    return launch("single", model, tmp_path_factory.mktemp("single"))
+
+
+def assert_same_training(found, expected, launcher):
+    assert found["world_size"] == 2
+    assert found["chain"] == CHAINS[launcher]
+    assert found["zero_stage"] == {"ddp": None, "zero2": 2, "zero3": 3}[launcher]
+    for name in ("losses", "eval_losses", "mask_means"):
+        assert found[name] == pytest.approx(expected[name], abs=2e-4), name
+    torch.testing.assert_close(
+        torch.tensor(found["weights"]), torch.tensor(expected["weights"]), rtol=2e-3, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
+    found = launch(launcher, model, tmp_path)
+    assert_same_training(found, alone, launcher)
+
+    saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    masks = load_file(tmp_path / "final" / "token_masks.safetensors")
+    assert masks["common.layer_weight"].shape == (2, 32)
+    assert (masks["common.layer_bias"] - 1).abs().max() > 1e-3  # trained, and gathered whole
+
+    resumed = launch(launcher, model, tmp_path / "resumed", "--resume", str(tmp_path / "checkpoint-2"))
+    assert resumed["losses"] == pytest.approx(found["losses"], abs=1e-6)
+    again = load_file(tmp_path / "resumed" / "final" / "token_masks.safetensors")
+    for name, tensor in masks.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_under_zero3(model, tmp_path):
+    settings = {"independent_masks": True}
+    expected = launch("single", model, tmp_path / "single", "--lora", settings=settings)
+    found = launch("zero3", model, tmp_path / "zero3", "--lora", settings=settings)
+    assert_same_training(found, expected, "zero3")
+
+
+def test_activation_masks_under_zero3(model, tmp_path):
+    settings = {"mask_type": "activation"}
+    expected = launch("single", model, tmp_path / "single", settings=settings)
+    found = launch("zero3", model, tmp_path / "zero3", settings=settings)
+    assert_same_training(found, expected, "zero3")

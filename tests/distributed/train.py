@@ -1,0 +1,86 @@
+"""Trains SparsePO on a tiny model and writes what happened; started by the tests in one or several processes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import deepspeed.comm.torch  # noqa: F401
+from peft import LoraConfig
+
+
+# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+from tests.tiny import tiny_pairs, tiny_tokenizer  # noqa: E402
+from trl_ext.sparse_po.sparse_po_config import SparsePOConfig  # noqa: E402
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer  # noqa: E402
+
+
+def wrapper_chain(trainer) -> list[str]:
+    chain = [type(trainer.model_wrapped).__name__]
+    optimizer = trainer.optimizer
+    while optimizer is not None:
+        chain.append(type(optimizer).__name__)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return chain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--resume")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--settings", default="{}")
+    options = parser.parse_args()
+    trainer = SparsePOTrainer(
+        options.model,
+        args=SparsePOConfig(
+            output_dir=options.output,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            max_steps=4,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            beta=0.5,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            **json.loads(options.settings),
+        ),
+        train_dataset=tiny_pairs(16),
+        eval_dataset=tiny_pairs(8, seed=3),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if options.lora else None,
+    )
+    trainer.train(resume_from_checkpoint=options.resume)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    weights = trainer.token_masks(batch)
+    trainer.save_model(str(Path(options.output) / "final"))
+    if trainer.is_world_process_zero():
+        found = {
+            "world_size": trainer.args.world_size,
+            "chain": wrapper_chain(trainer),
+            "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+            "eval_losses": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+            "mask_means": [e["mask/reward/mean"] for e in trainer.state.log_history if "mask/reward/mean" in e],
+            "weights": weights["divergence"].tolist(),
+        }
+        (Path(options.output) / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
