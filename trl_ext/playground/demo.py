@@ -175,11 +175,15 @@ def response_inputs(tokenizer, prompt: str, response: str) -> dict[str, torch.Te
 
 def results_table(results: list[MethodResult]) -> Table:
     """The results as one table."""
-    table = Table(title=f"SparsePO on the playground ({NUM_PROMPTS} sampled responses, 200 test pairs)")
-    columns = ("method", "reward", "KL to reference", "grammatical", "preference\naccuracy", "sparsity\nm_u / m_d",
-               "finds sentiment tokens\nAUC m_u / m_d")  # fmt: skip
+    table = Table(
+        title=f"SparsePO on the playground ({NUM_PROMPTS} sampled responses, 200 test pairs)",
+        caption="reward: exact sentiment; KL to the reference, nats per response; preference: accuracy on test pairs; "
+        "sparsity: share of zero weights; AUC: how well a mask finds the sentiment-bearing tokens (0.5 is chance)",
+    )
+    columns = ("method", "reward", "KL", "gram-\nmatical", "prefe-\nrence", "sparsity\nm_u / m_d",
+               "AUC\nm_u / m_d")  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     divergence, reward = results[0].points[0]
     table.add_row("base model", f"{reward:.3f}", f"{divergence:.2f}", "", "", "", "", end_section=True)
     for result in results:

@@ -89,8 +89,10 @@ class StrictParser(TrlParser):
         environment = recipe.pop("env", {}) or {}
         if not isinstance(environment, dict):
             raise RecipeError(f"`env` in {path} must map names to values, got {environment!r}.")
-        self._refuse_unknown([(key, f"the recipe {path}") for key in recipe])
-        self._refuse_unknown([(argument[2:].split("=")[0], "the command line") for argument in _flags(args)])
+        self._refuse_unknown(
+            [(key, f"the recipe {path}") for key in recipe]
+            + [(argument[2:].split("=")[0], "the command line") for argument in _flags(args)]
+        )
         return args, recipe, {str(name): str(value) for name, value in environment.items()}, path
 
     def valid_keys(self) -> set[str]:

@@ -1,0 +1,140 @@
+"""What we rely on in TRL, transformers and accelerate beyond their public documentation.
+
+For every name: it exists, it has the signature that `signatures.json` records, and the parent still calls it. After a
+deliberate change run `python -m tests.contract.test_parents` to record the signatures anew.
+"""
+
+import ast
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import Trainer
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import DPOConfig, DPOTrainer, TrlParser
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+
+
+RECORDED = Path(__file__).with_name("signatures.json")
+# Name: what it is. Overridden or called by us.
+USED = {
+    "DPOTrainer.__init__": DPOTrainer.__init__,
+    "DPOTrainer._prepare_dataset": DPOTrainer._prepare_dataset,
+    "DPOTrainer._compute_loss": DPOTrainer._compute_loss,
+    "DPOTrainer.create_model_card": DPOTrainer.create_model_card,
+    "Trainer.create_optimizer": Trainer.create_optimizer,
+    "Trainer.save_model": Trainer.save_model,
+    "Trainer._load_from_checkpoint": Trainer._load_from_checkpoint,
+    "Trainer._load_best_model": Trainer._load_best_model,
+    "Trainer.remove_callback": Trainer.remove_callback,
+    "SyncRefModelCallback.__init__": SyncRefModelCallback.__init__,
+    "SyncRefModelCallback.sync_target_model": SyncRefModelCallback.sync_target_model,
+    "TrlParser.parse_args_and_config": TrlParser.parse_args_and_config,
+    "TrlParser.set_defaults_with_config": TrlParser.set_defaults_with_config,
+    "add_fused_lm_head": add_fused_lm_head,
+    "disable_gradient_checkpointing": disable_gradient_checkpointing,
+    "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
+    "use_adapter": use_adapter,
+    "AttentionInterface.get_interface": AttentionInterface.get_interface,
+    "load_balancing_loss_func": load_balancing_loss_func,
+}
+# Method of the parent: the class whose source must call it on itself
+CALLED = {
+    "_prepare_dataset": DPOTrainer,
+    "_compute_loss": DPOTrainer,
+    "create_model_card": DPOTrainer,
+    "create_optimizer": Trainer,
+    "save_model": Trainer,
+    "_load_from_checkpoint": Trainer,
+    "_load_best_model": Trainer,
+    "sync_target_model": SyncRefModelCallback,
+    "set_defaults_with_config": TrlParser,
+}
+
+
+def signature(function) -> list[str]:
+    """Names and kinds of the parameters, and whether they have a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [f"{p.name}:{p.kind.name}{'' if p.default is p.empty else '=...'}" for p in parameters]
+
+
+def calls_on_self(owner: type) -> set[str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    return {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name) and node.func.value.id == "self"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USED)
+def test_signature_is_the_recorded_one(name):
+    assert signature(USED[name]) == json.loads(RECORDED.read_text())[name]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_parent_still_calls_it(name):
+    assert name in calls_on_self(CALLED[name])
+
+
+def test_loss_reads_what_we_hand_it():
+    """`_compute_loss` passes unknown inputs to the model, reads reference sums from the batch when told, and records
+    the metrics that we overwrite."""
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    for text in (
+        "fused_lm_head=True", "self.precompute_ref_logps", '"ref_chosen_logps"', '"ref_rejected_logps"',
+        "outputs.log_probs", "outputs.entropy", "outputs.mean_logits", "outputs.is_top1", "outputs.aux_loss",
+        '["logps/chosen"].append', '["logps/rejected"].append', "_non_model_keys",
+    ):  # fmt: skip
+        assert text in source, text
+    assert source.count("model(**model_kwargs, labels=labels, fused_lm_head=True)") == 1
+
+
+def test_trainer_attributes_we_set_and_read():
+    source = inspect.getsource(DPOTrainer)
+    for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model ="):
+        assert text in source, text
+    assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
+    for field in ("precompute_ref_log_probs", "padding_free", "use_weighting", "f_divergence_type", "loss_type"):
+        assert field in DPOConfig.__dataclass_fields__
+
+
+def test_saving_leaves_out_ignored_keys():
+    source = inspect.getsource(PreTrainedModel.save_pretrained)
+    assert "self._keys_to_ignore_on_save" in source
+
+
+def test_attention_blocks_ask_the_interface_on_each_call():
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(LlamaAttention.forward)
+
+
+def test_fused_output_has_the_fields_we_extend():
+    from trl_ext._compat import FusedCausalLMOutput
+
+    fields = ["loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"]
+    assert list(FusedCausalLMOutput.__dataclass_fields__) == fields
+
+
+def test_versions_are_those_claimed():
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    requirements = {r.name: r for r in map(Requirement, requires("trl-ext")) if r.marker is None}
+    import trl
+
+    assert trl.__version__ in requirements["trl"].specifier
+    assert transformers.__version__ in requirements["transformers"].specifier
+
+
+if __name__ == "__main__":
+    RECORDED.write_text(json.dumps({name: signature(used) for name, used in USED.items()}, indent=1) + "\n")

@@ -1,0 +1,86 @@
+"""Every recipe parses strictly, and runs two steps on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trl_ext
+from tests.tiny import save_tiny_model, tiny_pairs
+from trl_ext.scripts import sentiment_frontier, sparse_po
+from trl_ext.scripts.strict_parser import load_recipe
+
+
+ROOT = Path(trl_ext.__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+EXPERIMENTS = {"imdb_stories260k.yaml"}
+TRAINING = [path for path in RECIPES if path.name not in EXPERIMENTS]
+
+
+def ids(path):
+    return path.stem
+
+
+def make_parser(path):
+    return (sentiment_frontier if path.name in EXPERIMENTS else sparse_po).make_parser()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_recipe_parses(path):
+    make_parser(path).check(["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_recipe_has_its_header(path):
+    header = path.read_text().split("\n\n")[0]
+    for part in ("Run:", "Hardware:"):
+        assert part in header, part
+    assert "Expected:" in header or "minute" in header
+    assert f"recipes/{path.parent.name}/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_misspelt_key_is_refused(path, tmp_path):
+    recipe = load_recipe(path) | {"lerning_rate": 1.0}
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="`lerning_rate`.*wrong.yaml.*did you mean `learning_rate`"):
+        make_parser(path).check(["--config", str(wrong)])
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=ids)
+def test_recipe_runs_two_steps(path, tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    recipe = load_recipe(path)
+    for key in ("datasets", "dataset_name", "test_split_size", "model_name_or_path", "attn_implementation"):
+        recipe.pop(key, None)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(12)))
+    recipe |= {
+        "model_name_or_path": model,
+        "datasets": [{"path": "json", "data_files": str(data)}],
+        "test_split_size": 0.34,
+        "output_dir": str(tmp_path / "out"),
+        "dtype": "float32",
+        "max_steps": 2,
+        "max_length": 64,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "show_token_masks": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    overridden = tmp_path / "recipe.yaml"
+    overridden.write_text(yaml.safe_dump(recipe))
+    sparse_po.main(*sparse_po.make_parser().parse_args_and_config(["--config", str(overridden)]))
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "README.md").is_file()
