@@ -87,7 +87,9 @@ def test_lenient_parsing_is_refused():
 
 
 def test_launch_command():
-    command = cli.launch_command("module", ["--config", "r.yaml", "--accelerate_config", "zero3", "--num_processes", "4"])
+    command = cli.launch_command(
+        "module", ["--config", "r.yaml", "--accelerate_config", "zero3", "--num_processes", "4"]
+    )
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert command[4].endswith("accelerate_configs/zero3.yaml")
     assert command[5:7] == ["--num_processes", "4"]
@@ -148,7 +150,9 @@ def test_the_real_command(tmp_path):
     command = [sys.executable, "-m", "trl_ext.cli", "sparse-po", "--config", recipe]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "token_masks.safetensors").is_file()
+    assert (tmp_path / "out" / "model.safetensors").is_file() and (
+        tmp_path / "out" / "token_masks.safetensors"
+    ).is_file()
     failed = subprocess.run(
         [*command, "--resume_from_checkpoint", str(tmp_path / "nothing")],
         capture_output=True, text=True, timeout=200, env=environment,
@@ -159,7 +163,8 @@ def test_the_real_command(tmp_path):
 def test_script_refuses_before_loading(tmp_path):
     recipe = write_recipe(tmp_path, model_name_or_path="no/such-model", betaa=1.0)
     done = subprocess.run(
-        [sys.executable, "-m", "trl_ext.scripts.sparse_po", "--config", recipe], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "trl_ext.scripts.sparse_po", "--config", recipe],
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode != 0
     assert "did you mean `beta`" in done.stderr and "Traceback" not in done.stderr

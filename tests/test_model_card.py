@@ -37,12 +37,17 @@ def test_base_model_on_the_hub_is_named():
     card = finish_model_card(content, model_id="org/mine", base_model="org/base", method_section="### Masks\n\ntext")
     assert "[org/base](https://huggingface.co/org/base)" in card
     assert card.index("### Masks") < card.index("### Framework versions") < card.index("- TRL: 1.16.0")
-    again = finish_model_card(content.replace("### Framework", "### Other"), model_id="x", base_model="y", method_section="z")
+    again = finish_model_card(
+        content.replace("### Framework", "### Other"), model_id="x", base_model="y", method_section="z"
+    )
     assert f"- trl_ext: {trl_ext.__version__}" in again and "z" in again
 
 
 def test_settings_table():
-    assert settings_table({"beta": 0.5, "kind": "a"}) == "| setting | value |\n|---|---|\n| `beta` | 0.5 |\n| `kind` | a |"
+    assert (
+        settings_table({"beta": 0.5, "kind": "a"})
+        == "| setting | value |\n|---|---|\n| `beta` | 0.5 |\n| `kind` | a |"
+    )
 
 
 def test_license_and_changelog_exist():

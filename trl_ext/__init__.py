@@ -19,12 +19,13 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from .sparse_po.loss import sparse_po_loss
-    from .sparse_po.masks import ActivationTokenMask, LearnedTokenMask
-    from .sparse_po.paired_lm_head import paired_log_probs
-    from .sparse_po.sparse_po_config import SparsePOConfig
-    from .sparse_po.sparse_po_trainer import SparsePOTrainer
-    from .sparse_po.token_mask_callback import TokenMaskCallback
+    from .sparse_po.loss import sparse_po_loss as sparse_po_loss
+    from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
+    from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask
+    from .sparse_po.paired_lm_head import paired_log_probs as paired_log_probs
+    from .sparse_po.sparse_po_config import SparsePOConfig as SparsePOConfig
+    from .sparse_po.sparse_po_trainer import SparsePOTrainer as SparsePOTrainer
+    from .sparse_po.token_mask_callback import TokenMaskCallback as TokenMaskCallback
 
 
 def __getattr__(name: str) -> Any:

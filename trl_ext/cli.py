@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "recipes": _recipes}
-    commands |= {name: lambda rest, module=module: _train(module, rest) for name, module in TRAINING_COMMANDS.items()}
+    commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
         errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
         return 2
@@ -76,7 +77,8 @@ def accelerate_config_path(name: str) -> str:
     if name in accelerate_configs():
         return str(files("trl_ext") / "accelerate_configs" / f"{name}.yaml")
     raise ValueError(
-        f"`--accelerate_config {name}` is neither a file nor one of {', '.join(accelerate_configs())}. Give one of them."
+        f"`--accelerate_config {name}` is neither a file nor one of {', '.join(accelerate_configs())}. Give one of "
+        f"them."
     )
 
 

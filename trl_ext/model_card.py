@@ -80,5 +80,3 @@ def write_method_card(
         method_section=method_section,
     )
     path.write_text(content, encoding="utf-8")
-
-

@@ -63,9 +63,7 @@ def assert_same_training(found, expected, launcher):
     assert found["zero_stage"] == {"ddp": None, "zero2": 2, "zero3": 3}[launcher]
     for name in ("losses", "eval_losses", "mask_means"):
         assert found[name] == pytest.approx(expected[name], abs=2e-4), name
-    torch.testing.assert_close(
-        torch.tensor(found["weights"]), torch.tensor(expected["weights"]), rtol=2e-3, atol=2e-3
-    )
+    torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(expected["weights"]), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])

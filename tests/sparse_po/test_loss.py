@@ -37,9 +37,7 @@ def random_batch(seed=0, rows=6, length=5):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(rows, length, generator=generator, dtype=torch.float64) for _ in range(4)]
     log_ratios, divergences, reward_mask, divergence_mask = tensors
-    return [
-        x.requires_grad_() for x in (log_ratios, divergences.abs(), reward_mask.relu(), divergence_mask.relu())
-    ]
+    return [x.requires_grad_() for x in (log_ratios, divergences.abs(), reward_mask.relu(), divergence_mask.relu())]
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,9 @@ def test_divergence_is_never_negative():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_accumulates_in_float32(autocast):
     exact = inputs(num_tokens=64, hidden=64, ref_hidden=64, vocab=500, bias=False)
-    rounded = [None if x is None else x.detach().to(torch.bfloat16).double() if x.is_floating_point() else x for x in exact]
+    rounded = [
+        None if x is None else x.detach().to(torch.bfloat16).double() if x.is_floating_point() else x for x in exact
+    ]
     dtype = torch.float32 if autocast else torch.bfloat16
     low = [None if x is None else x.to(dtype) if x.is_floating_point() else x for x in rounded]
     low[0].requires_grad_()
@@ -319,7 +321,8 @@ TRITON = """
         for usable in (False, True):
             paired_lm_head_triton.is_usable = lambda device: usable
             tensors = inputs(num_tokens=5, vocab=1500, dtype=torch.float32)
-            log_probs, ref_log_probs, kl, statistics = paired(tensors, transforms, vocab_tile=1300, return_statistics=True)
+            options = {'vocab_tile': 1300, 'return_statistics': True}
+            log_probs, ref_log_probs, kl, statistics = paired(tensors, transforms, **options)
             (log_probs.sum() - 0.3 * kl.sum()).backward()
             first = [x.grad.clone() for x in tensors[:3]]
             log_probs = paired(tensors, transforms)[0]

@@ -94,7 +94,9 @@ def test_ones_without_divergence_is_dpo(loss, tmp_path, tiny_path, tokenizer):
         perturb(trainer.model)
         value = trainer.compute_loss(trainer.model, first_batch(trainer))
         value.backward()
-        found.append((value.detach(), gradients(trainer.model), {k: v[-1] for k, v in trainer._metrics["train"].items()}))
+        found.append(
+            (value.detach(), gradients(trainer.model), {k: v[-1] for k, v in trainer._metrics["train"].items()})
+        )
     (dpo_loss, dpo_gradients, dpo_metrics), (our_loss, our_gradients, our_metrics) = found
     torch.testing.assert_close(our_loss, dpo_loss, rtol=2e-6, atol=1e-6)
     assert our_gradients.keys() == dpo_gradients.keys()
@@ -123,7 +125,9 @@ MASKS = [
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_trainer_loss_equals_the_formula(family, masks, tmp_path, tokenizer):
     """The trainer's loss and its gradients against full logits in float64 of separate models."""
-    path = save_tiny_model(tmp_path / "model", family, **({"final_logit_softcapping": 5.0} if family == "gemma2" else {}))
+    path = save_tiny_model(
+        tmp_path / "model", family, **({"final_logit_softcapping": 5.0} if family == "gemma2" else {})
+    )
     trainer = make_trainer(tmp_path, path, tokenizer, **masks)
     perturb(trainer.model)
     batch = first_batch(trainer)
@@ -211,7 +215,9 @@ def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
 
 
 def test_masks_have_their_own_groups(tmp_path, tiny_path, tokenizer):
-    trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_learning_rate=0.5, mask_weight_decay=0.3, weight_decay=0.1)
+    trainer = make_trainer(
+        tmp_path, tiny_path, tokenizer, mask_learning_rate=0.5, mask_weight_decay=0.3, weight_decay=0.1
+    )
     optimizer = trainer.create_optimizer()
     mask_groups = [group for group in optimizer.param_groups if group.get("token_masks")]
     assert [group["weight_decay"] for group in mask_groups] == [0.3, 0.0]
@@ -363,7 +369,12 @@ def test_bfloat16(tmp_path, tiny_path, tokenizer):
 def test_conversational_data_and_evaluation(tmp_path, tiny_path, tokenizer):
     data = tiny_pairs(8, conversational=True)
     trainer = make_trainer(
-        tmp_path, tiny_path, tokenizer, data=data, max_steps=1, trainer_arguments={"eval_dataset": tiny_pairs(4, seed=2)}
+        tmp_path,
+        tiny_path,
+        tokenizer,
+        data=data,
+        max_steps=1,
+        trainer_arguments={"eval_dataset": tiny_pairs(4, seed=2)},
     )
     trainer.train()
     metrics = trainer.evaluate()

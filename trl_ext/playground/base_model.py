@@ -15,8 +15,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
-from . import grammar
-from .grammar import generate_review
+from .grammar import generate_review, vocabulary
 from .tokenizer import EOS, PAD, build_tokenizer
 
 
@@ -51,9 +50,10 @@ class BaseModelSettings:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
 
     def key(self) -> str:
-        """Hash of the settings, the grammar, the training code and the torch version."""
-        source = getsource(grammar) + getsource(_train)
-        content = json.dumps(asdict(self), sort_keys=True) + source + torch.__version__
+        """Hash of the settings, the vocabulary, a sample of the corpus, the training code and the torch version."""
+        generator = random.Random("key")
+        sample = [generate_review(generator).text for _ in range(500)]
+        content = json.dumps([asdict(self), vocabulary(), sample, getsource(_train), torch.__version__])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -126,7 +126,9 @@ def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
     warmup = max(1, settings.steps // 20)
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
-    steps = tqdm(range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress)
+    steps = tqdm(
+        range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress
+    )
     for _ in steps:
         texts = [generate_review(generator).text + EOS for _ in range(settings.batch_size)]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)

@@ -133,8 +133,12 @@ def measure(name: str, folder: Path) -> MethodResult:
     evaluations = [entry for entry in state["log_history"] if "eval_rewards/accuracies" in entry]
     result.accuracy = evaluations[-1]["eval_rewards/accuracies"]
     weights, truth = zip(*weighted_test_responses(folder, reference, tokenizer), strict=True)
-    result.sparsity = tuple(float(np.mean(np.concatenate([w[term] for w in weights]) == 0)) for term in (0, 1))
-    result.auc = tuple(mask_recovery([w[term] for w in weights], list(truth)).auc for term in (0, 1))
+    by_term = [[w[term] for w in weights] for term in (0, 1)]
+    result.sparsity = (
+        float(np.mean(np.concatenate(by_term[0]) == 0)),
+        float(np.mean(np.concatenate(by_term[1]) == 0)),
+    )
+    result.auc = (mask_recovery(by_term[0], list(truth)).auc, mask_recovery(by_term[1], list(truth)).auc)
     return result
 
 

@@ -14,20 +14,20 @@ from functools import cache
 NEGATORS = ("not", "never", "hardly")
 INTENSIFIERS = ("very", "quite", "really", "rather", "somewhat", "truly")
 POSITIVE_STRONG = tuple(
-    "wonderful brilliant superb excellent fantastic marvelous outstanding amazing magnificent perfect splendid glorious "
-    "delightful stunning exquisite terrific".split()
+    "wonderful brilliant superb excellent fantastic marvelous outstanding amazing magnificent perfect splendid "
+    "glorious delightful stunning exquisite terrific".split()
 )
 POSITIVE_MILD = tuple(
     "good nice pleasant fine decent charming enjoyable solid clever neat likable tidy warm graceful elegant tasteful "
     "agreeable inviting refreshing satisfying".split()
 )
 NEGATIVE_MILD = tuple(
-    "bad dull weak bland boring clumsy flat tired messy sloppy awkward tedious shabby stale forgettable lifeless noisy "
-    "confusing annoying disappointing".split()
+    "bad dull weak bland boring clumsy flat tired messy sloppy awkward tedious shabby stale forgettable lifeless "
+    "noisy confusing annoying disappointing".split()
 )
 NEGATIVE_STRONG = tuple(
-    "awful terrible horrible dreadful appalling atrocious abysmal disastrous hideous pathetic miserable disgusting vile "
-    "wretched hopeless unbearable".split()
+    "awful terrible horrible dreadful appalling atrocious abysmal disastrous hideous pathetic miserable disgusting "
+    "vile wretched hopeless unbearable".split()
 )
 LIKING = {"loved": 2.0, "adored": 2.0, "enjoyed": 1.0, "liked": 1.0, "admired": 1.0}
 DISLIKING = {"hated": -2.0, "despised": -2.0, "disliked": -1.0, "resented": -1.0, "regretted": -1.0}
@@ -55,7 +55,9 @@ DOMAINS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "book": (
         ("read", "borrowed", "finished"),
-        tuple("story prose cover narrator chapter heroine villain setting preface epilogue translation binding".split()),
+        tuple(
+            "story prose cover narrator chapter heroine villain setting preface epilogue translation binding".split()
+        ),
     ),
     "restaurant": (
         ("visited", "booked", "found"),
@@ -79,11 +81,12 @@ DOMAINS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 RELATIVES = tuple(
-    "brother sister cousin uncle aunt neighbor colleague teacher doctor lawyer driver farmer student nephew niece".split()
+    "brother sister cousin uncle aunt neighbor colleague teacher doctor lawyer driver farmer student nephew "
+    "niece".split()
 )
 TIMES = tuple(
-    "yesterday|today|last week|last month|on monday|on tuesday|on wednesday|on thursday|on friday|on saturday|on sunday|"
-    "in january|in march|in april|in june|in july|in august|in october|in november|in december|in the morning|"
+    "yesterday|today|last week|last month|on monday|on tuesday|on wednesday|on thursday|on friday|on saturday|on "
+    "sunday|in january|in march|in april|in june|in july|in august|in october|in november|in december|in the morning|"
     "in the evening|at noon|at midnight|after lunch|before dinner|during winter|during summer".split("|")
 )
 PLACES = tuple(
@@ -241,8 +244,8 @@ def word_sentiments(words: list[str]) -> list[float]:
     """
     Signed sentiment of each word: +-1 (mild) or +-2 (strong) for sentiment words, 0 for others.
 
-    A negator turns the sign of the first sentiment word within the next three words of its clause, and carries the same
-    value as the word it turns.
+    A negator turns the sign of the first sentiment word within the next three words of its clause, and carries the
+    same value as the word it turns.
 
     Args:
         words (`list[str]`):

@@ -12,9 +12,7 @@ from .rewards import sentiment
 MINIMUM_GAP = 0.3
 
 
-def preference_dataset(
-    num_pairs: int, seed: int = 0, split: str = "train", conversational: bool = False
-) -> Dataset:
+def preference_dataset(num_pairs: int, seed: int = 0, split: str = "train", conversational: bool = False) -> Dataset:
     """
     Pairs of completions of one prompt, both drawn from the grammar with the same number of sentences; the chosen has
     the higher exact sentiment, by at least 0.3.

@@ -22,8 +22,8 @@ def token_truth(text: str) -> list[float]:
 
 def sentiment(text: str) -> float:
     """
-    `S / (A + 2)` with `S` the sum of the signed sentiments and `A` the sum of their absolute values, negators left out:
-    in `(-1, 1)`, 0 for neutral text, and growing with the number of agreeing words.
+    `S / (A + 2)` with `S` the sum of the signed sentiments and `A` the sum of their absolute values, negators left
+    out: in `(-1, 1)`, 0 for neutral text, and growing with the number of agreeing words.
 
     Args:
         text (`str`):

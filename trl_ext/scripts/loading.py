@@ -80,7 +80,8 @@ def last_checkpoint(training_args: Any) -> str | None:
         return get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if not Path(wanted).is_dir():
         raise RecipeError(
-            f"`resume_from_checkpoint: {wanted}` is not a folder. Give a `checkpoint-<step>` folder, or `true` for the "
+            f"`resume_from_checkpoint: {wanted}` is not a folder. Give a `checkpoint-<step>` folder, or `true` for "
+            f"the "
             "last one of `output_dir`."
         )
     return str(wanted)

@@ -2,8 +2,8 @@
 # dependencies = ["trl-ext"]
 # ///
 """
-The paper's sentiment experiment at the scale of one machine: reward against KL of DPO, TDPO1, TDPO2, MaPO and SparsePO,
-over values of beta and seeds.
+The paper's sentiment experiment at the scale of one machine: reward against KL of DPO, TDPO1, TDPO2, MaPO and
+SparsePO, over values of beta and seeds.
 
 A language model is tuned on IMDB, a classifier of sentiment is trained on IMDB's labels, pairs are sampled from the
 language model and ordered by the classifier, and every method is trained on the same pairs. Finished runs are kept in
@@ -110,7 +110,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.replace("<br />", " ").lower())
 
 
-def train_classifier(imdb_dir: str, epochs: int = 4, vocabulary_size: int = 20000) -> tuple[SentimentClassifier, float]:
+def train_classifier(
+    imdb_dir: str, epochs: int = 4, vocabulary_size: int = 20000
+) -> tuple[SentimentClassifier, float]:
     """Trains the classifier on IMDB's training labels; returns it with its accuracy on the test reviews."""
     import pandas as pd
 
@@ -191,7 +193,7 @@ def sample_pairs(
     rows = []
     for index, prompt in enumerate(prompts):
         (low_reward, low), (high_reward, high) = sorted((d.rewards[index], d.completions[index]) for d in drawn)
-        if high_reward - low_reward >= minimum_gap and low.strip():
+        if high_reward - low_reward >= minimum_gap and low.strip() and high.strip():
             rows.append({"prompt": prompt, "chosen": " " + high.strip(), "rejected": " " + low.strip()})
     if len(rows) < arguments.num_pairs:
         logger.warning(f"Only {len(rows)} pairs differ by {minimum_gap} in reward.")
@@ -199,7 +201,7 @@ def sample_pairs(
 
 
 def odpo_pairs(path: str, max_words: int = 40) -> list[dict[str, str]]:
-    """The first two texts of every prompt of the ODPO file, cut to `max_words`, the better by its own reward chosen."""
+    """The first two texts of every prompt, cut to `max_words`; the one with the higher reward is chosen."""
     import pandas as pd
 
     rows = []
@@ -310,10 +312,14 @@ def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> s
             x, y, dx, dy, betas = zip(*sorted(points), strict=True)
             axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", color=color, label=method, capsize=2, linewidth=1.5)
             for px, py, beta in zip(x, y, betas, strict=True):
-                axes.annotate(f"{beta:g}", (px, py), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
+                axes.annotate(
+                    f"{beta:g}", (px, py), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color
+                )
     axes.set_xlabel("KL(policy || reference), nats per response")
     axes.set_ylabel("probability of positive sentiment")
-    axes.set_title("IMDB sentiment: reward against KL (labels: beta; bars: spread over seeds)", loc="left", fontsize=10)
+    axes.set_title(
+        "IMDB sentiment: reward against KL (labels: beta; bars: spread over seeds)", loc="left", fontsize=10
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -177,7 +177,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = {key for key in keys if keys.count(key) > 1}
         if repeated:
-            raise yaml.YAMLError(f"{sorted(map(str, repeated))} given twice, line {node.start_mark.line + 1} and below")
+            raise yaml.YAMLError(
+                f"{sorted(map(str, repeated))} given twice, line {node.start_mark.line + 1} and below"
+            )
         return super().construct_mapping(node, deep)
 
 

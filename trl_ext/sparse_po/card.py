@@ -9,7 +9,8 @@ from .sparse_po_config import SparsePOConfig
 
 CITATION = """@inproceedings{christopoulou-etal-2025-sparsepo,
     title     = {{SparsePO}: Controlling Preference Alignment of {LLM}s via Sparse Token Masks},
-    author    = {Christopoulou, Fenia and Cardenas, Ronald and Lampouras, Gerasimos and Bou Ammar, Haitham and Wang, Jun},
+    author    = {Christopoulou, Fenia and Cardenas, Ronald and Lampouras, Gerasimos and Bou Ammar, Haitham and
+                 Wang, Jun},
     booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2025},
     year      = {2025},
     pages     = {25477--25503},
@@ -46,7 +47,10 @@ def method_section(config: SparsePOConfig, log_history: list[dict[str, Any]], mo
     final = next((entry for entry in reversed(log_history) if "mask/reward/mean" in entry), None)
     if final is not None:
         shown = {name: value for name, value in final.items() if name.startswith(_METRICS)}
-        parts += [f"At step {final.get('step', '?')} of training:", settings_table(shown).replace("setting", "metric", 1)]
+        parts += [
+            f"At step {final.get('step', '?')} of training:",
+            settings_table(shown).replace("setting", "metric", 1),
+        ]
     parts.append(_loading(config, model_id))
     return "\n\n".join(parts)
 

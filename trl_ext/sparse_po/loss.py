@@ -18,8 +18,8 @@ def sparse_po_terms(
     detach_chosen_divergence: bool = False,
 ) -> torch.Tensor:
     """
-    Per-token terms whose sum over a response is `U + divergence_coef * D`, where `U` sums the masked log-ratios and `D`
-    the masked divergences.
+    Per-token terms whose sum over a response is `U + divergence_coef * D`, where `U` sums the masked log-ratios and
+    `D` the masked divergences.
 
     Args:
         log_ratios (`torch.Tensor` of shape `(2B, T-1)`, float32):
@@ -91,11 +91,11 @@ def sparse_po_loss(
     Raises:
         ValueError: If the four tensors differ in shape or the number of rows is odd.
     """
-    shapes = {tuple(x.shape) for x in (log_ratios, divergences, reward_mask, divergence_mask)}
-    if len(shapes) != 1 or log_ratios.dim() != 2 or log_ratios.size(0) % 2:
+    shapes = [tuple(x.shape) for x in (log_ratios, divergences, reward_mask, divergence_mask)]
+    if len(set(shapes)) != 1 or log_ratios.dim() != 2 or log_ratios.size(0) % 2:
         raise ValueError(
-            "`log_ratios`, `divergences`, `reward_mask` and `divergence_mask` must share one shape `(2B, T-1)` with the "
-            f"chosen rows first, got {[tuple(x.shape) for x in (log_ratios, divergences, reward_mask, divergence_mask)]}."
+            "`log_ratios`, `divergences`, `reward_mask` and `divergence_mask` must share one shape `(2B, T-1)` with "
+            f"the chosen rows first, got {shapes}."
         )
     terms = sparse_po_terms(
         log_ratios, divergences, reward_mask, divergence_mask, divergence_coef, detach_chosen_divergence
@@ -113,7 +113,8 @@ def mask_l1_penalty(
     common_mask: bool = False,
 ) -> torch.Tensor:
     """
-    L1 penalty of the masks: sums over the tokens of a pair, averaged over the pairs, so its strength grows with length.
+    L1 penalty of the masks: sums over the tokens of a pair, averaged over the pairs, so its strength grows with
+    length.
 
     Args:
         reward_mask (`torch.Tensor` of shape `(2B, T-1)`, float32):

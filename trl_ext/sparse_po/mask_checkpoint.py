@@ -72,7 +72,8 @@ def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) ->
     path = Path(folder) / TOKEN_MASKS_FILE
     if not path.is_file():
         raise ValueError(
-            f"The checkpoint {folder} has no {TOKEN_MASKS_FILE}, so its learned masks cannot be restored. Resume from a "
+            f"The checkpoint {folder} has no {TOKEN_MASKS_FILE}, so its learned masks cannot be restored. Resume from "
+            f"a "
             "checkpoint of a SparsePO run with learned masks, or train from its weights without "
             "`resume_from_checkpoint`."
         )
@@ -82,8 +83,8 @@ def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) ->
     for name in _SETTINGS:
         if saved_settings.get(name) != str(getattr(config, name)):
             raise ValueError(
-                f"The masks of the checkpoint {folder} were trained with `{name}={saved_settings.get(name)}`, and this "
-                f"run has `{name}={getattr(config, name)}`. Set it to the checkpoint's value, or start a new run."
+                f"The masks of the checkpoint {folder} were trained with `{name}={saved_settings.get(name)}`, and "
+                f"this run has `{name}={getattr(config, name)}`. Set it to the checkpoint's value, or start a new run."
             )
     own = {name: parameter.shape for name, parameter in masks.learned.named_parameters()}
     if own != {name: tensor.shape for name, tensor in saved.items()}:

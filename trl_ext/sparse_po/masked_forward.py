@@ -70,7 +70,7 @@ class ReferenceInput:
 
     states: ReferenceStates
     model: PreTrainedModel
-    head: nn.Module
+    head: nn.Linear
 
 
 class TokenMasks(nn.Module):
@@ -138,18 +138,22 @@ class TokenMasks(nn.Module):
                 Positions that predict a response token.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: reward mask and divergence mask, each `(2B, T-1)` float32, zero outside
-            the completion.
+            `tuple[torch.Tensor, torch.Tensor]`: reward mask and divergence mask, each `(2B, T-1)` float32, zero
+            outside the completion.
         """
         ones = predicted.float()
+        weights: dict[str, torch.Tensor]
         if self.mask_type == "activation":
+            if states.activation_mask is None:
+                raise ValueError("`states` has no activation mask: collect it with `mask_type='activation'`.")
             weights = {"common": states.activation_mask}
         else:
             weights = {
                 name: scatter_tokens(mask(states.layer_states), predicted) for name, mask in self.learned.items()
             }
-        reward_mask = weights.get("reward", weights.get("common")) if self.masks_reward else ones
-        divergence_mask = weights.get("divergence", weights.get("common")) if self.masks_divergence else ones
+        reward_name, divergence_name = ("reward", "divergence") if self.independent else ("common", "common")
+        reward_mask = weights[reward_name] if self.masks_reward else ones
+        divergence_mask = weights[divergence_name] if self.masks_divergence else ones
         return reward_mask, divergence_mask
 
 
@@ -203,9 +207,8 @@ def add_token_masks(
         if reference_collector is not None:
             reference_collector.run(self, labels, *args, **kwargs)
             return FusedCausalLMOutput(loss=reference_collector.states.hidden.new_zeros(()))
-        return _masked_forward(
-            self, labels, reference, divergence_coef, detach_chosen_divergence, args, kwargs
-        )
+        assert reference is not None
+        return _masked_forward(self, labels, reference, divergence_coef, detach_chosen_divergence, args, kwargs)
 
     model.forward = types.MethodType(forward, model)
 

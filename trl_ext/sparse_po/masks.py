@@ -62,7 +62,8 @@ class LearnedTokenMask(nn.Module):
         super().__init__()
         if num_layers < 1 or hidden_size < 1:
             raise ValueError(
-                f"`num_layers` and `hidden_size` must be at least 1, got {num_layers} and {hidden_size}. Take both from "
+                f"`num_layers` and `hidden_size` must be at least 1, got {num_layers} and {hidden_size}. Take both "
+                f"from "
                 "the reference model's config."
             )
         if init not in ("positive", "paper"):

@@ -24,9 +24,11 @@ def token_metrics(
     Returns:
         `dict[str, float]`: `logps/chosen` and `logps/rejected` (policy's sums, nats), `kl/chosen` and `kl/rejected`
         (KL(reference || policy) summed over a response, nats), and for each of the masks `mask/<term>/mean` (over
-        response tokens), `mask/<term>/sparsity_chosen` and `_rejected` (share of tokens with weight zero, averaged over
-        the sequences), and `mask/dead_sequences` (share of sequences where a mask is zero on every token).
+        response tokens), `mask/<term>/sparsity_chosen` and `_rejected` (share of tokens with weight zero, averaged
+        over the sequences), and `mask/dead_sequences` (share of sequences where a mask is zero on every token).
     """
+    assert outputs.policy_log_probs is not None and outputs.divergences is not None
+    assert outputs.reward_mask is not None and outputs.divergence_mask is not None
     lengths = completion_mask.sum(dim=1).clamp_min(1)
     per_sequence = {
         "logps": outputs.policy_log_probs.sum(dim=1),

@@ -48,7 +48,7 @@ class LogitTransform(NamedTuple):
 
     def chain_(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
         """Turns the gradient of logits into that of projections, in place; `logits` is overwritten."""
-        if self.softcap is not None:
+        if self.softcap is not None and logits is not None:
             gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1.0))
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
@@ -143,8 +143,9 @@ def paired_log_probs(
         policy_weight = policy_weight.full_tensor()
     if isinstance(policy_bias, DTensor):
         policy_bias = policy_bias.full_tensor()
-    ref_weight = ref_weight.detach().full_tensor() if isinstance(ref_weight, DTensor) else ref_weight
-    ref_bias = ref_bias.detach().full_tensor() if isinstance(ref_bias, DTensor) else ref_bias
+    with torch.no_grad():
+        ref_weight = ref_weight.full_tensor() if isinstance(ref_weight, DTensor) else ref_weight
+        ref_bias = ref_bias.full_tensor() if isinstance(ref_bias, DTensor) else ref_bias
     default_tile = CPU_TILE if policy_hidden.device.type == "cpu" else ACCELERATOR_TILE
     options = _Options(
         LogitTransform(policy_logit_scale, policy_softcap),
@@ -260,7 +261,9 @@ def _tiles(size: int, tile: int) -> Iterator[slice]:
     return (slice(start, min(start + tile, size)) for start in range(0, size, tile))
 
 
-def _check(policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, int]) -> None:
+def _check(
+    policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, labels: torch.Tensor, sizes: tuple[int, int]
+) -> None:
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"`policy_weight` has a vocabulary of {sizes[0]} and `ref_weight` of {sizes[1]}: the divergence needs one "
@@ -274,7 +277,8 @@ def _check(policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, labels: torch.
     # On an accelerator the check would wait for the device
     if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < sizes[0]:
         raise ValueError(
-            f"`labels` must lie in [0, {sizes[0]}), got values from {int(labels.min())} to {int(labels.max())}. Drop the "
+            f"`labels` must lie in [0, {sizes[0]}), got values from {int(labels.min())} to {int(labels.max())}. Drop "
+            f"the "
             "positions labelled -100 first."
         )
 

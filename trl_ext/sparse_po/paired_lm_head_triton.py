@@ -75,9 +75,7 @@ def is_usable(device: torch.device) -> bool:
     return device.type == "cuda" and is_triton_available()
 
 
-def fold(
-    running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice, statistics: bool
-) -> None:
+def fold(running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice, statistics: bool) -> None:
     """Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows."""
     _fold_kernel[(policy.size(0),)](
         policy, ref, running.policy_max[rows], running.ref_max[rows], running.policy_sum[rows], running.ref_sum[rows],
@@ -95,9 +93,10 @@ def logit_gradient_(
 ) -> torch.Tensor:
     """Gradient of one tile of logits, contiguous `(R, C)`, in their place."""
     has_kl = ref_logits is not None and grad_kl is not None
+    divergence_gradient = grad_log_probs if grad_kl is None else grad_kl
     _logit_gradient_kernel[(logits.size(0), triton.cdiv(logits.size(1), BLOCK_SIZE))](
         logits, ref_logits if has_kl else logits, normalizers[0].contiguous(), normalizers[1].contiguous(),
-        grad_log_probs.contiguous(), grad_kl.contiguous() if has_kl else grad_log_probs, local_labels.contiguous(),
+        grad_log_probs.contiguous(), divergence_gradient.contiguous(), local_labels.contiguous(),
         logits.size(1), HAS_KL=has_kl, BLOCK=BLOCK_SIZE,
     )  # fmt: skip
     return logits

@@ -47,6 +47,7 @@ def check_preference_dataset(
         _refuse([(0, invalid_pair_reason(first))], name)
         return dataset
     columns = dataset.select_columns([c for c in ("prompt", "chosen", "rejected") if c in dataset.column_names])
+    invalid: list[tuple[int, str | None]]
     invalid = [(row, reason) for row, pair in enumerate(columns) if (reason := invalid_pair_reason(pair)) is not None]
     if not drop_invalid_pairs:
         _refuse(invalid, name)
@@ -80,7 +81,9 @@ def check_prepared_dataset(before: Dataset, after: Dataset, name: str, max_lengt
     num_dropped = len(before) - len(after)
     if num_dropped == 0:
         return
-    message = f"{num_dropped} of {len(before)} prompts of the {name} dataset are `max_length={max_length}` tokens or longer"
+    message = (
+        f"{num_dropped} of {len(before)} prompts of the {name} dataset are `max_length={max_length}` tokens or longer"
+    )
     if len(after) == 0:
         raise ValueError(f"{message}, so no pair is left. Raise `max_length`, or set `max_length=None` to keep all.")
     logger.warning(f"{message} and were dropped.")

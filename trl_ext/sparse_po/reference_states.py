@@ -21,7 +21,18 @@ logger = get_logger(__name__)
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")
-OUT_PROJECTION_NAMES = ("down_proj", "o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc_out", "fc2", "w2", "wo")
+OUT_PROJECTION_NAMES = (
+    "down_proj",
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "dense",
+    "dense_4h_to_h",
+    "fc_out",
+    "fc2",
+    "w2",
+    "wo",
+)
 QUERY_KEY_VALUE_NAMES = ("q_proj", "k_proj", "v_proj")
 ACTIVATION_GROUPS = ("mlp", "attention", "residual", "logits")
 
@@ -59,11 +70,18 @@ class ReferenceCollector:
 
     def __init__(self, mask_type: str):
         self.mask_type = mask_type
-        self.states: ReferenceStates | None = None
+        self._states: ReferenceStates | None = None
+
+    @property
+    def states(self) -> ReferenceStates:
+        """What the last run kept."""
+        if self._states is None:
+            raise RuntimeError("The reference model was not run with this collector.")
+        return self._states
 
     def run(self, model: PreTrainedModel, labels: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """
-        Runs `model.base_model(*args, **kwargs)` and fills `states`.
+        Runs `model.base_model(*args, **kwargs)` and keeps its states.
 
         Args:
             model ([`~transformers.PreTrainedModel`]):
@@ -74,16 +92,16 @@ class ReferenceCollector:
         predicted = labels[:, 1:] != -100
         if self.mask_type == "learned":
             hidden, layer_states = _run_with_layer_states(model, predicted, *args, **kwargs)
-            self.states = ReferenceStates(hidden, layer_states=layer_states)
+            self._states = ReferenceStates(hidden, layer_states=layer_states)
         elif self.mask_type == "activation":
             observer = ActivationObserver(model, predicted)
             with observer:
                 last_hidden = model.base_model(*args, **kwargs).last_hidden_state
             mask = ActivationTokenMask()(observer.finish(last_hidden), predicted)
-            self.states = ReferenceStates(_compact(last_hidden, predicted), activation_mask=mask)
+            self._states = ReferenceStates(_compact(last_hidden, predicted), activation_mask=mask)
         else:
             last_hidden = model.base_model(*args, **kwargs).last_hidden_state
-            self.states = ReferenceStates(_compact(last_hidden, predicted))
+            self._states = ReferenceStates(_compact(last_hidden, predicted))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -101,7 +119,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     ]
     if not candidates:
         raise ValueError(
-            f"No list of {num_layers} decoder layers was found in {type(model).__name__}, so the masks have no states to "
+            f"No list of {num_layers} decoder layers was found in {type(model).__name__}, so the masks have no states "
+            f"to "
             "read. Use `mask_type='ones'`, or a decoder-only transformers model."
         )
     return min(candidates, key=lambda candidate: candidate[:2])[2]
@@ -333,10 +352,10 @@ def gathered_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor 
         yield whole(weight), whole(bias)
 
 
-def original_head(head: nn.Module) -> nn.Module:
+def original_head(head: Any) -> Any:
     """
-    The head that a reference pass uses: where PEFT trains a copy (`modules_to_save=["lm_head"]`), the `"ref"` adapter's
-    copy or the untrained original.
+    The head that a reference pass uses: where PEFT trains a copy (`modules_to_save=["lm_head"]`), the `"ref"`
+    adapter's copy or the untrained original.
     """
     if not is_peft_available():
         return head

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Literal
 
 from trl import DPOConfig
 
@@ -55,11 +56,10 @@ class SparsePOConfig(DPOConfig):
             Whether to drop pairs with an empty completion or with equal completions, instead of raising.
     """
 
-    mask_type: str = field(
+    mask_type: Literal["learned", "activation", "ones"] = field(
         default="learned",
         metadata={
             "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO) or 'ones' (no mask).",
-            "choices": ["learned", "activation", "ones"],
         },
     )
     independent_masks: bool = field(
@@ -72,11 +72,10 @@ class SparsePOConfig(DPOConfig):
     mask_divergence: bool = field(
         default=True, metadata={"help": "Weight the divergences by the mask; otherwise their weight is one."}
     )
-    mask_init: str = field(
+    mask_init: Literal["positive", "paper"] = field(
         default="positive",
         metadata={
             "help": "Initialisation of learned masks: 'positive' starts near one, 'paper' is the official code's.",
-            "choices": ["positive", "paper"],
         },
     )
     mask_learning_rate: float | None = field(
@@ -161,6 +160,7 @@ class SparsePOConfig(DPOConfig):
                 raise ValueError(f"`{name}=True` is not supported by SparsePO: {reason}.")
         if self.f_divergence_type != "reverse_kl":
             raise ValueError(
-                f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. Set "
+                f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. "
+                f"Set "
                 "`f_divergence_type='reverse_kl'`."
             )

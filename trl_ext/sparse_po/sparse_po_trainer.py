@@ -166,12 +166,12 @@ class SparsePOTrainer(DPOTrainer):
             plugin = self.accelerator.state.deepspeed_plugin
             if "optimizer" in plugin.deepspeed_config:
                 raise ValueError(
-                    "The DeepSpeed config has an `optimizer` block, which would train the masks at the policy's learning "
-                    "rate and weight decay. Remove the block: the optimizer then comes from `optim`."
+                    "The DeepSpeed config has an `optimizer` block, which would train the masks at the policy's "
+                    "learning rate and weight decay. Remove the block: the optimizer then comes from `optim`."
                 )
 
     @staticmethod
-    def _base_model(model: nn.Module) -> PreTrainedModel:
+    def _base_model(model: Any) -> PreTrainedModel:
         return model.get_base_model() if is_peft_model(model) else model
 
     @property
@@ -210,7 +210,7 @@ class SparsePOTrainer(DPOTrainer):
         return optimizer
 
     @staticmethod
-    def _named_masks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _named_masks(model: nn.Module) -> list[tuple[str, Any]]:
         return [(n, m) for n, m in model.named_modules() if f"{TOKEN_MASKS}.learned." in n]
 
     def _reference_states(self, inputs: dict[str, Any]) -> ReferenceStates:
@@ -284,7 +284,8 @@ class SparsePOTrainer(DPOTrainer):
         if metrics["mask/dead_sequences"][-1] > 0 and not self._warned_of_dead_masks:
             self._warned_of_dead_masks = True
             logger.warning(
-                f"In {metrics['mask/dead_sequences'][-1]:.0%} of the sequences of a batch a token mask is zero on every "
+                f"In {metrics['mask/dead_sequences'][-1]:.0%} of the sequences of a batch a token mask is zero on "
+                f"every "
                 "response token, so they give no gradient. If `mask/dead_sequences` stays high, lower "
                 "`mask_learning_rate` and the L1 weights, or use `mask_init='positive'`."
             )
@@ -292,9 +293,10 @@ class SparsePOTrainer(DPOTrainer):
     def _check_finite(self, loss: torch.Tensor) -> None:
         if self.model.training and not torch.isfinite(self.accelerator.gather(loss.detach().reshape(1))).all():
             raise FloatingPointError(
-                f"The loss is not finite at step {self.state.global_step + 1}. Training stops before the weights change; "
-                f"the last checkpoint in {self.args.output_dir} is kept. Lower `learning_rate` "
-                f"({self.args.learning_rate}) or `mask_learning_rate`, clip with `max_grad_norm`, or check the data, then "
+                f"The loss is not finite at step {self.state.global_step + 1}. Training stops before the weights "
+                f"change; the last checkpoint in {self.args.output_dir} is kept. Lower `learning_rate` "
+                f"({self.args.learning_rate}) or `mask_learning_rate`, clip with `max_grad_norm`, or check the data, "
+                f"then "
                 "resume from that checkpoint."
             )
 
@@ -410,8 +412,10 @@ def _check_arguments(
             f"`args` must be a `SparsePOConfig`, got `{type(args).__name__}`. Every field of `DPOConfig` exists there "
             "under the same name: replace the class."
         )
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code) if isinstance(model, str) else (
-        model.config
+    config = (
+        AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        if isinstance(model, str)
+        else (model.config)
     )
     if config.is_encoder_decoder:
         raise ValueError(
@@ -422,8 +426,8 @@ def _check_arguments(
         isinstance(train_dataset, Dataset) and {"image", "images"} & set(train_dataset.column_names)
     ):
         raise ValueError(
-            "`processing_class` or `train_dataset` is of a vision-language model, which SparsePO does not support: the "
-            "masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
+            "`processing_class` or `train_dataset` is of a vision-language model, which SparsePO does not support: "
+            "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
