@@ -200,6 +200,18 @@ def test_activation_mask_is_the_same_under_every_attention_kernel(family, tmp_pa
     assert found[0].max() <= 1 and found[0].min() >= 0 and found[0][completion].std() > 0.01
 
 
+def test_what_fired_is_logged_once(tmp_path, tiny_path, tokenizer, monkeypatch):
+    from trl_ext.sparse_po import reference_states
+
+    lines = []
+    monkeypatch.setattr(reference_states, "_LOGGED", set())
+    monkeypatch.setattr(reference_states.logger, "info", lines.append)
+    make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=2).train()
+    assert len(lines) == 1
+    for part in ("mlp: input", "attention.query", "attention.key", "attention.value", "final norm", "mean logit"):
+        assert part in lines[0]
+
+
 def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
     from trl_ext.sparse_po.masks import standardize
 

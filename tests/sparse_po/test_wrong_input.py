@@ -1,5 +1,7 @@
 """Each wrong input raises before any step, with the field, the value and the remedy; nothing saved is lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -173,6 +175,15 @@ def test_checkpoint_of_other_masks(tmp_path, tiny_path, tokenizer):
     larger = make_trainer(tmp_path, tiny_path, tokenizer, **settings, trainer_arguments={"ref_model": reference})
     with pytest.raises(ValueError, match="another size"):
         larger.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_deepspeed_config_with_an_optimizer(tmp_path, tiny_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer)
+    plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match="`optimizer` block.*Remove the block"):
+        trainer._attach_masks()
 
 
 def test_dead_masks_warn_once(tmp_path, tiny_path, tokenizer, caplog):

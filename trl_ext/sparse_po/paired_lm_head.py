@@ -223,7 +223,7 @@ class _RunningStatistics:
         if statistics:
             self.logit_sum[rows] += policy.sum(dim=1)
         if paired_lm_head_triton.is_usable(policy.device):
-            paired_lm_head_triton.fold(self, policy, ref, rows, statistics)
+            paired_lm_head_triton.fold(self, policy, ref, rows)
             return
         weights = _fold_maximum(ref, self.ref_max[rows], scratch, (self.ref_sum[rows], self.gap_weighted[rows]))
         self.ref_sum[rows] += weights.sum(dim=1)

@@ -75,7 +75,7 @@ def is_usable(device: torch.device) -> bool:
     return device.type == "cuda" and is_triton_available()
 
 
-def fold(running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice, statistics: bool) -> None:
+def fold(running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice) -> None:
     """Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows."""
     _fold_kernel[(policy.size(0),)](
         policy, ref, running.policy_max[rows], running.ref_max[rows], running.policy_sum[rows], running.ref_sum[rows],

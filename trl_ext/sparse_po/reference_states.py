@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, logging
 
 from .._compat import observe_attention
 from .masks import ActivationTokenMask, standardize
 from .paired_lm_head import logit_transform
 
 
-logger = get_logger(__name__)
+logger = logging.get_logger(__name__)
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe")

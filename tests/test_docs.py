@@ -1,0 +1,81 @@
+"""Commands and code of README, docs and recipes are what the project has."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import trl_ext
+from trl_ext import cli
+from trl_ext.scripts import sparse_po
+
+
+ROOT = Path(trl_ext.__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
+            found.append(pytest.param(block, id=f"{page.stem}-{len(found)}"))
+    return found
+
+
+def check_command(words, capsys):
+    if words[:1] == ["make"]:
+        assert words[1] in TARGETS
+    elif words[:2] == ["trl-ext", "sparse-po"]:
+        command = cli.launch_command("trl_ext.scripts.sparse_po", words[2:])
+        sparse_po.make_parser().check(command[command.index("trl_ext.scripts.sparse_po") + 1 :])
+    elif words[:1] == ["trl-ext"]:
+        assert cli.main(words[1:]) == 0
+        assert capsys.readouterr().out
+    elif words[:2] == ["accelerate", "launch"]:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+        module = words[words.index("-m") + 1]
+        importlib.import_module(module).make_parser().check(words[words.index("-m") + 2 :])
+    elif words[:2] == ["python", "-m"]:
+        importlib.import_module(words[2])
+    else:
+        assert words[:2] == ["pip", "install"], words
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands(block, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    assert lines
+    for line in lines:
+        check_command(shlex.split(line), capsys)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_code_compiles_and_its_imports_exist(block):
+    tree = ast.parse(block)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        module = importlib.import_module(node.module)
+        for name in node.names:
+            assert hasattr(module, name.name), name.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+    assert all((page.parent / target).exists() for target in targets), targets
+
+
+def test_every_field_and_metric_is_explained():
+    from trl import DPOConfig
+
+    text = (ROOT / "docs" / "sparse_po.md").read_text() + (ROOT / "recipes" / "sparse_po" / "README.md").read_text()
+    text += "".join(path.read_text() for path in (ROOT / "recipes" / "sparse_po").glob("*.yaml"))
+    own = set(trl_ext.SparsePOConfig.__dataclass_fields__) - set(DPOConfig.__dataclass_fields__)
+    assert {name for name in own if name not in text} <= {"mask_reward", "mask_divergence"}
+    assert all(name in trl_ext.SparsePOConfig.__doc__ for name in own)
