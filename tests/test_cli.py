@@ -1,6 +1,8 @@
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import trl_ext
 from tests.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.scripts import sparse_po
-from trl_ext.scripts.strict_parser import RecipeError
+from trl_ext.scripts.loading import ignore_boolean_buffers, last_checkpoint
+from trl_ext.scripts.strict_parser import RecipeError, StrictParser
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
@@ -41,13 +44,64 @@ def test_misspelt_keys_name_themselves_and_the_closest(tmp_path):
         ({"max_steps": True}, [], "max_steps: True.*int"),
         ({"mask_type": "dense"}, [], "mask_type: 'dense'.*one of"),
         ({"env": "A=1"}, [], "`env`"),
+        ({"beta": [0.1, 0.2]}, [], r"beta: \[0.1, 0.2\].*float"),
+        ({"max_steps": 2.5}, [], "max_steps: 2.5.*int"),
+        ({"mask_learning_rate": True}, [], "mask_learning_rate: True.*float"),
+        ({"use_cpu": 3}, [], "use_cpu: 3.*bool"),
+        ({"per_device_train_batch_size": None}, [], "per_device_train_batch_size: None.*int"),
+        ({"save_strategy": False}, [], "save_strategy: False.*quote it"),
+        ({"datasets": ["json"]}, [], r"datasets\[0\].*must be a mapping"),
+        ({"datasets": [{"data_files": "x"}]}, [], r"datasets.*lacks \['path'\]"),
         ({}, ["--max_steps", "many"], "max_steps.*many"),
+        ({}, ["recipe.yaml"], "recipe.yaml"),
         ({}, ["--mask_type", "dense"], "mask_type.*dense"),
     ],
 )
 def test_wrong_values(settings, arguments, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
         check("--config", write_recipe(tmp_path, **settings), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "closest"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("no_remove_unused_columns", "remove_unused_columns"),
+        ("config", None),
+        (3, None),
+    ],
+)
+def test_names_that_work_on_the_command_line_only_are_refused_in_a_recipe(key, closest, tmp_path):
+    """Nothing would read them there."""
+    with pytest.raises(RecipeError, match=f"`{key}` in the recipe" + (f".*`{closest}`" if closest else "")):
+        check("--config", write_recipe(tmp_path, **{"beta": 0.1}, **{str(key): True}))
+    check("--learning-rate", "0.1", "--no_remove_unused_columns")
+
+
+def test_unknown_keys_of_a_dataset_are_refused(tmp_path):
+    datasets = [{"path": "json", "data_files": "a"}, {"path": "json", "data_file": "b"}]
+    with pytest.raises(RecipeError, match=r"`data_file` in `datasets\[1\]` of.*did you mean `data_files`"):
+        check("--config", write_recipe(tmp_path, datasets=datasets))
+
+
+def test_values_reach_the_configuration_in_their_type(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "max_steps: 3.0\nuse_cpu: 1\nbf16: 'false'\nmask_learning_rate: none\nresume_from_checkpoint: true\n"
+        f"run_name: 7\nlora_target_modules: [q_proj]\noutput_dir: {tmp_path}\n"
+    )
+    _, training, model, _, _ = sparse_po.make_parser().parse_args_and_config([f"--config={path}"])
+    assert (training.max_steps, type(training.max_steps)) == (3, int)
+    assert training.use_cpu is True and training.bf16 is False and training.mask_learning_rate is None
+    assert training.run_name == "7" and model.lora_target_modules == ["q_proj"]
+    assert last_checkpoint(training) is None  # `true`, with no checkpoint yet
+
+
+def test_arguments_files_beside_the_script_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "script.args").write_text("--beta 9")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
+    arguments = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    assert sparse_po.make_parser().parse_args_and_config(arguments)[1].beta == 0.1
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path):
@@ -67,8 +121,10 @@ def test_repeated_key_missing_file_and_no_mapping(tmp_path):
     path.write_text("- beta\n")
     with pytest.raises(RecipeError, match="must be a mapping.*list"):
         check("--config", str(path))
-    with pytest.raises(RecipeError, match="needs the path"):
+    with pytest.raises(RecipeError, match="`--config` needs a value"):
         check("--config")
+    with pytest.raises(RecipeError, match="`--config` is given twice"):
+        check("--config", "a.yaml", "--config=b.yaml")
 
 
 def test_environment_is_set_only_when_the_recipe_is_accepted(tmp_path, monkeypatch):
@@ -77,8 +133,77 @@ def test_environment_is_set_only_when_the_recipe_is_accepted(tmp_path, monkeypat
     with pytest.raises(RecipeError):
         sparse_po.make_parser().parse_args_and_config(["--config", write_recipe(tmp_path, **settings, betaa=1)])
     assert "TRL_EXT_TEST" not in os.environ
+    with pytest.raises(ValueError, match="beta"):  # refused by the configuration, which has seen the environment
+        sparse_po.make_parser().parse_args_and_config(["--config", write_recipe(tmp_path, **settings, beta=-1.0)])
+    assert "TRL_EXT_TEST" not in os.environ
+    assert sparse_po.make_parser().check(["--config", write_recipe(tmp_path, **settings)]) == {"TRL_EXT_TEST": "3"}
+    assert "TRL_EXT_TEST" not in os.environ
     sparse_po.make_parser().parse_args_and_config(["--config", write_recipe(tmp_path, **settings)])
     assert os.environ["TRL_EXT_TEST"] == "3"
+
+
+def test_environment_stands_before_a_configuration_is_built(tmp_path, monkeypatch):
+    """Building one starts the devices, which read it."""
+    seen = []
+
+    @dataclass
+    class Arguments:
+        size: int = 1
+
+        def __post_init__(self):
+            seen.append(os.environ.get("TRL_EXT_TEST"))
+
+    monkeypatch.delenv("TRL_EXT_TEST", raising=False)
+    StrictParser(Arguments).parse_args_and_config(
+        ["--config", write_recipe(tmp_path, env={"TRL_EXT_TEST": "early"}, size=2)]
+    )
+    assert seen == ["early"]
+    monkeypatch.delenv("TRL_EXT_TEST")
+
+
+def test_launcher_gets_the_environment_and_passes_on_the_status(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, env, check):
+        calls.append((command, env))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1)
+    assert cli.main(["sparse-po", "--config", recipe]) == 7
+    assert calls[0][1]["TRL_EXT_TEST"] == "3" and "TRL_EXT_TEST" not in os.environ
+    assert cli.main(["sparse-po", "--config", write_recipe(tmp_path, betaa=0.1)]) == 2
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset_name": "x"}, "`model_name_or_path` is missing"),
+        ({"model_name_or_path": "x"}, "No data"),
+        ({"model_name_or_path": "x", "dataset_name": "x", "resume_from_checkpoint": "gone"}, "gone.*is not a folder"),
+        ({"eval_strategy": "steps"}, "dataset_test_split: test.*'train'.*test_split_size"),
+        ({"dataset_train_split": "learn"}, "dataset_train_split: learn.*'train'"),
+    ],
+)
+def test_missing_parts_are_named_before_the_model_is_loaded(settings, message, tmp_path):
+    if len(settings) == 1 and "split" in message:
+        tiny_pairs(4).to_json(tmp_path / "data.jsonl")
+        settings = {"datasets": [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}], **settings}
+        settings["model_name_or_path"] = "no/such-model"
+    recipe = write_recipe(tmp_path, use_cpu=True, bf16=False, output_dir=str(tmp_path / "out"), **settings)
+    with pytest.raises(RecipeError, match=message):
+        sparse_po.main(*sparse_po.make_parser().parse_args_and_config(["--config", recipe]))
+
+
+def test_boolean_buffers_can_be_left_out_of_ddp():
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+    model.register_buffer("scale", torch.ones(2))
+    ignore_boolean_buffers(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["mask"]
 
 
 def test_lenient_parsing_is_refused():
@@ -87,9 +212,7 @@ def test_lenient_parsing_is_refused():
 
 
 def test_launch_command():
-    command = cli.launch_command(
-        "module", ["--config", "r.yaml", "--accelerate_config", "zero3", "--num_processes", "4"]
-    )
+    command = cli.launch_command("module", ["--config", "r.yaml", "--accelerate_config=zero3", "--num_processes", "4"])
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert command[4].endswith("accelerate_configs/zero3.yaml")
     assert command[5:7] == ["--num_processes", "4"]
@@ -112,6 +235,9 @@ def test_accelerate_configs_are_valid():
         (["sparsepo"], "unknown command 'sparsepo'.*sparse-po"),
         (["sparse-po", "--accelerate_config", "zero9"], "zero9.*neither.*zero3"),
         (["sparse-po", "--num_processes"], "needs a value"),
+        (["sparse-po", "--num_processes", "two"], "num_processes two.*whole number"),
+        (["sparse-po", "--num_processes", "2"], "num_processes 2.*runs one process.*zero3"),
+        (["sparse-po", "--acelerate_config", "zero3"], "`acelerate_config`.*did you mean `accelerate_config`"),
         (["sparse-po", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["recipes", "nowhere"], "nowhere is not a folder"),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -168,3 +294,36 @@ def test_script_refuses_before_loading(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "did you mean `beta`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slurm_launches_one_launcher_per_node(tmp_path):
+    """With the cluster's commands replaced, the launcher of node 1 of 2 gets the recipe and overrides unharmed."""
+    programs = {
+        "scontrol": "echo node-a; echo node-b",
+        "srun": 'SLURM_PROCID=1 exec "$@"',
+        "python": f'exec "{sys.executable}" "$@"',
+        "accelerate": 'printf "%s\\n" "$@"',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    arguments = ["sparse-po", "my recipe.yaml", "zero3", "--run_name", "it's $HOME"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "launch.slurm"), *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    launched = done.stdout.splitlines()
+    options = dict(zip(launched[1:-6:2], launched[2:-6:2], strict=True))
+    assert options["--config_file"].endswith("zero3.yaml")
+    assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("2", "8", "1")
+    assert options["--main_process_ip"] == "node-a"
+    assert launched[-6:] == [
+        "-m", "trl_ext.scripts.sparse_po", "--config", "my recipe.yaml", "--run_name", "it's $HOME",
+    ]  # fmt: skip

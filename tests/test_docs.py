@@ -40,7 +40,9 @@ def check_command(words, capsys):
         module = words[words.index("-m") + 1]
         importlib.import_module(module).make_parser().check(words[words.index("-m") + 2 :])
     elif words[:2] == ["python", "-m"]:
-        importlib.import_module(words[2])
+        module = importlib.import_module(words[2])
+        if hasattr(module, "make_parser"):
+            module.make_parser().check(words[3:])
     else:
         assert words[:2] == ["pip", "install"], words
 
@@ -52,6 +54,18 @@ def test_commands(block, capsys, monkeypatch):
     assert lines
     for line in lines:
         check_command(shlex.split(line), capsys)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_commands_in_the_header_of_a_recipe(recipe, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    header = recipe.read_text().split("# Run:")[1].split("# Hardware:")[0]
+    header = re.sub(r"\n#", "\n", header.replace("\\\n#", " "))
+    lines = [line.strip().removeprefix("or: ") for line in header.splitlines()]
+    commands = [line for line in lines if line.startswith(("trl-ext ", "accelerate ", "python "))]
+    assert commands and all(str(recipe.relative_to(ROOT)) in command for command in commands)
+    for command in commands:
+        check_command(shlex.split(command), capsys)
 
 
 @pytest.mark.parametrize("block", blocks("python"))

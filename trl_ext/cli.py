@@ -8,7 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 
 from . import __version__
@@ -16,7 +18,7 @@ from . import __version__
 
 # Command: script module with `make_parser`
 TRAINING_COMMANDS = {"sparse-po": "trl_ext.scripts.sparse_po"}
-_LAUNCH_OPTIONS = ("--accelerate_config", "--num_processes")
+_LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
 
   sparse-po   Train a policy with SparsePO:
@@ -83,21 +85,34 @@ def accelerate_config_path(name: str) -> str:
 
 
 def launch_command(module: str, arguments: list[str]) -> list[str]:
-    """The `accelerate launch` command line of a training script, its recipe not yet checked."""
+    """
+    The `accelerate launch` command line of a training script, its recipe not yet checked.
+
+    Raises:
+        ValueError: If the accelerate config is unknown, or does not run the number of processes asked for.
+    """
+    from .scripts.strict_parser import take_option
+
     script_arguments = list(arguments)
-    options = {}
-    for option in _LAUNCH_OPTIONS:
-        if option in script_arguments:
-            position = script_arguments.index(option)
-            if position + 1 >= len(script_arguments):
-                raise ValueError(f"`{option}` needs a value.")
-            options[option] = script_arguments[position + 1]
-            del script_arguments[position : position + 2]
-    config = accelerate_config_path(options.get("--accelerate_config", "single_process"))
+    name, num_processes = (take_option(script_arguments, f"--{option}") for option in _LAUNCH_OPTIONS)
+    config = accelerate_config_path(name or "single_process")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    if "--num_processes" in options:
-        command += ["--num_processes", options["--num_processes"]]
+    if num_processes is not None:
+        if not num_processes.isdigit() or int(num_processes) < 1:
+            raise ValueError(f"`--num_processes {num_processes}` must be a whole number of at least 1.")
+        # accelerate would run one process and say nothing; YAML reads an unquoted NO as false
+        if int(num_processes) > 1 and _yaml(config).get("distributed_type") in ("NO", False):
+            others = ", ".join(other for other in accelerate_configs() if other != "single_process")
+            raise ValueError(
+                f"`--num_processes {num_processes}` cannot be had with {config}, which runs one process. Give "
+                f"`--accelerate_config` a file for several processes, or one of {others}."
+            )
+        command += ["--num_processes", num_processes]
     return [*command, "-m", module, *script_arguments]
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(path).read_text()) or {}
 
 
 def _train(module: str, arguments: list[str]) -> int:
@@ -108,8 +123,8 @@ def _train(module: str, arguments: list[str]) -> int:
         parser.print_help()
         return 0
     # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
-    parser.check(script_arguments)
-    return subprocess.run(command, env=os.environ, check=False).returncode
+    environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
+    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
 
 
 def _demo(arguments: list[str]) -> int:

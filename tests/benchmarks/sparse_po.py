@@ -7,6 +7,7 @@ python -m tests.benchmarks.sparse_po --output docs/results/sparse_po_benchmark.m
 """
 
 import argparse
+import ctypes
 import gc
 import platform
 import resource
@@ -91,6 +92,8 @@ class PeakMemory:
 
     def __enter__(self):
         gc.collect()
+        # What earlier steps freed but the allocator kept would hide what this one needs
+        ctypes.CDLL(None).malloc_trim(0)
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             torch.cuda.synchronize()

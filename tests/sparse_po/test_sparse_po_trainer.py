@@ -332,6 +332,24 @@ def test_lora_trains_masks_against_the_disabled_adapter(tmp_path, tiny_path, tok
     assert not any("token_masks" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
 
 
+def test_qlora(tmp_path, tokenizer):
+    from transformers import BitsAndBytesConfig
+
+    arguments = {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"]),
+    }
+    path = save_tiny_model(tmp_path / "model", hidden_size=64)
+    trainer = make_trainer(tmp_path, path, tokenizer, max_steps=3, bf16=True, trainer_arguments=arguments)
+    assert trainer.model.is_loaded_in_4bit
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert {name.split(".")[-1] for name in before} >= {"layer_weight", "weight"}
+    assert all(p.dtype == torch.float32 for p in trainer.masks.parameters())
+    assert all(not torch.equal(trainer.model.get_parameter(name), old) for name, old in before.items())
+    assert trainer.state.log_history[0]["kl/chosen"] == pytest.approx(0, abs=1e-4) and losses(trainer)[2] > 0
+
+
 def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
     from peft import get_peft_model
 

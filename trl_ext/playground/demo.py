@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not Path(options.config).is_file():
         raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # TRL 1.16 warns of names that transformers 5.23 changed; nothing a reader of the demo can act on
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    warnings.simplefilter("ignore", FutureWarning)
     output_dir = Path(options.output_dir)
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
     console, start = Console(), time.monotonic()
+    console = Console(width=max(console.width, 100))
     from . import resolve
 
     console.rule("Base model of the playground")
@@ -81,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, settings in METHODS.items():
         console.rule(name)
         folder = output_dir / name.lower().replace(" ", "_")
-        train(folder, options.config, [*settings, *overrides], launch=name == next(iter(METHODS)))
+        launch = name == next(iter(METHODS))
+        quiet = [] if launch else ["--show_token_masks", "0"]
+        train(folder, options.config, [*settings, *quiet, *overrides], launch)
         results.append(measure(name, folder))
     console.print(results_table(results))
     draw_frontier(results, output_dir / "frontier.png")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -13,15 +14,21 @@ logger = get_logger(__name__)
 PLAYGROUND = "playground"
 
 
-def resolve_model(name: str | None) -> str:
+def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
     """
-    The model to load; `"playground"` is the small base model that the package trains and caches.
+    Refuses arguments that name no model or no data, before either is loaded.
 
     Raises:
-        RecipeError: If no model is named.
+        RecipeError: If one is missing.
     """
-    if not name:
+    if not model_args.model_name_or_path:
         raise RecipeError("`model_name_or_path` is missing. Name a model or a folder, or `playground`.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise RecipeError("No data: set `dataset_name`, or `datasets` with a `path` for each.")
+
+
+def resolve_model(name: str) -> str:
+    """The model to load; `"playground"` is the small base model that the package trains and caches."""
     if name == PLAYGROUND:
         from ..playground import resolve
 
@@ -40,12 +47,7 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
 
 
 def load_datasets(script_args: Any, dataset_args: Any) -> Any:
-    """
-    The datasets that a recipe names: the mixture `datasets`, or `dataset_name`; `"playground"` is made on the spot.
-
-    Raises:
-        RecipeError: If none is named.
-    """
+    """The data that a recipe names: the mixture `datasets`, or `dataset_name`; `"playground"` is made on the spot."""
     from datasets import load_dataset
     from trl import get_dataset
 
@@ -57,11 +59,40 @@ def load_datasets(script_args: Any, dataset_args: Any) -> Any:
         from ..playground import load_playground_dataset
 
         return load_playground_dataset()
-    if script_args.dataset_name:
-        return load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-    raise RecipeError("No data: set `dataset_name`, or `datasets` with a `path` for each.")
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def split_of(dataset: Any, field: str, script_args: Any) -> Any:
+    """
+    The split that a field of the arguments names.
+
+    Args:
+        dataset (`~datasets.DatasetDict`):
+            Splits by name.
+        field (`str`):
+            `"dataset_train_split"` or `"dataset_test_split"`.
+        script_args (`~trl.ScriptArguments`):
+            Arguments with that field.
+
+    Raises:
+        RecipeError: If the dataset has no such split.
+    """
+    split = getattr(script_args, field)
+    if split not in dataset:
+        remedy = f"Set `{field}` to one of them"
+        if field == "dataset_test_split":
+            remedy += ', or `test_split_size` to split `datasets`, or `eval_strategy: "no"`'
+        raise RecipeError(f"`{field}: {split}` is not among the dataset's splits {sorted(dataset)}. {remedy}.")
+    return dataset[split]
+
+
+def ignore_boolean_buffers(model: Any) -> None:
+    """Keeps DDP from synchronising boolean buffers, for models whose attention masks are such buffers."""
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool
+    ]
 
 
 def last_checkpoint(training_args: Any) -> str | None:
@@ -81,7 +112,6 @@ def last_checkpoint(training_args: Any) -> str | None:
     if not Path(wanted).is_dir():
         raise RecipeError(
             f"`resume_from_checkpoint: {wanted}` is not a folder. Give a `checkpoint-<step>` folder, or `true` for "
-            f"the "
-            "last one of `output_dir`."
+            "the last one of `output_dir`."
         )
     return str(wanted)

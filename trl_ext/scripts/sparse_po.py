@@ -42,21 +42,34 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..sparse_po.sparse_po_trainer import SparsePOTrainer
     from ..sparse_po.token_mask_callback import TokenMaskCallback
-    from .loading import last_checkpoint, load_datasets, model_init_kwargs, resolve_model
+    from .loading import (
+        ignore_boolean_buffers,
+        last_checkpoint,
+        load_datasets,
+        model_init_kwargs,
+        require_model_and_data,
+        resolve_model,
+        split_of,
+    )
 
+    require_model_and_data(model_args, script_args, dataset_args)
+    checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     dataset = load_datasets(script_args, dataset_args)
+    evaluate = training_args.eval_strategy != "no"
     trainer = SparsePOTrainer(
         model=resolve_model(model_args.model_name_or_path),
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        train_dataset=split_of(dataset, "dataset_train_split", script_args),
+        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.ignore_bias_buffers:
+        ignore_boolean_buffers(trainer.model)
     if mask_args.show_token_masks > 0:
         trainer.add_callback(TokenMaskCallback(trainer, num_pairs=mask_args.show_token_masks))
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model and masks saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
