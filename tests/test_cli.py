@@ -88,12 +88,12 @@ def test_values_reach_the_configuration_in_their_type(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "max_steps: 3.0\nuse_cpu: 1\nbf16: 'false'\nmask_learning_rate: none\nresume_from_checkpoint: true\n"
-        f"run_name: 7\nlora_target_modules: [q_proj]\noutput_dir: {tmp_path}\n"
+        f"run_name: 7\nlora_target_modules: [q_proj, v_proj]\noutput_dir: {tmp_path}\n"
     )
     _, training, model, _, _ = sparse_po.make_parser().parse_args_and_config([f"--config={path}"])
     assert (training.max_steps, type(training.max_steps)) == (3, int)
     assert training.use_cpu is True and training.bf16 is False and training.mask_learning_rate is None
-    assert training.run_name == "7" and model.lora_target_modules == ["q_proj"]
+    assert training.run_name == "7" and model.lora_target_modules == ["q_proj", "v_proj"]
     assert last_checkpoint(training) is None  # `true`, with no checkpoint yet
 
 
@@ -128,13 +128,18 @@ def test_repeated_key_missing_file_and_no_mapping(tmp_path):
 
 
 def test_environment_is_set_only_when_the_recipe_is_accepted(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRL_EXT_TEST", raising=False)
+    monkeypatch.setenv("TRL_EXT_TEST", "")  # so that what the test sets is taken back
+    monkeypatch.delenv("TRL_EXT_TEST")
     settings = {"env": {"TRL_EXT_TEST": 3}, "use_cpu": True, "bf16": False, "output_dir": str(tmp_path)}
     with pytest.raises(RecipeError):
         sparse_po.make_parser().parse_args_and_config(["--config", write_recipe(tmp_path, **settings, betaa=1)])
     assert "TRL_EXT_TEST" not in os.environ
-    with pytest.raises(ValueError, match="beta"):  # refused by the configuration, which has seen the environment
-        sparse_po.make_parser().parse_args_and_config(["--config", write_recipe(tmp_path, **settings, beta=-1.0)])
+    with pytest.raises(
+        ValueError, match="divergence_coef"
+    ):  # refused by the configuration, which has seen the environment
+        sparse_po.make_parser().parse_args_and_config(
+            ["--config", write_recipe(tmp_path, **settings, divergence_coef=-1.0)]
+        )
     assert "TRL_EXT_TEST" not in os.environ
     assert sparse_po.make_parser().check(["--config", write_recipe(tmp_path, **settings)]) == {"TRL_EXT_TEST": "3"}
     assert "TRL_EXT_TEST" not in os.environ
@@ -153,12 +158,12 @@ def test_environment_stands_before_a_configuration_is_built(tmp_path, monkeypatc
         def __post_init__(self):
             seen.append(os.environ.get("TRL_EXT_TEST"))
 
-    monkeypatch.delenv("TRL_EXT_TEST", raising=False)
+    monkeypatch.setenv("TRL_EXT_TEST", "")  # so that what the test sets is taken back
+    monkeypatch.delenv("TRL_EXT_TEST")
     StrictParser(Arguments).parse_args_and_config(
         ["--config", write_recipe(tmp_path, env={"TRL_EXT_TEST": "early"}, size=2)]
     )
     assert seen == ["early"]
-    monkeypatch.delenv("TRL_EXT_TEST")
 
 
 def test_launcher_gets_the_environment_and_passes_on_the_status(tmp_path, monkeypatch):
