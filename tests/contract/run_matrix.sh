@@ -11,7 +11,7 @@ for trl in 1.15.0 1.16.0; do
     if [ ! -f "$environment/.installed" ]; then
         python3 -m venv "$environment"
         "$environment/bin/python" -m pip install --quiet "$torch"
-        "$environment/bin/python" -m pip install --quiet "trl==$trl" "${pinned[@]}" pytest
+        "$environment/bin/python" -m pip install --quiet "trl==$trl" "${pinned[@]}" pytest bitsandbytes
         "$environment/bin/python" -m pip install --quiet --no-deps -e .
         touch "$environment/.installed"
     fi
