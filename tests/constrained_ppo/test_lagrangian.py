@@ -10,7 +10,7 @@ INTEGRAL = {"proportional": 0.0, "momentum": 0.0}
 
 
 def play(multipliers, steps, rate=0.05):
-    """Gradient ascent on `-x^2 / 2 + weight * x` against the multipliers; for `x >= 1` the saddle is `x = weight = 1`."""
+    """Gradient ascent on `-x^2 / 2 + weight * x` against the multipliers: the saddle is `x = weight = 1`."""
     x, path = 0.0, []
     for _ in range(steps):
         weight = float(multipliers.update([x])[0])

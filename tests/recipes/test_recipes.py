@@ -28,7 +28,9 @@ def make_parser(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_recipe_parses(path):
-    make_parser(path).check(["--config", str(path)])
+    parser = make_parser(path)
+    parser.check(["--config", str(path)])
+    assert load_recipe(path).keys() <= parser.valid_keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
