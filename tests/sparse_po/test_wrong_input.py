@@ -26,6 +26,7 @@ def replaced(row, **values):
     [
         ({"mask_type": "dense"}, "mask_type.*'dense'"),
         ({"mask_init": "ones"}, "mask_init"),
+        ({"beta": -0.1}, "`beta`.*-0.1"),
         ({"mask_weight_decay": -0.1}, "mask_weight_decay.*-0.1"),
         ({"mask_l1_reward": float("nan")}, "mask_l1_reward.*nan"),
         ({"mask_learning_rate": -1.0}, "mask_learning_rate.*-1.0"),

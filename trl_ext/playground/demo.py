@@ -73,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     warnings.simplefilter("ignore", FutureWarning)
     output_dir = Path(options.output_dir)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     console, start = Console(), time.monotonic()
     console = Console(width=max(console.width, 100))
     from . import resolve
@@ -86,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, settings in METHODS.items():
         console.rule(name)
         folder = output_dir / name.lower().replace(" ", "_")
+        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of an earlier demo
         launch = name == next(iter(METHODS))
         quiet = [] if launch else ["--show_token_masks", "0"]
         train(folder, options.config, [*settings, *quiet, *overrides], launch)

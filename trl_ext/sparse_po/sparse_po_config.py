@@ -114,7 +114,7 @@ class SparsePOConfig(DPOConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in ("mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef"):
+        for name in ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}. Use 0 to switch it off.")
         if self.mask_learning_rate is not None and not self.mask_learning_rate >= 0:
