@@ -17,6 +17,7 @@ __all__ = [
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
     "disable_gradient_checkpointing",
+    "gathered_state_dict",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
     "use_adapter",
@@ -45,3 +46,16 @@ def observe_attention(callback: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS.get_interface
+
+
+def gathered_state_dict(module: Any) -> dict[str, Any]:
+    """
+    Whole float32 copies of a module's parameters on the CPU, gathered under ZeRO-3 and FSDP2, where all processes must
+    call it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    parameters = dict(module.named_parameters())
+    with maybe_gather_lm_head_ctx(*parameters.values()):
+        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        return {name: p.detach().float().cpu().clone() for name, p in whole.items()}

@@ -5,10 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
-from torch.distributed.tensor import DTensor
 
-from .._compat import maybe_gather_lm_head_ctx
 from .masked_forward import TokenMasks
 from .sparse_po_config import SparsePOConfig
 
@@ -17,31 +14,13 @@ TOKEN_MASKS_FILE = "token_masks.safetensors"
 _SETTINGS = ("mask_type", "independent_masks", "mask_reward", "mask_divergence")
 
 
-def mask_state_dict(masks: TokenMasks) -> dict[str, torch.Tensor]:
-    """
-    Whole float32 copies of the masks' parameters on the CPU.
-
-    Under ZeRO-3 and FSDP the parameters are gathered, so all processes must call it.
-
-    Args:
-        masks ([`TokenMasks`]):
-            Masks of the policy.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by name, such as `"common.layer_weight"`; empty without learned masks.
-    """
-    parameters = dict(masks.learned.named_parameters())
-    with maybe_gather_lm_head_ctx(*parameters.values()):
-        return {name: _whole(parameter).detach().float().cpu().clone() for name, parameter in parameters.items()}
-
-
 def save_masks(state: dict[str, torch.Tensor], folder: str | Path, config: SparsePOConfig) -> None:
     """
     Writes `token_masks.safetensors`, the mask settings in its metadata.
 
     Args:
         state (`dict[str, torch.Tensor]`):
-            From [`mask_state_dict`].
+            Whole tensors by name, such as `"common.layer_weight"`.
         folder (`str` or `Path`):
             Folder of the model or checkpoint; made where missing.
         config ([`SparsePOConfig`]):
@@ -131,7 +110,3 @@ def restore_masks(folder: str | Path) -> TokenMasks:
 
 def _sizes(tensors: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("layer_weight")]
-
-
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

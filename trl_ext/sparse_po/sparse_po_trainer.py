@@ -20,11 +20,12 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
-from .._compat import SyncRefModelCallback, disable_gradient_checkpointing, use_adapter
+from .._compat import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
 from ..model_card import write_method_card
+from ..parameter_groups import move_to_own_groups
 from .card import CITATION, method_section
 from .loss import mask_l1_penalty
-from .mask_checkpoint import load_masks, mask_state_dict, save_masks
+from .mask_checkpoint import load_masks, save_masks
 from .masked_forward import TOKEN_MASKS, MaskedCausalLMOutput, ReferenceInput, TokenMasks, add_token_masks
 from .metrics import token_metrics
 from .preference_data import check_preference_dataset, check_prepared_dataset
@@ -191,22 +192,13 @@ class SparsePOTrainer(DPOTrainer):
         masks = [module for name, module in self._named_masks(self.model if model is None else model)]
         decayed = [parameter for mask in masks for parameter in mask.decayed_parameters()]
         others = [p for mask in masks for p in mask.parameters() if all(p is not other for other in decayed)]
-        owned = {id(parameter) for parameter in (*decayed, *others)}
-        if any(group.get("token_masks") for group in optimizer.param_groups):
-            return optimizer
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in owned]
         learning_rate = self.args.mask_learning_rate
-        for parameters, weight_decay in ((decayed, self.args.mask_weight_decay), (others, 0.0)):
-            if parameters:
-                optimizer.add_param_group(
-                    {
-                        "params": parameters,
-                        "lr": self.args.learning_rate if learning_rate is None else learning_rate,
-                        "weight_decay": weight_decay,
-                        "token_masks": True,
-                    }
-                )
+        move_to_own_groups(
+            optimizer,
+            [(decayed, self.args.mask_weight_decay), (others, 0.0)],
+            self.args.learning_rate if learning_rate is None else learning_rate,
+            tag="token_masks",
+        )
         return optimizer
 
     @staticmethod
@@ -323,7 +315,7 @@ class SparsePOTrainer(DPOTrainer):
         return {"reward": reward_mask, "divergence": divergence_mask}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = mask_state_dict(self.masks)
+        state = gathered_state_dict(self.masks.learned)
         folder = self.args.output_dir if output_dir is None else output_dir
         if state and self.args.should_save:
             save_masks(state, folder, self.args)
