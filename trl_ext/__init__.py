@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",
+    "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
+    "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
     "LearnedTokenMask": "trl_ext.sparse_po.masks",
     "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
     "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
@@ -19,6 +21,8 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
+    from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
     from .sparse_po.loss import sparse_po_loss as sparse_po_loss
     from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
     from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask

@@ -18,6 +18,7 @@ __all__ = [
     "SyncRefModelCallback",
     "disable_gradient_checkpointing",
     "gathered_state_dict",
+    "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
     "use_adapter",
@@ -46,6 +47,16 @@ def observe_attention(callback: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS.get_interface
+
+
+def keep_from_vllm(vllm_generation: Any, part: str) -> None:
+    """Leaves the parameters whose names have `part` out of what is synchronised to vLLM."""
+    every_parameter = vllm_generation._iter_named_params
+
+    def kept_parameters() -> Iterator[tuple[str, Any]]:
+        return ((name, parameter) for name, parameter in every_parameter() if part not in name)
+
+    vllm_generation._iter_named_params = kept_parameters
 
 
 def gathered_state_dict(module: Any) -> dict[str, Any]:

@@ -17,12 +17,17 @@ from . import __version__
 
 
 # Command: script module with `make_parser`
-TRAINING_COMMANDS = {"sparse-po": "trl_ext.scripts.sparse_po"}
+TRAINING_COMMANDS = {
+    "sparse-po": "trl_ext.scripts.sparse_po",
+    "constrained-ppo": "trl_ext.scripts.constrained_ppo",
+}
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
 
   sparse-po   Train a policy with SparsePO:
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
+  constrained-ppo
+              Train a policy with PPO, plain or constrained, with the same options
   demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 

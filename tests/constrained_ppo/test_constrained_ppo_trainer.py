@@ -203,6 +203,29 @@ def test_own_critic_and_detached_backbone(tmp_path, path):
     )
 
 
+def test_only_policy_weights_go_to_vllm(tmp_path, path):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from trl_ext._compat import keep_from_vllm
+
+    class FakeClient:
+        def update_named_params(self, metadata, parameters):
+            self.received = dict(parameters)
+
+    trainer = make(tmp_path, path)
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    generation.model = trainer.model
+    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    keep_from_vllm(generation, "value_heads.")
+    client = FakeClient()
+    client.update_named_params(None, generation._iter_named_params())
+    plain = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+    assert client.received.keys() == plain.keys()
+
+
 def test_evaluation_leaves_the_multipliers(tmp_path, path):
     trainer = make(tmp_path, path, **XI, trainer_arguments={"eval_dataset": prompts(8)})
     before = trainer.multipliers.state_dict()

@@ -15,7 +15,8 @@ import transformers
 from transformers import Trainer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import DPOConfig, DPOTrainer, TrlParser
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, TrlParser
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
@@ -28,6 +29,13 @@ USED = {
     "DPOTrainer._prepare_dataset": DPOTrainer._prepare_dataset,
     "DPOTrainer._compute_loss": DPOTrainer._compute_loss,
     "DPOTrainer.create_model_card": DPOTrainer.create_model_card,
+    "GRPOTrainer.__init__": GRPOTrainer.__init__,
+    "GRPOTrainer._calculate_rewards": GRPOTrainer._calculate_rewards,
+    "GRPOTrainer._generate_and_score_completions": GRPOTrainer._generate_and_score_completions,
+    "GRPOTrainer._get_per_token_logps_and_entropies": GRPOTrainer._get_per_token_logps_and_entropies,
+    "GRPOTrainer._compute_loss": GRPOTrainer._compute_loss,
+    "GRPOTrainer._load_optimizer_and_scheduler": GRPOTrainer._load_optimizer_and_scheduler,
+    "VLLMGeneration._iter_named_params": VLLMGeneration._iter_named_params,
     "Trainer.create_optimizer": Trainer.create_optimizer,
     "Trainer.save_model": Trainer.save_model,
     "Trainer._load_from_checkpoint": Trainer._load_from_checkpoint,
@@ -49,6 +57,10 @@ CALLED = {
     "_prepare_dataset": DPOTrainer,
     "_compute_loss": DPOTrainer,
     "create_model_card": DPOTrainer,
+    "_calculate_rewards": GRPOTrainer,
+    "_generate_and_score_completions": GRPOTrainer,
+    "_iter_named_params": VLLMGeneration,
+    "_load_optimizer_and_scheduler": Trainer,
     "create_optimizer": Trainer,
     "save_model": Trainer,
     "_load_from_checkpoint": Trainer,
@@ -104,6 +116,17 @@ def test_trainer_attributes_we_set_and_read():
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
     for field in ("precompute_ref_log_probs", "padding_free", "use_weighting", "f_divergence_type", "loss_type"):
         assert field in DPOConfig.__dataclass_fields__
+
+
+def test_policy_loss_reads_what_we_hand_it():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    for text in ("advantages.dim() == 1", "self.beta != 0.0", 'inputs["num_items_in_batch"]', "old_per_token_logps"):
+        assert text in source, text
+    assert "_compute_loss(model, inputs)" in inspect.getsource(GRPOTrainer.compute_loss)
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for text in ('"advantages": advantages', 'output["ref_per_token_logps"]', 'output["old_per_token_logps"]'):
+        assert text in source, text
+    assert "num_generations < 2" in inspect.getsource(GRPOConfig.__post_init__)
 
 
 def test_saving_leaves_out_ignored_keys():

@@ -8,7 +8,7 @@ import yaml
 
 import trl_ext
 from tests.tiny import save_tiny_model, tiny_pairs
-from trl_ext.scripts import sentiment_frontier, sparse_po
+from trl_ext.scripts import constrained_ppo, sentiment_frontier, sparse_po
 from trl_ext.scripts.strict_parser import load_recipe
 
 
@@ -22,8 +22,14 @@ def ids(path):
     return path.stem
 
 
+def script_of(path):
+    if path.name in EXPERIMENTS:
+        return sentiment_frontier
+    return {"sparse_po": sparse_po, "constrained_ppo": constrained_ppo}[path.parent.name]
+
+
 def make_parser(path):
-    return (sentiment_frontier if path.name in EXPERIMENTS else sparse_po).make_parser()
+    return script_of(path).make_parser()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
@@ -67,23 +73,30 @@ def test_recipe_runs_two_steps(path, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "dtype": "float32",
         "max_steps": 2,
-        "max_length": 64,
         "gradient_accumulation_steps": 1,
         "per_device_train_batch_size": 2,
         "use_cpu": True,
         "bf16": False,
         "report_to": "none",
         "disable_tqdm": True,
-        "show_token_masks": 1,
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_strategy": "steps",
         "save_steps": 2,
     }
+    method = path.parent.name
+    recipe |= {
+        "sparse_po": {"max_length": 64, "show_token_masks": 1},
+        "constrained_ppo": {"max_completion_length": 6, "per_device_eval_batch_size": 2},
+    }[method]
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
-    sparse_po.main(*sparse_po.make_parser().parse_args_and_config(["--config", str(overridden)]))
+    script = script_of(path)
+    script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden)]))
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
+    if method == "sparse_po":
+        assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
+    else:
+        assert (tmp_path / "out" / "critic.safetensors").is_file()
     assert (tmp_path / "out" / "README.md").is_file()

@@ -1,1 +1,1 @@
-"""Constrained PPO (https://huggingface.co/papers/2310.04373): the mathematics; the trainer is not here yet."""
+"""Constrained PPO (https://huggingface.co/papers/2310.04373): PPO, plain or with rewards held in their range."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from .._compat import disable_gradient_checkpointing, gathered_state_dict
+from .._compat import disable_gradient_checkpointing, gathered_state_dict, keep_from_vllm
 from ..parameter_groups import move_to_own_groups
 from .advantages import gae, mix_advantages, whiten
 from .constrained_ppo_config import ConstrainedPPOConfig
@@ -50,8 +50,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
     Example:
 
     ```python
-    from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-    from trl_ext.constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
+    from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
     trainer = ConstrainedPPOTrainer(
         model="Qwen/Qwen3-0.6B",
@@ -145,6 +144,8 @@ class ConstrainedPPOTrainer(GRPOTrainer):
                 f"{num_streams}): one value for each of the {num_streams - 1} rewards and one for the KL."
             )
         add_value_heads(base, critic, self.args.critic_detach)
+        if self.use_vllm:
+            keep_from_vllm(self.vllm_generation, f"{VALUE_HEADS}.")
         names = {f"{VALUE_HEADS}.{name}" for name in critic.state_dict()}
         base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | names
 

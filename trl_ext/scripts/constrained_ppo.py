@@ -1,0 +1,116 @@
+# /// script
+# dependencies = ["trl-ext"]
+# ///
+"""
+Train a policy with PPO, plain or constrained.
+
+# The playground, on a CPU
+python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/playground.yaml
+
+# Plain PPO
+python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/ppo.yaml
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+
+@dataclass
+class ConstrainedPPOScriptArguments:
+    """
+    Arguments of the script beyond TRL's.
+
+    Args:
+        reward_funcs (`list[str]`):
+            Rewards: reward functions by dotted path, such as `trl_ext.playground.sentiment_reward`, or sequence
+            classifiers by model id or folder.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions by dotted path, or reward models by id or folder."}
+    )
+
+
+def load_reward(name: str) -> Any:
+    """
+    A reward as [`~trl.GRPOTrainer`] takes it: the function of a dotted path, or else the name itself, of a model.
+
+    Raises:
+        RecipeError: If a module has no such function.
+    """
+    from .strict_parser import RecipeError
+
+    module_name, _, function_name = name.rpartition(".")
+    if not module_name or "/" in name:
+        return name
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        return name
+    if not callable(getattr(module, function_name, None)):
+        raise RecipeError(f"`reward_funcs: {name}`: the module {module_name} has no function {function_name!r}.")
+    return getattr(module, function_name)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, reward_args: Any) -> None:
+    """Trains, evaluates and saves as the parsed arguments say."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
+    from .loading import (
+        last_checkpoint,
+        load_datasets,
+        model_init_kwargs,
+        require_model_and_data,
+        resolve_model,
+        split_of,
+    )
+    from .strict_parser import RecipeError
+
+    if not reward_args.reward_funcs:
+        raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
+    require_model_and_data(model_args, script_args, dataset_args)
+    rewards = [load_reward(name) for name in reward_args.reward_funcs]
+    checkpoint = last_checkpoint(training_args)
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    dataset = load_datasets(script_args, dataset_args)
+    evaluate = training_args.eval_strategy != "no"
+    trainer = ConstrainedPPOTrainer(
+        model=resolve_model(model_args.model_name_or_path),
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=split_of(dataset, "dataset_train_split", script_args),
+        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model and critic saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def make_parser(prog: str | None = None) -> "StrictParser":
+    """The strict parser of the script's arguments."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+    from .strict_parser import StrictParser
+
+    return StrictParser(
+        (ScriptArguments, ConstrainedPPOConfig, ModelConfig, DatasetMixtureConfig, ConstrainedPPOScriptArguments),
+        prog=prog,
+    )
+
+
+if __name__ == "__main__":
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(), main)
