@@ -34,12 +34,16 @@ PORTS = iter(range(29610, 29700))
 
 
 def launch(launcher, model, output, *options, settings=None):
-    arguments = ["--model", model, "--output", str(output), "--batch_size", "4" if launcher == "single" else "2"]
+    arguments = ["--batch_size", "4" if launcher == "single" else "2", "--settings", json.dumps(settings or {})]
+    return run(launcher, SCRIPT, model, output, *arguments, *options)
+
+
+def run(launcher, script, model, output, *options):
     command = [sys.executable, *LAUNCHERS[launcher]]
     if launcher.startswith("zero"):
         command += ["--main_process_port", str(next(PORTS) + os.getpid() % 300)]
     result = subprocess.run(
-        [*command, SCRIPT, *arguments, "--settings", json.dumps(settings or {}), *options],
+        [*command, script, "--model", model, "--output", str(output), *options],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
@@ -96,3 +100,16 @@ def test_activation_masks_under_zero3(model, tmp_path):
     expected = launch("single", model, tmp_path / "single", settings=settings)
     found = launch("zero3", model, tmp_path / "zero3", settings=settings)
     assert_same_training(found, expected, "zero3")
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_constrained_ppo(launcher, model, tmp_path):
+    found = run(launcher, str(Path(__file__).with_name("train_ppo.py")), model, tmp_path)
+    assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
+    assert len(found["losses"]) == 3 and all(abs(loss) < 10 for loss in found["losses"])
+    first, second = found["multipliers"]
+    assert first == second and first["num_updates"] == 2
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    critic = load_file(tmp_path / "final" / "critic.safetensors")
+    assert critic["weight"].shape == (3, 32) and critic["weight"].abs().max() > 1e-3

@@ -1,0 +1,65 @@
+"""Trains constrained PPO on a tiny model and writes what happened; started by the tests in several processes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import deepspeed.comm.torch  # noqa: F401
+from accelerate.utils import gather_object
+
+
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts  # noqa: E402
+from tests.distributed.train import wrapper_chain  # noqa: E402
+from tests.tiny import tiny_tokenizer  # noqa: E402
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", required=True)
+    options = parser.parse_args()
+    trainer = ConstrainedPPOTrainer(
+        options.model,
+        reward_funcs=[low_ids, length],
+        args=ConstrainedPPOConfig(
+            output_dir=options.output,
+            method="xi",
+            constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
+            per_device_train_batch_size=4,
+            max_completion_length=6,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-2,
+            max_steps=3,
+            num_iterations=2,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model(str(Path(options.output) / "final"))
+    multipliers = gather_object([trainer.multipliers.state_dict()])
+    if trainer.is_world_process_zero():
+        found = {
+            "world_size": trainer.args.world_size,
+            "chain": wrapper_chain(trainer),
+            "multipliers": multipliers,
+            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+        }
+        (Path(options.output) / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
