@@ -10,7 +10,6 @@ import pytest
 
 import trl_ext
 from trl_ext import cli
-from trl_ext.scripts import sparse_po
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
@@ -29,9 +28,10 @@ def blocks(language):
 def check_command(words, capsys):
     if words[:1] == ["make"]:
         assert words[1] in TARGETS
-    elif words[:2] == ["trl-ext", "sparse-po"]:
-        command = cli.launch_command("trl_ext.scripts.sparse_po", words[2:])
-        sparse_po.make_parser().check(command[command.index("trl_ext.scripts.sparse_po") + 1 :])
+    elif words[:1] == ["trl-ext"] and words[1] in cli.TRAINING_COMMANDS:
+        module = cli.TRAINING_COMMANDS[words[1]]
+        command = cli.launch_command(module, words[2:])
+        importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
     elif words[:1] == ["trl-ext"]:
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
@@ -86,10 +86,12 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_field_and_metric_is_explained():
-    from trl import DPOConfig
+    from trl import DPOConfig, GRPOConfig
 
     text = (ROOT / "docs" / "sparse_po.md").read_text() + (ROOT / "recipes" / "sparse_po" / "README.md").read_text()
     text += "".join(path.read_text() for path in (ROOT / "recipes" / "sparse_po").glob("*.yaml"))
     own = set(trl_ext.SparsePOConfig.__dataclass_fields__) - set(DPOConfig.__dataclass_fields__)
     assert {name for name in own if name not in text} <= {"mask_reward", "mask_divergence"}
     assert all(name in trl_ext.SparsePOConfig.__doc__ for name in own)
+    own = set(trl_ext.ConstrainedPPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    assert own and all(name in trl_ext.ConstrainedPPOConfig.__doc__ for name in own)
