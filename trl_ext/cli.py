@@ -85,7 +85,7 @@ def accelerate_config_path(name: str) -> str:
         return str(files("trl_ext") / "accelerate_configs" / f"{name}.yaml")
     raise ValueError(
         f"`--accelerate_config {name}` is neither a file nor one of {', '.join(accelerate_configs())}. Give one of "
-        f"them."
+        "them."
     )
 
 

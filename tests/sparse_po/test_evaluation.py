@@ -86,7 +86,15 @@ def test_mask_recovery_by_hand():
     assert constant.auc == 0.5 and constant.lift == 0.0
 
 
-@pytest.mark.parametrize("settings", [{}, {"independent_masks": True}, {"mask_reward": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"independent_masks": True},
+        {"mask_reward": False},
+        {"independent_masks": True, "divergence_coef": 0.0},
+    ],
+)
 def test_saved_masks_give_the_trainers_weights(settings, tmp_path, tiny_path, tokenizer):
     trainer = make_trainer(tmp_path, tiny_path, tokenizer, max_steps=2, mask_learning_rate=0.1, **settings)
     perturb(trainer.model)

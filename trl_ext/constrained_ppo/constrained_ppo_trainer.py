@@ -172,8 +172,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             names = [self.reward_func_names[index] for index in missing]
             raise ValueError(
                 f"The rewards {names} returned None or NaN for a completion, and every value head needs a target. "
-                f"Return a "
-                "number for every completion."
+                "Return a number for every completion."
             )
         self._rewards_per_func = rewards
         return rewards
@@ -326,8 +325,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             if not path.is_file():
                 raise ValueError(
                     f"The checkpoint {checkpoint} has no {MULTIPLIERS_FILE}: it was trained without constraints. "
-                    f"Resume with "
-                    "the settings of that run."
+                    "Resume with the settings of that run."
                 )
             self.multipliers.load_state_dict(json.loads(path.read_text()))
 

@@ -172,8 +172,7 @@ class LagrangeMultipliers:
         if len(observed) != len(self.constraints) or not all(map(math.isfinite, observed)):
             raise ValueError(
                 f"`means` must hold one finite mean for each of the {len(self.constraints)} constraints, got "
-                f"{observed}. "
-                "Check the reward functions for None and NaN."
+                f"{observed}. Check the reward functions for None and NaN."
             )
         self._observed.append(observed)
         averages = torch.tensor(list(self._observed), dtype=torch.float64).mean(dim=0).tolist()

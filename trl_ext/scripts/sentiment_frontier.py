@@ -30,6 +30,7 @@ from accelerate.logging import get_logger
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..sparse_po.evaluation import RewardAndDivergence
     from .strict_parser import StrictParser
 
 logger = get_logger(__name__)
@@ -228,16 +229,30 @@ def prepare(arguments: FrontierArguments, model_name: str, folder: Path) -> dict
     model = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     pairs = sample_pairs(model, tokenizer, classifier, arguments)
+    base = measure(model, model, tokenizer, classifier, arguments)
     (folder / "pairs.json").write_text(json.dumps(pairs))
     facts = {
         "classifier_accuracy": accuracy,
         "language_model_loss": loss,
         "parameters": sum(p.numel() for p in model.parameters()),
         "pairs": len(pairs),
+        "base_reward": base.mean_reward,
         "seconds": time.monotonic() - start,
     }
     facts_file.write_text(json.dumps(facts, indent=1))
     return facts
+
+
+def measure(
+    policy: Any, reference: Any, tokenizer: Any, classifier: SentimentClassifier, arguments: FrontierArguments
+) -> "RewardAndDivergence":
+    """Reward and KL of one sample for each held-out prompt."""
+    from ..sparse_po.evaluation import reward_and_divergence
+
+    prompts = review_prompts(arguments.imdb_dir, "test", arguments.num_prompts, arguments.prompt_words)
+    return reward_and_divergence(
+        policy, reference, tokenizer, prompts, classifier.reward, max_new_tokens=arguments.new_tokens, batch_size=256
+    )
 
 
 def run(method: str, beta: float, seed: int, parsed: tuple[Any, ...], folder: Path) -> dict[str, Any]:
@@ -246,7 +261,6 @@ def run(method: str, beta: float, seed: int, parsed: tuple[Any, ...], folder: Pa
 
     from datasets import Dataset
 
-    from ..sparse_po.evaluation import reward_and_divergence
     from ..sparse_po.sparse_po_trainer import SparsePOTrainer
 
     config, arguments = parsed[0], parsed[2]
@@ -265,11 +279,7 @@ def run(method: str, beta: float, seed: int, parsed: tuple[Any, ...], folder: Pa
     trainer.train()
     seconds = time.monotonic() - start
     classifier = torch.load(folder / "classifier.pt", weights_only=False)
-    prompts = review_prompts(arguments.imdb_dir, "test", arguments.num_prompts, arguments.prompt_words)
-    measured = reward_and_divergence(
-        trainer.model, trainer.ref_model, trainer.processing_class, prompts, classifier.reward,
-        max_new_tokens=arguments.new_tokens, batch_size=256,
-    )  # fmt: skip
+    measured = measure(trainer.model, trainer.ref_model, trainer.processing_class, classifier, arguments)
     logged = [entry for entry in trainer.state.log_history if "mask/reward/mean" in entry][-1]
     result = {
         "method": method, "beta": beta, "seed": seed, "reward": measured.mean_reward,

@@ -7,14 +7,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .masked_forward import TokenMasks
-from .sparse_po_config import SparsePOConfig
 
 
 TOKEN_MASKS_FILE = "token_masks.safetensors"
-_SETTINGS = ("mask_type", "independent_masks", "mask_reward", "mask_divergence")
 
 
-def save_masks(state: dict[str, torch.Tensor], folder: str | Path, config: SparsePOConfig) -> None:
+def _settings(masks: TokenMasks) -> dict[str, str]:
+    settings = {
+        "mask_type": masks.mask_type,
+        "independent_masks": masks.independent,
+        "mask_reward": masks.masks_reward,
+        "mask_divergence": masks.masks_divergence,
+    }
+    return {name: str(value) for name, value in settings.items()}
+
+
+def save_masks(state: dict[str, torch.Tensor], folder: str | Path, masks: TokenMasks) -> None:
     """
     Writes `token_masks.safetensors`, the mask settings in its metadata.
 
@@ -23,15 +31,15 @@ def save_masks(state: dict[str, torch.Tensor], folder: str | Path, config: Spars
             Whole tensors by name, such as `"common.layer_weight"`.
         folder (`str` or `Path`):
             Folder of the model or checkpoint; made where missing.
-        config ([`SparsePOConfig`]):
-            Configuration of the run.
+        masks ([`TokenMasks`]):
+            The masks, for their settings.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    metadata = {name: str(getattr(config, name)) for name in _SETTINGS} | {"format": "pt"}
+    metadata = _settings(masks) | {"format": "pt"}
     save_file(state, Path(folder) / TOKEN_MASKS_FILE, metadata=metadata)
 
 
-def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) -> None:
+def load_masks(masks: TokenMasks, folder: str | Path) -> None:
     """
     Restores the masks of a checkpoint in place. Does nothing without learned masks.
 
@@ -40,8 +48,6 @@ def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) ->
             Masks of the policy.
         folder (`str` or `Path`):
             Folder of the checkpoint.
-        config ([`SparsePOConfig`]):
-            Configuration of the run.
 
     Raises:
         ValueError: If the file is missing, or is of masks of another kind or shape.
@@ -52,18 +58,17 @@ def load_masks(masks: TokenMasks, folder: str | Path, config: SparsePOConfig) ->
     if not path.is_file():
         raise ValueError(
             f"The checkpoint {folder} has no {TOKEN_MASKS_FILE}, so its learned masks cannot be restored. Resume from "
-            f"a "
-            "checkpoint of a SparsePO run with learned masks, or train from its weights without "
+            "a checkpoint of a SparsePO run with learned masks, or train from its weights without "
             "`resume_from_checkpoint`."
         )
     with safe_open(path, framework="pt") as file:
         saved_settings = file.metadata() or {}
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name in _SETTINGS:
-        if saved_settings.get(name) != str(getattr(config, name)):
+    for name, value in _settings(masks).items():
+        if saved_settings.get(name) != value:
             raise ValueError(
                 f"The masks of the checkpoint {folder} were trained with `{name}={saved_settings.get(name)}`, and "
-                f"this run has `{name}={getattr(config, name)}`. Set it to the checkpoint's value, or start a new run."
+                f"this run has `{name}={value}`. Set it to the checkpoint's value, or start a new run."
             )
     own = {name: parameter.shape for name, parameter in masks.learned.named_parameters()}
     if own != {name: tensor.shape for name, tensor in saved.items()}:

@@ -63,8 +63,7 @@ class LearnedTokenMask(nn.Module):
         if num_layers < 1 or hidden_size < 1:
             raise ValueError(
                 f"`num_layers` and `hidden_size` must be at least 1, got {num_layers} and {hidden_size}. Take both "
-                f"from "
-                "the reference model's config."
+                "from the reference model's config."
             )
         if init not in ("positive", "paper"):
             raise ValueError(f"`mask_init` must be 'positive' or 'paper', got {init!r}.")

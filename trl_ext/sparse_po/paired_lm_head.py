@@ -278,8 +278,7 @@ def _check(
     if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < sizes[0]:
         raise ValueError(
             f"`labels` must lie in [0, {sizes[0]}), got values from {int(labels.min())} to {int(labels.max())}. Drop "
-            f"the "
-            "positions labelled -100 first."
+            "the positions labelled -100 first."
         )
 
 

@@ -119,8 +119,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if not candidates:
         raise ValueError(
             f"No list of {num_layers} decoder layers was found in {type(model).__name__}, so the masks have no states "
-            f"to "
-            "read. Use `mask_type='ones'`, or a decoder-only transformers model."
+            "to read. Use `mask_type='ones'`, or a decoder-only transformers model."
         )
     return min(candidates, key=lambda candidate: candidate[:2])[2]
 

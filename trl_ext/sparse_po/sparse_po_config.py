@@ -161,6 +161,5 @@ class SparsePOConfig(DPOConfig):
         if self.f_divergence_type != "reverse_kl":
             raise ValueError(
                 f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. "
-                f"Set "
-                "`f_divergence_type='reverse_kl'`."
+                "Set `f_divergence_type='reverse_kl'`."
             )

@@ -277,8 +277,7 @@ class SparsePOTrainer(DPOTrainer):
             self._warned_of_dead_masks = True
             logger.warning(
                 f"In {metrics['mask/dead_sequences'][-1]:.0%} of the sequences of a batch a token mask is zero on "
-                f"every "
-                "response token, so they give no gradient. If `mask/dead_sequences` stays high, lower "
+                "every response token, so they give no gradient. If `mask/dead_sequences` stays high, lower "
                 "`mask_learning_rate` and the L1 weights, or use `mask_init='positive'`."
             )
 
@@ -288,8 +287,7 @@ class SparsePOTrainer(DPOTrainer):
                 f"The loss is not finite at step {self.state.global_step + 1}. Training stops before the weights "
                 f"change; the last checkpoint in {self.args.output_dir} is kept. Lower `learning_rate` "
                 f"({self.args.learning_rate}) or `mask_learning_rate`, clip with `max_grad_norm`, or check the data, "
-                f"then "
-                "resume from that checkpoint."
+                "then resume from that checkpoint."
             )
 
     @torch.no_grad()
@@ -318,7 +316,7 @@ class SparsePOTrainer(DPOTrainer):
         state = gathered_state_dict(self.masks.learned)
         folder = self.args.output_dir if output_dir is None else output_dir
         if state and self.args.should_save:
-            save_masks(state, folder, self.args)
+            save_masks(state, folder, self.masks)
         if not _internal_call:
             self._write_card_into(Path(folder))
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -349,13 +347,13 @@ class SparsePOTrainer(DPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Masks first: a checkpoint without them is refused before anything is overwritten
         if not self.is_fsdp_enabled:
-            load_masks(self.masks, resume_from_checkpoint, self.args)
+            load_masks(self.masks, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_masks(self.masks, self.state.best_model_checkpoint, self.args)
+            load_masks(self.masks, self.state.best_model_checkpoint)
 
 
 class OutputRecorder:
