@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,12 @@ CHAINS = {
     "zero2": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
     "zero3": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer_Stage3", "AdamW"],
 }
-PORTS = iter(range(29610, 29700))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def launch(launcher, model, output, *options, settings=None):
@@ -41,7 +47,7 @@ def launch(launcher, model, output, *options, settings=None):
 def run(launcher, script, model, output, *options):
     command = [sys.executable, *LAUNCHERS[launcher]]
     if launcher.startswith("zero"):
-        command += ["--main_process_port", str(next(PORTS) + os.getpid() % 300)]
+        command += ["--main_process_port", free_port()]
     result = subprocess.run(
         [*command, script, "--model", model, "--output", str(output), *options],
         capture_output=True, text=True, timeout=300,
