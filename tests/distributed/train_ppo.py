@@ -60,10 +60,10 @@ def main() -> None:
         (Path(options.output) / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
     main()
-    # Everything is written; the interpreter's clean-up can wait for ever for a gloo peer that is already gone
-    sys.stdout.flush()
-    os._exit(0)
