@@ -3,17 +3,23 @@
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 
 COLOR_MAP = colormaps["YlOrRd"]
 LINE_WIDTH = 104
+NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+MAX_PIXELS = 60_000
+_CONTROL_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 
 
 @dataclass
@@ -43,16 +49,55 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
             Token ids.
 
     Returns:
-        `list[str]`, one piece for each id; together they are the decoded text.
+        `list[str]`, one piece for each id; together they are the decoded text. Of the tokens that share a character,
+            the last one has it and the others are empty.
     """
-    texts = [tokenizer.decode(ids[:end]) for end in range(1, len(ids) + 1)]
-    return [text[len(before) :] for before, text in zip(["", *texts[:-1]], texts, strict=True)]
+    text = tokenizer.decode(ids)
+    ends = [0]
+    for count in range(1, len(ids)):
+        # Bytes of an unfinished character decode to something that is not in the whole text
+        start = tokenizer.decode(ids[:count])
+        ends.append(max(ends[-1], len(start if text.startswith(start) else commonprefix([start, text]))))
+    return [text[start:end] for start, end in pairwise([*ends, len(text)])] if ids else []
+
+
+def shortened(text: WeightedText, num_unweighted: int = 300, num_weighted: int = 4000) -> WeightedText:
+    """
+    Cuts a long text, so that its weights stay in view.
+
+    Args:
+        text ([`WeightedText`]):
+            Text.
+        num_unweighted (`int`, *optional*, defaults to `300`):
+            Characters to keep of the text before the first weight, from its end.
+        num_weighted (`int`, *optional*, defaults to `4000`):
+            Characters to keep from the first weight on.
+
+    Returns:
+        [`WeightedText`], with an ellipsis where something was cut.
+    """
+    first = next((i for i, weight in enumerate(text.weights) if not np.isnan(weight)), len(text.weights))
+    lengths = [len(piece) for piece in text.pieces]
+    start = first - int(np.searchsorted(np.cumsum(lengths[:first][::-1]), num_unweighted, side="right"))
+    end = first + int(np.searchsorted(np.cumsum(lengths[first:]), num_weighted, side="right"))
+    pieces, weights = text.pieces[start:end], text.weights[start:end]
+    if start > 0:
+        pieces, weights = [f"{ELLIPSIS} ", *pieces], [float("nan"), *weights]
+    if end < len(text.pieces):
+        pieces, weights = [*pieces, f" {ELLIPSIS}"], [*weights, float("nan")]
+    return WeightedText(text.title, pieces, weights)
 
 
 def _color(weight: float, highest: float) -> str | None:
     if np.isnan(weight):
         return None
     return to_hex(COLOR_MAP(0.85 * weight / highest)) if weight > 0 and highest > 0 else "#ffffff"
+
+
+def _ink(color: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    red, green, blue = to_rgb(color)
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.45 else "#222222"
 
 
 def highest_weight(texts: list[WeightedText]) -> float:
@@ -65,7 +110,8 @@ def to_rich(text: WeightedText, highest: float) -> Text:
     result = Text()
     for piece, weight in zip(text.pieces, text.weights, strict=True):
         color = _color(weight, highest)
-        result.append(piece, style="dim" if color is None else f"black on {color}")
+        shown = piece.replace("\n", f"{NEWLINE}\n").translate(_CONTROL_SIGNS)
+        result.append(shown, style="dim" if color is None else f"{_ink(color)} on {color}")
     return result
 
 
@@ -76,11 +122,13 @@ def to_html(texts: list[WeightedText], heading: str) -> str:
     for text in texts:
         spans = []
         for piece, weight in zip(text.pieces, text.weights, strict=True):
-            color, shown = _color(weight, highest), html.escape(piece).replace("\n", "&#8629;<br>")
+            color, shown = _color(weight, highest), html.escape(piece).replace("\n", f"{NEWLINE}<br>")
             if color is None:
                 spans.append(f'<span class="plain">{shown}</span>')
             else:
-                spans.append(f'<span style="background:{color}" title="{weight:.3f}">{shown}</span>')
+                spans.append(
+                    f'<span style="background:{color};color:{_ink(color)}" title="{weight:.3f}">{shown}</span>'
+                )
         parts.append(f"<h2>{html.escape(text.title)}</h2>\n<p>{''.join(spans)}</p>")
     style = (
         "body{font-family:sans-serif;max-width:60em;margin:2em auto;color:#222}h1{font-size:1.3em}"
@@ -118,11 +166,12 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
     line = 0.0
     for text in texts:
         layout.append((0, line, text.title, None, True))
-        line = _place(text, line + 1.25, highest, layout.append) + 1.9
+        line = _place(shortened(text), line + 1.25, highest, layout.append) + 1.9
+    line -= 0.9
     height = max(2.0, 0.235 * line + 1.0)
-    figure = Figure(figsize=(10.5, height), dpi=130)
+    figure = Figure(figsize=(10.5, height), dpi=min(130, MAX_PIXELS / height))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.03, 0.42 / height, 0.88, 1 - 1.0 / height))
+    axes = figure.add_axes((0.03, 0.3 / height, 0.88, 1 - 0.9 / height))
     axes.set_xlim(0, LINE_WIDTH)
     axes.set_ylim(line, -0.8)
     axes.axis("off")
@@ -133,7 +182,7 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
         axes.text(
             column, row, piece, family="sans-serif" if is_title else "monospace", fontsize=10.6,
             fontweight="bold" if is_title else "normal", va="center", parse_math=False,
-            color="#222222" if color is not None or is_title else "#8a8a8a",
+            color="#222222" if is_title else "#8a8a8a" if color is None else _ink(color),
         )  # fmt: skip
     shown = ListedColormap([to_hex(COLOR_MAP(0.85 * x)) if x else "#ffffff" for x in np.linspace(0, 1, 128)])
     bar_axes = figure.add_axes((0.935, 0.2, 0.014, 0.6))
@@ -147,11 +196,20 @@ def _rectangle(column: float, row: float, width: int, color: str):
     return Rectangle((column, row - 0.52), width, 1.04, color=color, linewidth=0)
 
 
+def _drawable(piece: str) -> str:
+    """The text with newlines marked, and a box for what the font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    has_glyph = get_font(findfont("monospace")).get_char_index
+    marked = piece.replace("\t", "    ").replace("\n", f"{NEWLINE}\n")
+    return "".join(sign if sign == "\n" or has_glyph(ord(sign)) else "\N{WHITE SQUARE}" for sign in marked)
+
+
 def _place(text: WeightedText, line: float, highest: float, add: Callable[[tuple], None]) -> float:
     """Breaks a text into lines of fixed-width characters; returns the last line."""
     column = 0
     for piece, weight in zip(text.pieces, text.weights, strict=True):
-        for index, part in enumerate(piece.split("\n")):
+        for index, part in enumerate(_drawable(piece).split("\n")):
             if index:
                 line, column = line + 1.25, 0
             if column and column + len(part) > LINE_WIDTH:

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.sparse_po.test_sparse_po_trainer import first_batch, make_trainer, perturb
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 from trl_ext.sparse_po import evaluation
 from trl_ext.sparse_po.evaluation import mask_recovery, mask_weights, reward_and_divergence
 from trl_ext.sparse_po.mask_checkpoint import restore_masks
@@ -77,13 +77,61 @@ def test_seed_and_random_state(tokenizer):
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_generation_settings_of_the_model_are_set_aside(adapter, tokenizer):
+    model = tiny_model()
+    policy = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
+    arguments = (policy, tiny_model(seed=1).train(), tokenizer, PROMPTS, length_reward)
+    plain = reward_and_divergence(*arguments, max_new_tokens=9)
+    model.generation_config.repetition_penalty = 50.0
+    assert reward_and_divergence(*arguments, max_new_tokens=9).completions == plain.completions
+    assert model.generation_config.repetition_penalty == 50.0
+    assert arguments[1].training
+
+
+def test_several_samples_of_each_prompt(tokenizer):
+    model = tiny_model().eval()
+    asked = []
+
+    def remember(completions, prompts):
+        asked.extend(prompts)
+        return length_reward(completions, prompts)
+
+    measured = reward_and_divergence(
+        model, tiny_model(seed=1).eval(), tokenizer, PROMPTS, remember, num_samples=3, max_new_tokens=9
+    )
+    assert asked == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert len(measured.completions) == len(measured.divergences) == 9
+    assert len(set(measured.completions[:3])) > 1
+    expected = [np.std(x, ddof=1) / 3 for x in (measured.rewards, measured.divergences)]
+    assert measured.standard_errors == pytest.approx(expected)
+    single = reward_and_divergence(model, model, tokenizer, PROMPTS[:1], length_reward, max_new_tokens=3)
+    assert np.isnan(single.standard_errors).all()
+
+
+def test_tokenizer_without_padding_token():
+    tokenizer, without = tiny_tokenizer(), tiny_tokenizer()
+    without.pad_token = None
+    model, reference = tiny_model().eval(), tiny_model(seed=1).eval()
+    expected, measured = (
+        reward_and_divergence(model, reference, each, PROMPTS, length_reward, max_new_tokens=6)
+        for each in (tokenizer, without)
+    )
+    assert measured.completions == expected.completions
+    assert measured.divergences == pytest.approx(expected.divergences, rel=1e-4)
+
+
 def test_mask_recovery_by_hand():
     # Pairs (matters, other): weights 3 > 1, 3 > 2, 1 = 1 (half), 1 < 2 -> AUC (1 + 1 + 0.5 + 0) / 4
     found = mask_recovery([np.array([3.0, 1.0]), np.array([1.0, 2.0])], [np.array([2, 0]), np.array([-1, 0])])
     assert found.auc == pytest.approx(2.5 / 4)
+    # Weight 3 first: precision 1 for one of two; then 2; then both of weight 1: precision 2 / 4 for the other
+    assert found.average_precision == pytest.approx((1 + 2 / 4) / 2)
+    assert (found.weight_share, found.token_share) == pytest.approx((4 / 7, 1 / 2))
     assert found.lift == pytest.approx(2.0 / 1.75)
     constant = mask_recovery([np.zeros(4)], [np.array([1, 0, 0, 1])])
-    assert constant.auc == 0.5 and constant.lift == 0.0
+    assert constant.auc == constant.average_precision == 0.5 and constant.lift == 0.0
+    assert mask_recovery([np.full(4, 0.3)], [np.array([1, 0, 0, 0])]).lift == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +161,16 @@ def test_wrong_arguments(tmp_path, tokenizer):
         reward_and_divergence(model, model, tokenizer, [], length_reward)
     with pytest.raises(ValueError, match="`ref_model` is None.*PEFT"):
         reward_and_divergence(model, None, tokenizer, PROMPTS, length_reward)
+    with pytest.raises(ValueError, match="`num_samples`.*0"):
+        reward_and_divergence(model, model, tokenizer, PROMPTS, length_reward, num_samples=0)
+    with pytest.raises(ValueError, match="has no tokens"):
+        reward_and_divergence(model, model, tokenizer, ["the", ""], length_reward)
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="no `eos_token`"):
+        reward_and_divergence(model, model, endless, PROMPTS, length_reward)
+    with pytest.raises(ValueError, match="finite and not negative"):
+        mask_recovery([np.array([1.0, np.nan])], [np.array([1, 0])])
     with pytest.raises(ValueError, match="same sequences"):
         mask_recovery([np.ones(2)], [np.ones(3)])
     with pytest.raises(ValueError, match="nothing to find"):

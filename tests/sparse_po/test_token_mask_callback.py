@@ -28,7 +28,7 @@ def test_callback_writes_table_html_and_png(independent, tmp_path, tiny_path, to
     pair = tiny_pairs(4, seed=5)[0]
     shown = re.sub(r"<[^>]+>", "", page).replace("&lt;eos&gt;", "<eos>")
     assert " ".join((pair["prompt"] + pair["chosen"]).split()) in " ".join(shown.split())
-    assert page.count("<h2>") == (8 if independent else 4) and ("m_u" in page) == independent
+    assert page.count("<h2>") == (8 if independent else 4) and ("divergence mask" in page) == independent
     assert matplotlib.image.imread(folder / "step_2.png").std() > 0.01
     assert "chosen 1" in console.export_text()
 
@@ -57,7 +57,7 @@ def test_rendering(tmp_path):
     page = to_html([text], "heading")
     assert "&lt;b&gt;" in page and " &lt;x&gt;&amp;" in page and 'title="2.000"' in page and "#ffffff" in page
     rich_text = to_rich(text, 2.0)
-    assert rich_text.plain == "a <x>& c\nd" and "#ffffff" in str(rich_text.spans[1].style)
+    assert rich_text.plain == "a <x>& c↵\nd" and "#ffffff" in str(rich_text.spans[1].style)
     save_png([text, WeightedText("long", ["word " * 40, "x" * 300], [1.0, 0.5])], "heading", tmp_path / "a.png")
     assert matplotlib.image.imread(tmp_path / "a.png").shape[2] == 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from scipy.stats import rankdata
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .masked_forward import TokenMasks, scatter_tokens
 from .paired_lm_head import logit_transform, paired_log_probs
@@ -40,7 +40,9 @@ class RewardAndDivergence:
 
     @property
     def standard_errors(self) -> tuple[float, float]:
-        """Standard errors of the mean reward and of the mean divergence."""
+        """Standard errors of the mean reward and of the mean divergence; `nan` for a single response."""
+        if len(self.rewards) < 2:
+            return float("nan"), float("nan")
         return tuple(float(np.std(x, ddof=1) / len(x) ** 0.5) for x in (self.rewards, self.divergences))  # type: ignore
 
 
@@ -51,15 +53,17 @@ def reward_and_divergence(
     prompts: list[str],
     reward_function: Callable[..., list[float]],
     *,
+    num_samples: int = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> RewardAndDivergence:
     """
-    Samples one response for each prompt and measures it.
+    Samples responses to each prompt and measures them.
 
-    The divergence is exact at every position of the sample: the whole next-token distributions are compared.
+    The divergence is exact at every position of the sample: the whole next-token distributions are compared. The
+    model's own generation settings (such as a repetition penalty) are set aside, so that the samples are the policy's.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -72,6 +76,8 @@ def reward_and_divergence(
             Prompts.
         reward_function (`Callable`):
             Reward function as TRL's online trainers take it, called with `prompts` and `completions`.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Responses to each prompt, which stand next to each other in the result.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest response.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -85,15 +91,21 @@ def reward_and_divergence(
         [`RewardAndDivergence`]
 
     Raises:
-        ValueError: If there are no prompts, or no reference model for a policy without adapter.
+        ValueError: If there are no prompts or a prompt without tokens, no reference model for a policy without
+            adapter, no end token, or `num_samples` below 1.
     """
     if not prompts:
         raise ValueError("`prompts` is empty. Give at least one prompt.")
     if ref_model is None and not is_peft_model(model):
         raise ValueError("`ref_model` is None, which needs a PEFT policy. Give the reference model.")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("`tokenizer` has no `eos_token`, so no response would end. Set `tokenizer.eos_token`.")
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     completions: list[str] = []
     divergences: list[float] = []
-    with torch.no_grad(), torch.random.fork_rng(), _evaluating(model):
+    with torch.no_grad(), torch.random.fork_rng(), _evaluating(model, ref_model), _plain_sampling(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -102,19 +114,32 @@ def reward_and_divergence(
                 tokenizer.decode(row[mask], skip_special_tokens=True)
                 for row, mask in zip(sequences, labels != -100, strict=True)
             ]
-            divergences += _divergences(model, ref_model, sequences, labels, tokenizer.pad_token_id).tolist()
+            divergences += _divergences(model, ref_model, sequences, labels).tolist()
     rewards = reward_function(prompts=prompts, completions=completions)
     return RewardAndDivergence(completions, [float(reward) for reward in rewards], divergences)
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
+    training = [model for model in models if model is not None and model.training]
+    for model in training:
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for model in training:
+            model.train()
+
+
+@contextmanager
+def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
+    policy = model.get_base_model() if is_peft_model(model) else model
+    settings = policy.generation_config
+    policy.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.generation_config = settings
 
 
 def _sample(
@@ -123,7 +148,12 @@ def _sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Right-padded sequences and labels, `-100` on the prompt and after the first end token."""
     prompt_ids = [tokenizer(prompt, return_token_type_ids=False)["input_ids"] for prompt in prompts]
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if not all(prompt_ids):
+        raise ValueError(
+            "A prompt in `prompts` has no tokens. Remove it, or begin it with the tokenizer's `bos_token`."
+        )
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompt_ids))
     padded = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=model.device)
@@ -143,7 +173,7 @@ def _sample(
 
 
 def _divergences(
-    model: PreTrainedModel, ref_model: PreTrainedModel | None, sequences: torch.Tensor, labels: torch.Tensor, pad: int
+    model: PreTrainedModel, ref_model: PreTrainedModel | None, sequences: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     lengths = (labels != -100).long().cumsum(dim=1).argmax(dim=1)
     attention_mask = (torch.arange(sequences.size(1), device=sequences.device) <= lengths.unsqueeze(1)).long()
@@ -191,9 +221,9 @@ def mask_weights(
     """
     collector = ReferenceCollector(masks.mask_type)
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    collector.run(
-        ref_model, labels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    )
+    model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with _evaluating(ref_model):
+        collector.run(ref_model, labels, **model_inputs, use_cache=False)
     return masks(collector.states, inputs["completion_mask"][:, 1:].bool())
 
 
@@ -204,11 +234,21 @@ class MaskRecovery:
 
     Attributes:
         auc (`float`): Chance that a token that matters has a higher weight than one that does not, ties counted half.
-        lift (`float`): Mean weight of the tokens that matter over the mean weight of all; 0 for a mask of zeros.
+        average_precision (`float`): Precision averaged over the tokens that matter, from the highest weight down;
+            tokens of equal weight are taken together.
+        weight_share (`float`): Share of the total weight that lies on the tokens that matter; 0 for a mask of zeros.
+        token_share (`float`): Share of the tokens that matter.
     """
 
     auc: float
-    lift: float
+    average_precision: float
+    weight_share: float
+    token_share: float
+
+    @property
+    def lift(self) -> float:
+        """Mean weight of the tokens that matter over the mean weight of all; 0 for a mask of zeros."""
+        return self.weight_share / self.token_share
 
 
 def mask_recovery(weights: list[np.ndarray], truth: list[np.ndarray]) -> MaskRecovery:
@@ -217,7 +257,7 @@ def mask_recovery(weights: list[np.ndarray], truth: list[np.ndarray]) -> MaskRec
 
     Args:
         weights (`list[np.ndarray]`):
-            Weights of the response tokens of each sequence.
+            Weights of the response tokens of each sequence, not negative.
         truth (`list[np.ndarray]`):
             For the same tokens, a value that is not zero where the token matters.
 
@@ -225,15 +265,25 @@ def mask_recovery(weights: list[np.ndarray], truth: list[np.ndarray]) -> MaskRec
         [`MaskRecovery`]
 
     Raises:
-        ValueError: If lengths differ, or all or no tokens matter.
+        ValueError: If lengths differ, a weight is negative or not finite, or all or no tokens matter.
     """
     if [len(x) for x in weights] != [len(x) for x in truth]:
         raise ValueError("`weights` and `truth` must have one value for each token of the same sequences.")
     weight, matters = np.concatenate(weights).astype(float), np.concatenate(truth) != 0
+    if not np.isfinite(weight).all() or (weight < 0).any():
+        raise ValueError("`weights` must be finite and not negative. Leave out tokens that have no weight.")
     num_matter, num_others = int(matters.sum()), int((~matters).sum())
     if not num_matter or not num_others:
         raise ValueError("`truth` must mark some tokens and not all; otherwise there is nothing to find.")
     rank_sum = rankdata(weight)[matters].sum()
     auc = (rank_sum - num_matter * (num_matter + 1) / 2) / (num_matter * num_others)
-    mean = weight.mean()
-    return MaskRecovery(float(auc), float(weight[matters].mean() / mean) if mean > 0 else 0.0)
+    _, level = np.unique(-weight, return_inverse=True)
+    matter_at_level = np.bincount(level, weights=matters)
+    precision = matter_at_level.cumsum() / np.bincount(level).cumsum()
+    total = weight.sum()
+    return MaskRecovery(
+        auc=float(auc),
+        average_precision=float((matter_at_level * precision).sum() / num_matter),
+        weight_share=float(weight[matters].sum() / total) if total > 0 else 0.0,
+        token_share=num_matter / len(weight),
+    )

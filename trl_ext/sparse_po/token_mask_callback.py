@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..token_colors import WeightedText, highest_weight, save_png, to_html, to_rich, token_pieces
+from ..token_colors import WeightedText, highest_weight, save_png, shortened, to_html, to_rich, token_pieces
 
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class TokenMaskCallback(TrainerCallback):
         table.add_column("", no_wrap=True)
         table.add_column("response", ratio=1)
         for text in texts:
-            table.add_row(text.title, to_rich(text, highest))
+            table.add_row(text.title, to_rich(shortened(text), highest))
         self.console.print(table)
 
     @torch.no_grad()
@@ -101,7 +101,9 @@ class TokenMaskCallback(TrainerCallback):
             [
                 self._weighted_text(inputs, weights[name], row + offset, f"{side} {row + 1}{suffix}")
                 for offset, side in ((0, "chosen"), (len(examples), "rejected"))
-                for name, suffix in ((("reward", ""),) if common else (("reward", ", m_u"), ("divergence", ", m_d")))
+                for name, suffix in (
+                    (("reward", ""),) if common else (("reward", ", reward mask"), ("divergence", ", divergence mask"))
+                )
             ]
             for row in range(len(examples))
         ]
