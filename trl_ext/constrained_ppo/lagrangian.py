@@ -10,13 +10,14 @@ import torch
 
 
 Kind = Literal[">=", "<=", "=="]
-Squash = Literal["sigmoid", "tanh", "softplus", "none"]
+Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
 KINDS = (">=", "<=", "==")
 SQUASHES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
     # Function and derivative
     "sigmoid": (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
     "tanh": (torch.tanh, lambda x: 1 - torch.tanh(x).square()),
     "softplus": (torch.nn.functional.softplus, torch.sigmoid),
+    "exp": (torch.exp, torch.exp),
     "none": (lambda x: x, torch.ones_like),
 }
 
@@ -24,35 +25,83 @@ SQUASHES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torc
 @dataclass(frozen=True)
 class Constraint:
     """
-    A constraint on the mean of a reward.
+    A constraint on the mean of a reward. Its threshold is stated as a value, or relative to samples of the policy
+    before training, and is then open until [`resolved`].
 
     Args:
         reward (`str` or `int`):
             Name or index of the reward.
-        threshold (`float`):
+        threshold (`float`, *optional*):
             Value that the mean is held to, in the reward's own units.
         kind (`str`, *optional*, defaults to `"=="`):
             `">="`, `"<="` or `"=="`.
+        quantile (`float`, *optional*):
+            Threshold as a quantile, in `[0, 1]`, of the reward before training.
+        relative_gain (`float`, *optional*):
+            Threshold as `mean + relative_gain * |mean|` of the reward before training.
 
     Raises:
-        ValueError: If `kind` is unknown or `threshold` is not finite.
+        ValueError: If `kind` is unknown, or not exactly one finite threshold is stated.
     """
 
     reward: str | int
-    threshold: float
+    threshold: float | None = None
     kind: Kind = "=="
+    quantile: float | None = None
+    relative_gain: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"`kind` of the constraint on {self.reward!r} must be one of {KINDS}, got {self.kind!r}.")
-        if not math.isfinite(self.threshold):
+        stated = {name: getattr(self, name) for name in ("threshold", "quantile", "relative_gain")}
+        stated = {name: value for name, value in stated.items() if value is not None}
+        if len(stated) != 1:
             raise ValueError(
-                f"`threshold` of the constraint on {self.reward!r} must be finite, got {self.threshold}. Remove the "
+                f"The constraint on {self.reward!r} must state exactly one of `threshold`, `quantile` and "
+                f"`relative_gain`, got {stated}."
+            )
+        name, value = next(iter(stated.items()))
+        if isinstance(value, str) or not math.isfinite(value):
+            raise ValueError(
+                f"`{name}` of the constraint on {self.reward!r} must be a finite number, got {value!r}. Remove the "
                 "constraint to leave the reward free."
             )
+        if name == "quantile" and not 0 <= value <= 1:
+            raise ValueError(f"`quantile` of the constraint on {self.reward!r} must lie in [0, 1], got {value}.")
+
+    def resolved(self, samples: torch.Tensor) -> "Constraint":
+        """
+        The constraint with its threshold as a value.
+
+        Args:
+            samples (`torch.Tensor` of shape `(N,)`):
+                The reward of samples before training.
+
+        Returns:
+            [`Constraint`]
+        """
+        if self.threshold is not None:
+            return self
+        samples = samples.double()
+        if self.quantile is not None:
+            threshold = float(samples.quantile(self.quantile))
+        else:
+            mean = float(samples.mean())
+            threshold = mean + float(self.relative_gain or 0.0) * abs(mean)
+        return Constraint(self.reward, threshold, self.kind)
 
     def violation(self, mean: float) -> float:
-        """Signed violation: positive where more weight on the constraint is called for."""
+        """
+        Signed violation: positive where more weight on the constraint is called for.
+
+        Raises:
+            ValueError: If the threshold is open.
+        """
+        if self.threshold is None:
+            raise ValueError(
+                f"The threshold of the constraint on {self.reward!r} is open until it is calibrated. Start training "
+                "with `calibration_samples` above 0, or state `threshold`."
+            )
         return mean - self.threshold if self.kind == "<=" else self.threshold - mean
 
 
@@ -68,8 +117,9 @@ class LagrangeMultipliers:
         constraints (`Sequence[Constraint]`):
             Constraints, none twice on one reward in contradiction.
         squash (`str`, *optional*):
-            `"sigmoid"`, `"tanh"`, `"softplus"` or `"none"`. Defaults to the paper's: `"tanh"` where a constraint is an
-            equality, else `"sigmoid"`. With `"none"` the multiplier of an inequality is kept from falling below zero.
+            `"sigmoid"`, `"tanh"`, `"softplus"`, `"exp"` or `"none"`. Defaults to the paper's: `"tanh"` where a
+            constraint is an equality, else `"sigmoid"`. With `"none"` the multiplier of an inequality is kept from
+            falling below zero.
         learning_rate (`float`, *optional*, defaults to `0.1`):
             Step of the dual.
         momentum (`float`, *optional*, defaults to `0.1`):
@@ -83,11 +133,13 @@ class LagrangeMultipliers:
         init (`float`, *optional*, defaults to `0.0`):
             Start of every multiplier.
         maximum (`float`, *optional*):
-            Bound on the size of every multiplier.
+            Bound on the size of every multiplier before squashing; of the weight with `"exp"`, as in safe-rlhf.
         delay_steps (`int`, *optional*, defaults to `0`):
             Updates that only observe.
         window (`int`, *optional*, defaults to `1`):
             Number of last observations whose mean is used.
+        ema (`float`, *optional*, defaults to `0.0`):
+            Decay of a bias-corrected exponential moving average of the observations, used in place of a window.
 
     Raises:
         ValueError: If there is no constraint, two contradict, or a setting is out of its range.
@@ -106,6 +158,7 @@ class LagrangeMultipliers:
         maximum: float | None = None,
         delay_steps: int = 0,
         window: int = 1,
+        ema: float = 0.0,
     ):
         self.constraints = list(constraints)
         check_constraints(self.constraints)
@@ -114,7 +167,7 @@ class LagrangeMultipliers:
         self.learning_rate, self.momentum = learning_rate, momentum
         self.proportional, self.derivative = proportional, derivative
         self.squash_gradient, self.maximum = squash_gradient, maximum
-        self.delay_steps, self.window = delay_steps, window
+        self.delay_steps, self.window, self.ema = delay_steps, window, ema
         self._check_settings()
         count = len(self.constraints)
         self._values = torch.full((count,), float(init), dtype=torch.float64)
@@ -122,6 +175,8 @@ class LagrangeMultipliers:
         self._violation = torch.zeros(count, dtype=torch.float64)
         self._change = torch.zeros(count, dtype=torch.float64)
         self._observed: deque[list[float]] = deque(maxlen=window)
+        self._averages = torch.zeros(count, dtype=torch.float64)
+        self._num_averaged = 0
         self._num_updates = 0
 
     def _check_settings(self) -> None:
@@ -138,6 +193,12 @@ class LagrangeMultipliers:
             raise ValueError(
                 f"`multiplier_window` must be at least 1 and `multiplier_delay_steps` at least 0, got {self.window} "
                 f"and {self.delay_steps}."
+            )
+
+        if not 0 <= self.ema < 1 or (self.ema and self.window > 1):
+            raise ValueError(
+                f"`multiplier_ema` must lie in [0, 1) and excludes `multiplier_window` above 1, got {self.ema} and "
+                f"{self.window}."
             )
 
     def values(self) -> torch.Tensor:
@@ -174,8 +235,7 @@ class LagrangeMultipliers:
                 f"`means` must hold one finite mean for each of the {len(self.constraints)} constraints, got "
                 f"{observed}. Check the reward functions for None and NaN."
             )
-        self._observed.append(observed)
-        averages = torch.tensor(list(self._observed), dtype=torch.float64).mean(dim=0).tolist()
+        averages = self._averaged(observed)
         violation = torch.tensor(
             [c.violation(mean) for c, mean in zip(self.constraints, averages, strict=True)], dtype=torch.float64
         )
@@ -188,11 +248,59 @@ class LagrangeMultipliers:
             self._values = self._bounded(self._values + self.learning_rate * self._momentum_buffer)
         return self.weights()
 
+    def _averaged(self, observed: list[float]) -> list[float]:
+        self._observed.append(observed)
+        if not self.ema:
+            return torch.tensor(list(self._observed), dtype=torch.float64).mean(dim=0).tolist()
+        self._num_averaged += 1
+        self._averages = self.ema * self._averages + (1 - self.ema) * torch.tensor(observed, dtype=torch.float64)
+        return (self._averages / (1 - self.ema**self._num_averaged)).tolist()
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """
+        Replaces the thresholds and forgets the averaged observations; the multipliers stay.
+
+        Args:
+            thresholds (`Sequence[float]`):
+                One for each constraint, in their order.
+
+        Raises:
+            ValueError: If there is not one finite threshold for each constraint, or two constraints then contradict.
+        """
+        constraints = [
+            Constraint(constraint.reward, float(threshold), constraint.kind)
+            for constraint, threshold in zip(self.constraints, thresholds, strict=True)
+        ]
+        check_constraints(constraints)
+        self.constraints = constraints
+        self._observed.clear()
+        self._averages, self._num_averaged = torch.zeros_like(self._averages), 0
+
+    def saturated(self) -> list[bool]:
+        """Whether each weight is within 2% of a bound of its squashing, or its multiplier at `maximum`."""
+        weights, values = self.weights(), self._values
+        if self.squash in ("sigmoid", "tanh"):
+            low = 0.0 if self.squash == "sigmoid" else -1.0
+            at_bound = (weights > 1 - 0.02 * (1 - low)) | (weights < low + 0.02 * (1 - low))
+        else:
+            at_bound = torch.zeros_like(weights, dtype=torch.bool)
+        if self.maximum is not None:
+            at_bound |= values.abs() >= self._largest() * (1 - 1e-9)
+        return at_bound.tolist()
+
+    def _largest(self) -> float:
+        assert self.maximum is not None
+        return math.log(self.maximum) if self.squash == "exp" else self.maximum
+
     def _bounded(self, multipliers: torch.Tensor) -> torch.Tensor:
         if self.squash == "none":
             inequality = torch.tensor([constraint.kind != "==" for constraint in self.constraints])
             multipliers = torch.where(inequality, multipliers.clamp_min(0.0), multipliers)
-        return multipliers if self.maximum is None else multipliers.clamp(-self.maximum, self.maximum)
+        if self.maximum is None:
+            return multipliers
+        if self.squash == "exp":
+            return multipliers.clamp(max=self._largest())
+        return multipliers.clamp(-self.maximum, self.maximum)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -202,7 +310,10 @@ class LagrangeMultipliers:
             "violation": self._violation.tolist(),
             "change": self._change.tolist(),
             "observed": list(self._observed),
+            "averages": self._averages.tolist(),
+            "num_averaged": self._num_averaged,
             "num_updates": self._num_updates,
+            "thresholds": [constraint.threshold for constraint in self.constraints],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,12 +328,14 @@ class LagrangeMultipliers:
                 f"The saved state has {len(state['values'])} multipliers and this run {len(self.constraints)} "
                 "constraints. Resume with the constraints of the saved run."
             )
-        self._values, self._momentum_buffer, self._violation, self._change = (
+        if None not in state["thresholds"]:
+            self.set_thresholds(state["thresholds"])
+        self._values, self._momentum_buffer, self._violation, self._change, self._averages = (
             torch.tensor(state[name], dtype=torch.float64)
-            for name in ("values", "momentum_buffer", "violation", "change")
+            for name in ("values", "momentum_buffer", "violation", "change", "averages")
         )
         self._observed = deque(state["observed"], maxlen=self.window)
-        self._num_updates = state["num_updates"]
+        self._num_averaged, self._num_updates = state["num_averaged"], state["num_updates"]
 
 
 def check_constraints(constraints: Sequence[Constraint]) -> None:
@@ -236,10 +349,11 @@ def check_constraints(constraints: Sequence[Constraint]) -> None:
         raise ValueError("`constraints` is empty. Give at least one, or use `method='ppo'`.")
     for reward in {constraint.reward for constraint in constraints}:
         own = [constraint for constraint in constraints if constraint.reward == reward]
-        lowest = max((c.threshold for c in own if c.kind in (">=", "==")), default=-math.inf)
-        highest = min((c.threshold for c in own if c.kind in ("<=", "==")), default=math.inf)
+        stated = [(c.threshold, c.kind) for c in own if c.threshold is not None]
+        lowest = max((threshold for threshold, kind in stated if kind in (">=", "==")), default=-math.inf)
+        highest = min((threshold for threshold, kind in stated if kind in ("<=", "==")), default=math.inf)
         if lowest > highest:
-            stated = " and ".join(f"{c.kind} {c.threshold}" for c in own)
+            listed = " and ".join(f"{kind} {threshold}" for threshold, kind in stated)
             raise ValueError(
-                f"The constraints on reward {reward!r} contradict each other: {stated}. Remove one of them."
+                f"The constraints on reward {reward!r} contradict each other: {listed}. Remove one of them."
             )
