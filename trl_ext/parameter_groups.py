@@ -1,9 +1,34 @@
-"""Optimizer groups for parameters that a method adds to a model."""
+"""Optimizer groups: by weight decay, and of parameters that a method adds to a model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from ._compat import decay_parameter_names
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """
+    The groups that [`~transformers.Trainer`] makes of a model's trainable parameters: weight decay for all but biases
+    and norms.
+
+    Args:
+        model (`nn.Module`):
+            Model.
+        weight_decay (`float`):
+            Weight decay of the first group; the second's is 0.
+
+    Returns:
+        `list[dict[str, Any]]`: two groups, either of which may be empty.
+    """
+    decayed = set(decay_parameter_names(model))
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [
+        {"params": [p for name, p in trainable.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if name not in decayed], "weight_decay": 0.0},
+    ]
 
 
 def move_to_own_groups(
