@@ -158,7 +158,7 @@ def register() -> None:
     Raises:
         ValueError: If transformers has an optimizer of that name itself.
     """
-    for name in _OPTIMIZERS.keys() - _registered:
+    for name in [name for name in _OPTIMIZERS if name not in _registered]:
         _refuse_taken(name)
         _compat.add_optimizer_name(name, _build)
         _registered.add(name)
