@@ -4,10 +4,10 @@ import ast
 import difflib
 import inspect
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from accelerate.logging import get_logger
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,8 +17,6 @@ from .adamp import AdamP
 from .optimizer_check_callback import OptimizerCheckCallback
 from .sgdp import SGDP
 
-
-logger = get_logger(__name__)
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamp": AdamP, "sgdp": SGDP}
 _registered: set[str] = set()
@@ -100,9 +98,10 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
     if args is not None:
         kwargs = {**_options_of(args, options), **kwargs}
     elif "lr" in options and "lr" not in kwargs:
-        logger.warning(
+        warnings.warn(
             f"optimizer_factory({name!r}) got no `lr`, and a trainer does not add its `learning_rate`: the optimizer's "
-            f"own default is used. Write optimizer_factory({name!r}, args) or give `lr`."
+            f"own default is used. Write optimizer_factory({name!r}, args) or give `lr`.",
+            stacklevel=2,
         )
     return OptimizerFactory(optimizer_cls, kwargs)
 
