@@ -11,6 +11,7 @@ from .sgdp import SGDP
 _EXPORTS = {
     "OptimizerCheckCallback": "optimizer_check_callback",
     "OptimizerMixin": "optimizer_mixin",
+    "OptimizerReportCallback": "optimizer_report_callback",
     "optimizer_factory": "factory",
     "register": "factory",
     "register_optimizer": "factory",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .factory import unregister as unregister
     from .optimizer_check_callback import OptimizerCheckCallback as OptimizerCheckCallback
     from .optimizer_mixin import OptimizerMixin as OptimizerMixin
+    from .optimizer_report_callback import OptimizerReportCallback as OptimizerReportCallback
 
 
 def __getattr__(name: str) -> Any:

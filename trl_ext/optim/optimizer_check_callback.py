@@ -44,7 +44,7 @@ class OptimizerCheckCallback(TrainerCallback):
         from .factory import named_optimizer
 
         expected = self.expected or self._passed or named_optimizer(args.optim)
-        chain = optimizer_chain(optimizer)
+        chain = [type(wrapper) for wrapper in optimizer_chain(optimizer)]
         if expected is None or issubclass(chain[-1], expected):
             return
         names = " -> ".join(cls.__name__ for cls in chain)
@@ -71,10 +71,14 @@ class OptimizerCheckCallback(TrainerCallback):
         return "something else was given to the trainer. Remove its `optimizers=` or `optimizer_cls_and_kwargs=`."
 
 
-def optimizer_chain(optimizer: Any) -> list[type]:
-    """Classes of an optimizer's wrappers, outermost first, and of the optimizer itself, last."""
-    chain = [type(optimizer)]
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-        chain.append(type(optimizer))
+def optimizer_chain(optimizer: Any) -> list[Any]:
+    """An optimizer's wrappers, outermost first, and the optimizer itself, last."""
+    chain = [optimizer]
+    while getattr(chain[-1], "optimizer", None) is not None:
+        chain.append(chain[-1].optimizer)
     return chain
+
+
+def bottom_optimizer(optimizer: Any) -> Any:
+    """The optimizer under all wrappers of accelerate and DeepSpeed."""
+    return optimizer_chain(optimizer)[-1]

@@ -82,8 +82,10 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..sparse_po.sparse_po_config import SparsePOConfig
+    from ..optim import register
     from .strict_parser import StrictParser
 
+    register()  # before the parser lists the choices of `optim`
     return StrictParser(
         (ScriptArguments, SparsePOConfig, ModelConfig, DatasetMixtureConfig, SparsePOScriptArguments), prog=prog
     )
