@@ -82,11 +82,11 @@ class LanguageModelArguments:
         default_factory=lambda: [0.001, 0.003, 0.01, 0.03], metadata={"help": "Learning rates."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    max_steps: int = field(default=150, metadata={"help": "Steps of a run."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences of a step."})
+    max_steps: int = field(default=250, metadata={"help": "Steps of a run."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences of a step."})
     block_size: int = field(default=128, metadata={"help": "Tokens of a sequence."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the models."})
-    num_layers: int = field(default=4, metadata={"help": "Layers of the models."})
+    num_layers: int = field(default=3, metadata={"help": "Layers of the models."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
     warmup_steps: int = field(default=10, metadata={"help": "Steps of linear warm-up."})
     num_texts: int = field(default=3000, metadata={"help": "Reviews that are tokenized."})
@@ -144,6 +144,7 @@ def build_model(args: LanguageModelArguments, family: str, vocab_size: int, seed
     )
     if family == "gemma3_text":
         config.query_pre_attn_scalar = args.hidden_size // heads
+    config.initializer_range = args.hidden_size**-0.5  # the usual 0.02 is made for widths above a thousand
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
@@ -292,8 +293,8 @@ def main(args: LanguageModelArguments) -> None:
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     data = token_blocks(args, AutoTokenizer.from_pretrained(args.tokenizer_name_or_path))
     console.print(f"{data.numel()} tokens")
-    for family, name, rate, seed in itertools.product(
-        args.families, args.optimizers, args.learning_rates, args.seeds
+    for seed, family, rate, name in itertools.product(
+        args.seeds, args.families, args.learning_rates, args.optimizers
     ):
         wanted = {"family": family, "optimizer": name, "learning_rate": rate, "seed": seed}
         if any(wanted.items() <= row["run"].items() for row in done):
