@@ -82,9 +82,9 @@ class LanguageModelArguments:
         default_factory=lambda: [0.001, 0.003, 0.01, 0.03], metadata={"help": "Learning rates."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    max_steps: int = field(default=250, metadata={"help": "Steps of a run."})
+    max_steps: int = field(default=300, metadata={"help": "Steps of a run."})
     batch_size: int = field(default=8, metadata={"help": "Sequences of a step."})
-    block_size: int = field(default=128, metadata={"help": "Tokens of a sequence."})
+    block_size: int = field(default=64, metadata={"help": "Tokens of a sequence."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the models."})
     num_layers: int = field(default=3, metadata={"help": "Layers of the models."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
@@ -156,7 +156,7 @@ def train(
     from transformers import get_scheduler
 
     start = time.perf_counter()
-    held_out, training = data[:128], data[128:]
+    held_out, training = data[:256], data[256:]
     model = build_model(args, family, int(data.max()) + 1, seed)
     groups = decay_groups(model, args.weight_decay)
     optimizer = OPTIMIZERS[optimizer_name](groups, lr=learning_rate, betas=(0.9, 0.95))  # type: ignore[call-arg]
@@ -192,7 +192,7 @@ def train(
                 }
             )
     growth = float(np.mean([float(p.detach().norm()) / first_norms[name] for name, p in watched.items()]))
-    losses = [_loss(model, half) for half in (held_out[:64], held_out[64:])]
+    losses = [_loss(model, half) for half in (held_out[:128], held_out[128:])]
     seconds = time.perf_counter() - start
     run = Run(family, optimizer_name, learning_rate, seed, *losses, growth, float(np.mean(passes)), seconds)
     return run, trace
