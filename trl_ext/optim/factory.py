@@ -15,6 +15,7 @@ from .. import _compat
 from ..parameter_groups import decay_groups
 from .adamp import AdamP
 from .optimizer_check_callback import OptimizerCheckCallback
+from .projected_optimizer import ProjectedOptimizer
 from .sgdp import SGDP
 
 
@@ -48,14 +49,19 @@ class OptimizerFactory(NamedTuple):
 
 class GroupedOptimizer:
     """
-    Builds an optimizer from a model, grouping the parameters itself: weight decay on those that
-    [`~transformers.Trainer`] decays, that is all but biases and norms.
+    Builds an optimizer from a model, grouping its parameters by the rule of [`~transformers.Trainer`]: weight decay for
+    all but biases and norms. Those of [`AdamP`] and [`SGDP`] get their names, for `projection` and `report()`.
     """
 
     def __call__(
         self, model: nn.Module, optimizer_cls: type[Optimizer], weight_decay: float = 0.0, **options: Any
     ) -> Optimizer:
-        return optimizer_cls(decay_groups(model, weight_decay), **options)
+        if options.get("projection") == "auto":
+            from .known_views import scale_invariant_weights
+
+            options["projection"] = scale_invariant_weights(model.config)
+        named = issubclass(optimizer_cls, ProjectedOptimizer)
+        return optimizer_cls(decay_groups(model, weight_decay, named), **options)
 
 
 def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFactory:
@@ -70,14 +76,16 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
             `adam_beta2` and `adam_epsilon` are taken from. Without it they must stand in `kwargs`, since a trainer does
             not add them.
         kwargs:
-            Options of the optimizer; they win over `args`. With `weight_decay` here, the factory groups the parameters
-            itself, by the trainer's own rule; otherwise the trainer does, with `args.weight_decay`.
+            Options of the optimizer; they win over `args`. `projection="auto"` names the scale-invariant weights of a
+            known architecture ([`scale_invariant_weights`]). Without `args` and `weight_decay`, the trainer's own
+            `args.weight_decay` holds.
 
     Returns:
         [`OptimizerFactory`]: the tuple `(class, options)`.
 
     Raises:
-        ValueError: If the name or an option is unknown.
+        ValueError: If the name or an option is unknown, or `projection` names weights while the trainer makes the
+            groups, which have no names then.
 
     Example:
 
@@ -92,9 +100,6 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
     optimizer_cls = optimizer_class(name)
     options = set(inspect.signature(optimizer_cls).parameters)
     _refuse_unknown(kwargs, optimizer_cls, f"optimizer_factory({name!r}, ...)")
-    if "weight_decay" in kwargs:
-        kwargs = {"optimizer_cls": optimizer_cls, **kwargs}
-        optimizer_cls = GroupedOptimizer
     if args is not None:
         kwargs = {**_options_of(args, options), **kwargs}
     elif "lr" in options and "lr" not in kwargs:
@@ -102,6 +107,13 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
             f"optimizer_factory({name!r}) got no `lr`, and a trainer does not add its `learning_rate`: the optimizer's "
             f"own default is used. Write optimizer_factory({name!r}, args) or give `lr`.",
             stacklevel=2,
+        )
+    if "weight_decay" in kwargs:
+        return OptimizerFactory(GroupedOptimizer, {"optimizer_cls": optimizer_cls, **kwargs})
+    if kwargs.get("projection") == "auto" or isinstance(kwargs.get("projection"), dict):
+        raise ValueError(
+            f"`projection={kwargs['projection']!r}` needs the parameters' names, which the trainer's groups lack. Write "
+            f"optimizer_factory({name!r}, args, ...) or give `weight_decay`."
         )
     return OptimizerFactory(optimizer_cls, kwargs)
 
@@ -230,14 +242,18 @@ def check_optim_args(args: Any) -> None:
 
 def _build(context: Any) -> OptimizerFactory:
     name = context.args.optim.value
-    return optimizer_factory(name, context.args, **parse_optim_args(context.args.optim_args, _OPTIMIZERS[name]))
+    options = parse_optim_args(context.args.optim_args, _OPTIMIZERS[name])
+    pattern, colon, view = str(options.get("projection", "")).rpartition(":")
+    if colon:
+        options["projection"] = {pattern: view}
+    return optimizer_factory(name, context.args, **options)
 
 
 def _options_of(args: Any, options: set[str]) -> dict[str, Any]:
-    values = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    values = {"lr": args.learning_rate}
     if "betas" in options:
         values |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return {name: value for name, value in values.items() if name in options}
+    return {"weight_decay": args.weight_decay} | {name: values[name] for name in values.keys() & options}
 
 
 def _typed(name: str, value: str, parameters: Any, where: str) -> Any:

@@ -6,29 +6,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import Trainer, TrainerCallback
 
 from .. import _compat
 from .optimizer_check_callback import bottom_optimizer
+from .projected_optimizer import ProjectedOptimizer
 
 
 REPORT_FILE = "optimizer_report.json"
+# A weight that is projected on more than half of the steps is hit for its architecture's sake, not by chance
+OFTEN = 0.5
 
 
 class OptimizerReportCallback(TrainerCallback):
     """
-    Adds to each training log what `report()` of [`AdamP`] or [`SGDP`] says, and writes the whole of it, by parameter,
-    to `optimizer_report.json` in the output folder at the end of training. Logged are, over the weights of two or more
-    dimensions:
+    Adds what `report()` of [`AdamP`] or [`SGDP`] says to each training log, and writes the whole of it, weight by
+    weight, to `optimizer_report.json` in the output folder at the end. The metrics are those of [`report_metrics`].
 
-    - `optimizer/projected_share`: share of steps so far on which a weight was projected, averaged over the weights
-    - `optimizer/channel_weights`, `optimizer/layer_weights`: number of weights projected at that level at the last step
-    - `optimizer/step_size_projected`, `optimizer/step_size_other`: mean size of the last step relative to the weight's
-      norm, of the weights projected at that step and of the others
-    - `optimizer/norm_projected`, `optimizer/norm_other`: mean norm of the same
-
-    With another optimizer it does nothing. A callback sees a log after those before it have; [`attach`] puts it first,
-    so that reporters and the progress bar have the numbers too.
+    With another optimizer it does nothing. A callback sees a log after those before it in the list; [`attach`] puts it
+    first, so that reporters and the progress bar have the numbers too.
 
     Example:
 
@@ -46,54 +43,51 @@ class OptimizerReportCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        report = self._report(**kwargs)
-        if report:
-            metrics = report_metrics(report)
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any):
+        if logs and "loss" in logs:
+            metrics = report_metrics(_report(optimizer))
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        report = self._report(**kwargs)
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        report = _report(optimizer)  # All processes call it, since sharded weights need an exchange
         if report and state.is_world_process_zero:
-            path = Path(args.output_dir) / REPORT_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
 
-    def _report(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> dict[str, dict[str, Any]]:
-        bottom = None if optimizer is None else bottom_optimizer(optimizer)
-        return bottom.report(model) if hasattr(bottom, "report") else {}
+
+def _report(optimizer: Any) -> dict[str, dict[str, Any]]:
+    bottom = None if optimizer is None else bottom_optimizer(optimizer)
+    return bottom.report() if isinstance(bottom, ProjectedOptimizer) else {}
 
 
 def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
     """
-    The metrics of [`OptimizerReportCallback`].
+    Sums a report up.
 
     Args:
         report (`dict[str, dict]`):
             What `report()` of an optimizer returns.
 
     Returns:
-        `dict[str, float]`; a mean over no weights is left out.
+        `dict[str, float]`: over the weights of at least two dimensions, `optimizer/projected/share`, the mean share of
+        steps that were projected, and `optimizer/projected/weights`, the number of weights that were on more than half
+        of their steps; of these and of the others the means `optimizer/projected/weight_norm`,
+        `optimizer/projected/effective_step_size` (radians), `optimizer/other/weight_norm` and
+        `optimizer/other/effective_step_size`. A mean over no weights is left out.
     """
-    rows = list(report.values())
-    steps = [row for row in rows if row["steps"]]
+    if not report:
+        return {}
+    shares = {name: row["channel"] + row["layer"] for name, row in report.items()}
+    often = [name for name, share in shares.items() if share > OFTEN]
     metrics = {
-        "optimizer/channel_weights": float(sum(row["view"] == "channel" for row in rows)),
-        "optimizer/layer_weights": float(sum(row["view"] == "layer" for row in rows)),
+        "optimizer/projected/share": float(np.mean(list(shares.values()))),
+        "optimizer/projected/weights": float(len(often)),
     }
-    if steps:
-        shares = [(row["channel"] + row["layer"]) / row["steps"] for row in steps]
-        metrics["optimizer/projected_share"] = sum(shares) / len(shares)
-    for suffix, chosen in (
-        ("projected", [row for row in rows if row["view"] is not None]),
-        ("other", [row for row in rows if row["view"] is None]),
-    ):
-        for key in ("step_size", "norm"):
+    for title, chosen in (("projected", often), ("other", [name for name in report if name not in often])):
+        for key in ("weight_norm", "effective_step_size"):
             if chosen:
-                metrics[f"optimizer/{key}_{suffix}"] = sum(row[key] for row in chosen) / len(chosen)
+                metrics[f"optimizer/{title}/{key}"] = float(np.mean([report[name][key] for name in chosen]))
     return metrics
 
 
