@@ -3,6 +3,7 @@
 Every name gathered here is watched by `tests/contract/` on each TRL version the package claims to support.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "add_optimizer_name",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
+    "fsdp1_handle",
     "gathered_state_dict",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
@@ -31,6 +33,8 @@ __all__ = [
     "optimizer_names",
     "remove_optimizer_name",
     "use_adapter",
+    "zero3_sub_group",
+    "zero_process_group",
 ]
 
 
@@ -109,3 +113,35 @@ def remove_optimizer_name(name: str) -> None:
 def decay_parameter_names(model: Any) -> list[str]:
     """Names of the parameters that [`~transformers.Trainer`] decays: no biases, no norms."""
     return Trainer.get_decay_parameter_names(None, model)
+
+
+def zero_process_group(param: Any) -> Any:
+    """Processes that DeepSpeed's ZeRO-1, ZeRO-2 or BF16_Optimizer cut a parameter's buffer over, or `None`."""
+    return getattr(param, "_dp_group", None)
+
+
+def zero3_sub_group(flat_param: Any, param: Any) -> list[Any] | None:
+    """
+    The parameters whose pieces a flat tensor of DeepSpeed's ZeRO-3 is made of, in order; `None` where `param` is not
+    one of ZeRO-3's.
+    """
+    wrapper = getattr(param, "_z3_optimizer", None)
+    if wrapper is None:
+        return None
+    for flat, members in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
+        if flat is flat_param:
+            return list(members)
+    return None
+
+
+def fsdp1_handle(param: Any) -> Any:
+    """The `FlatParamHandle` of FSDP1 that a flat parameter, or a parameter that is a view of one, belongs to."""
+    from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+
+    if not getattr(param, "_fsdp_flattened", False) and type(param) is not FlatParameter:
+        return None
+    # Parameters don't know their handle
+    for handle in (found for found in gc.get_objects() if type(found) is FlatParamHandle):
+        if handle.flat_param is param or any(own is param for own in handle.flat_param._params or ()):
+            return handle
+    return None

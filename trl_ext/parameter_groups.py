@@ -76,7 +76,9 @@ def move_to_own_groups(
         return
     owned = {id(parameter) for parameters, _ in groups for parameter in parameters}
     previous = optimizer.param_groups
-    names = {id(p): n for group in previous for p, n in zip(group["params"], group.get("param_names", ()), strict=False)}
+    names = {
+        id(p): n for group in previous for p, n in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
     new = {"lr": learning_rate, tag: True}
     regrouped = [{**group, "params": [p for p in group["params"] if id(p) not in owned]} for group in previous]
     regrouped += [{"params": list(ps), "weight_decay": decay, **new} for ps, decay in groups if ps]

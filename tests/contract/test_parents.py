@@ -54,7 +54,9 @@ USED = {
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
     "load_balancing_loss_func": load_balancing_loss_func,
-    **{f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)},
+    **{
+        f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)
+    },
 }
 # Method of the parent: the class whose source must call it on itself
 CALLED = {

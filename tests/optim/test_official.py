@@ -53,6 +53,13 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_close(found, expected, atol=1e-6):
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-6, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 ADAM = [{}, {"weight_decay": 0.1}, {"nesterov": True, "weight_decay": 0.05, "wd_ratio": 0.3}, {"delta": 0.5, "betas": (0.5, 0.8), "eps": 1e-3}]  # fmt: skip
 SGD = [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"momentum": 0.9, "nesterov": True, "dampening": 0.1, "weight_decay": 0.01}]  # fmt: skip
 
@@ -74,3 +81,26 @@ def test_sgdp_reference_is_the_official_one_to_the_last_bit(options, dtype):
         dtype=dtype,
     )
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("execution", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}])
+@pytest.mark.parametrize("options", ADAM)
+def test_adamp_production_is_the_official_one(options, execution):
+    expected, _ = run(lambda params: adamp.AdamP(params, lr=1e-3, **options), steps=100)
+    found, _ = run(lambda params: AdamP(params, lr=1e-3, **options, **execution), steps=100)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", ADAM)
+def test_adamp_production_in_bf16_is_the_official_one(options):
+    expected, _ = run(lambda params: adamp.AdamP(params, lr=1e-2, **options), steps=100, dtype=torch.bfloat16)
+    found, _ = run(lambda params: AdamP(params, lr=1e-2, **options), steps=100, dtype=torch.bfloat16)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("execution", [{}, {"foreach": True}, {"capturable": True}])
+@pytest.mark.parametrize("options", SGD)
+def test_sgdp_production_is_the_official_one(options, execution):
+    expected, _ = run(lambda params: adamp.SGDP(params, lr=1e-2, **options), steps=100)
+    found, _ = run(lambda params: SGDP(params, lr=1e-2, **options, project_momentum=True, **execution), steps=100)
+    assert_close(found, expected)

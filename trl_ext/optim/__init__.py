@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .adamp import AdamP
+from .known_views import scale_invariant_weights
 from .sgdp import SGDP
 
 
@@ -18,7 +19,7 @@ _EXPORTS = {
     "unregister": "factory",
 }
 
-__all__ = ["SGDP", "AdamP", *_EXPORTS]
+__all__ = ["SGDP", "AdamP", "scale_invariant_weights", *_EXPORTS]
 
 if TYPE_CHECKING:
     from .factory import optimizer_factory as optimizer_factory

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .. import _compat
 from ..parameter_groups import decay_groups
 from .adamp import AdamP
+from .known_views import scale_invariant_weights
 from .optimizer_check_callback import OptimizerCheckCallback
 from .projected_optimizer import ProjectedOptimizer
 from .sgdp import SGDP
@@ -57,8 +58,6 @@ class GroupedOptimizer:
         self, model: nn.Module, optimizer_cls: type[Optimizer], weight_decay: float = 0.0, **options: Any
     ) -> Optimizer:
         if options.get("projection") == "auto":
-            from .known_views import scale_invariant_weights
-
             options["projection"] = scale_invariant_weights(model.config)
         named = issubclass(optimizer_cls, ProjectedOptimizer)
         return optimizer_cls(decay_groups(model, weight_decay, named), **options)

@@ -89,3 +89,41 @@ def project_(update: torch.Tensor, param: torch.Tensor, view: str, eps: float) -
     unit = param / as_rows(param, view).norm(dim=1).view(per_row).add_(eps)
     update -= unit * as_rows(unit * update, view).sum(dim=1).view(per_row)
     return update
+
+
+def passes(dots: torch.Tensor, row_size: int, delta: float, eps: float) -> torch.Tensor:
+    """
+    [`is_scale_invariant`] from dot products, for each row.
+
+    Args:
+        dots (`torch.Tensor` of shape `(4, R)`):
+            For each row `<g, w>`, `<g, g>`, `<w, w>` and `<u, w>`, with gradient `g`, weight `w` and update `u`.
+        row_size (`int`):
+            Elements in a row.
+        delta (`float`):
+            Threshold on the cosine, before division by the square root of the row's size.
+        eps (`float`):
+            Smallest norm.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`, boolean.
+    """
+    norms = dots[1:3].sqrt().clamp_(min=eps)
+    return dots[0].abs() < norms[0] * norms[1] * threshold(delta, row_size)
+
+
+def radial_coefficient(dots: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    How much of the weight the projection adds to minus the update, for each row: `<u, w> / (|w| + eps)^2`, so that
+    `u - coefficient * w` is what [`project_`] gives.
+
+    Args:
+        dots (`torch.Tensor` of shape `(4, R)`):
+            As in [`passes`].
+        eps (`float`):
+            Added to the norm.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`.
+    """
+    return dots[3] / (dots[2].sqrt() + eps).square()

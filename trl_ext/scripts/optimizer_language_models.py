@@ -160,9 +160,7 @@ def train(
     model = build_model(args, family, int(data.max()) + 1, seed)
     groups = decay_groups(model, args.weight_decay)
     optimizer = OPTIMIZERS[optimizer_name](groups, lr=learning_rate, betas=(0.9, 0.95))  # type: ignore[call-arg]
-    scheduler = get_scheduler(
-        "cosine_with_min_lr", optimizer, args.warmup_steps, args.max_steps, {"min_lr_rate": 0.1}
-    )
+    scheduler = get_scheduler("cosine_with_min_lr", optimizer, args.warmup_steps, args.max_steps, {"min_lr_rate": 0.1})
     watched = {name: p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name}
     first_norms = {name: float(p.detach().norm()) for name, p in watched.items()}
     recorder, passes, trace = StepRecorder(watched), [], []
@@ -242,7 +240,10 @@ def table(runs: list[Run]) -> str:
 def grid(runs: list[Run]) -> str:
     """Mean test loss of every learning rate, as Markdown."""
     rates = sorted({run.learning_rate for run in runs})
-    lines = ["| model | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (2 + len(rates)) + "|"]
+    lines = [
+        "| model | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---" * (2 + len(rates)) + "|",
+    ]
     for family, name in dict.fromkeys((run.family, run.optimizer) for run in runs):
         cells = []
         for rate in rates:
@@ -268,7 +269,9 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 rates, [np.mean(values) for values in losses], [np.std(values) for values in losses],
                 color=color, marker="o", label=name, capsize=2,
             )  # fmt: skip
-            kept = [t["trace"] for t in traces if (t["family"], t["optimizer"], t["learning_rate"]) == (family, name, rate)]
+            kept = [
+                t["trace"] for t in traces if (t["family"], t["optimizer"], t["learning_rate"]) == (family, name, rate)
+            ]
             if kept:
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
@@ -293,9 +296,7 @@ def main(args: LanguageModelArguments) -> None:
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     data = token_blocks(args, AutoTokenizer.from_pretrained(args.tokenizer_name_or_path))
     console.print(f"{data.numel()} tokens")
-    for seed, family, rate, name in itertools.product(
-        args.seeds, args.families, args.learning_rates, args.optimizers
-    ):
+    for seed, family, rate, name in itertools.product(args.seeds, args.families, args.learning_rates, args.optimizers):
         wanted = {"family": family, "optimizer": name, "learning_rate": rate, "seed": seed}
         if any(wanted.items() <= row["run"].items() for row in done):
             continue

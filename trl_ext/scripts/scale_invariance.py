@@ -192,7 +192,9 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
             axis.plot(chosen[0]["step"], np.mean([row[key] for row in chosen], axis=0), color=color, label=name)
         accuracy = [np.mean([row["accuracy"] for row in own if row["learning_rate"] == rate]) for rate in rates]
         axes[1, 2].plot(rates, accuracy, color=color, marker="o", label=name)
-    for axis, label in zip(axes.flat, ("norm", "effective step (radians)", "distance to the minimum") * 2, strict=True):
+    for axis, label in zip(
+        axes.flat, ("norm", "effective step (radians)", "distance to the minimum") * 2, strict=True
+    ):
         axis.set(xlabel="step", ylabel=label)
     axes[0, 1].set(yscale="log")
     axes[0, 2].set(yscale="log")
