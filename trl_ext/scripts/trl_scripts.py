@@ -47,10 +47,11 @@ def main(
     """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
     from ..optim.factory import check_optim_args
     from ..optim.optimizer_report_callback import OptimizerReportCallback, default_callback
-    from .loading import last_checkpoint, require_model_and_data
+    from .loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
     require_model_and_data(model_args, script_args, dataset_args)
+    model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
     training_args.resume_from_checkpoint = last_checkpoint(training_args)
     with ExitStack() as stack:
         if optimizer_args.log_optimizer_report:
