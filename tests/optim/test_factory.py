@@ -141,6 +141,7 @@ def test_factory_refuses_what_it_does_not_know():
         ("weight_decay=0.1", "set by the field `weight_decay`"),
         ("eps=1e-6", "set by the field `adam_epsilon`"),
         ("params=3", "no option `params`"),
+        ("state_dtype=float99", "`state_dtype` must be a dtype of torch such as float32, got 'float99'"),
     ],
 )
 def test_wrong_optim_args(text, message):
@@ -154,6 +155,24 @@ def test_optim_args_have_types():
     assert parsed == {"delta": 0.1, "wd_ratio": 1, "nesterov": True, "foreach": False, "fused": None}
     assert parse_optim_args(None, AdamP) == parse_optim_args("", AdamP) == {}
     assert parse_optim_args("momentum=0.9,eps=1e-6", SGDP) == {"momentum": 0.9, "eps": 1e-6}
+
+
+def test_named_projection(registered, tmp_path):
+    model = tiny_model("qwen3")
+    options = {"auto": r"\.(q_proj|k_proj)\.weight$", "q_proj|k_proj:layer": "q_proj|k_proj"}
+    for value, pattern in options.items():
+        args = arguments(tmp_path, optim="adamp", optim_args=f"projection={value},state_dtype=float32")
+        optimizer = Trainer(model, args).create_optimizer()
+        assert optimizer.param_groups[0]["projection"] == {pattern: "layer"}
+        assert optimizer.param_groups[0]["state_dtype"] is torch.float32
+        optimizer.zero_grad()
+        ids = torch.arange(3, 11).view(1, -1)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="projection='auto'` needs the parameters' names.*weight_decay"):
+        optimizer_factory("adamp", lr=1e-3, projection="auto")
+    with pytest.raises(ValueError, match="'llama' are known to be scale-invariant"):
+        optimizer_factory("adamp", lr=1e-3, weight_decay=0.0, projection="auto")(tiny_model("llama"))
 
 
 class Own(torch.optim.SGD):

@@ -5,8 +5,8 @@
 AdamW against AdamP in language modelling at equal tuning budget, on small models with and without scale-invariant
 weights: Llama (none), Qwen3 (norms on queries and keys) and Gemma 3 (norms around every block).
 
-Every optimizer trains every model from scratch at every learning rate and seed; the learning rate is chosen on one half
-of the held-out text and the loss reported on the other. Finished runs are kept in `runs.jsonl`, so an interrupted
+Every optimizer trains every model from scratch at every learning rate and seed; the learning rate is chosen on one
+half of the held-out text and the loss reported on the other. Finished runs are kept in `runs.jsonl`, so an interrupted
 experiment goes on where it stopped.
 
 python -m trl_ext.scripts.optimizer_language_models --config recipes/optim/imdb_language_models.yaml \

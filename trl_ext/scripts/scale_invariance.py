@@ -2,11 +2,11 @@
 # dependencies = ["trl-ext"]
 # ///
 """
-The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates the
-norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
+The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates
+the norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
 
-Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network with
-batch normalisation on images of digits.
+Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network
+with batch normalisation on images of digits.
 
 python -m trl_ext.scripts.scale_invariance --images_dir DATA/images --output_dir outputs/scale_invariance
 """
@@ -76,7 +76,7 @@ class ScaleInvarianceArguments:
 
 
 def rayleigh_quotient(weight: torch.Tensor, eigenvalues: torch.Tensor) -> torch.Tensor:
-    """`w' A w / w' w` with a diagonal A: scale-invariant in w, smallest eigenvalue at its minimum. `(1, D)`, `(D,)`."""
+    """`w' A w / w' w` with a diagonal A, `(1, D)` and `(D,)`; its minimum is the smallest eigenvalue."""
     return (eigenvalues * weight.square()).sum() / weight.square().sum()
 
 
@@ -110,7 +110,7 @@ def load_images(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalised_network() -> nn.Sequential:
-    """Three convolutions with batch normalisation after each, which makes their channels scale-invariant; no biases."""
+    """Three convolutions, each before batch normalisation, which makes their channels scale-invariant."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, 8), (8, 16), (16, 32)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -152,7 +152,7 @@ def run_network(
 def network_table(rows: list[dict[str, Any]]) -> str:
     """Accuracy, norm growth and last effective step size of every optimizer and learning rate, as Markdown."""
     lines = [
-        "| optimizer | learning rate | accuracy | norm, last / first | effective step, last tenth | channel test passed |",
+        "| optimizer | learning rate | accuracy, % | norm, last / first | effective step at the end | test passed |",
         "|---|---|---|---|---|---|",
     ]
     for name, rate in dict.fromkeys((row["name"], row["learning_rate"]) for row in rows):
