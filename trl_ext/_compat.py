@@ -8,21 +8,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, use_adapter
 
 
 __all__ = [
+    "DEFAULT_CALLBACKS",
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
+    "add_optimizer_name",
+    "decay_parameter_names",
     "disable_gradient_checkpointing",
     "fsdp1_handle",
     "gathered_state_dict",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
+    "optimizer_names",
+    "remove_optimizer_name",
     "use_adapter",
     "zero3_sub_group",
     "zero_process_group",
@@ -74,6 +83,36 @@ def gathered_state_dict(module: Any) -> dict[str, Any]:
     with maybe_gather_lm_head_ctx(*parameters.values()):
         whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
         return {name: p.detach().float().cpu().clone() for name, p in whole.items()}
+
+
+def optimizer_names() -> set[str]:
+    """Values of `optim` that transformers accepts."""
+    return set(OptimizerNames._value2member_map_)
+
+
+def add_optimizer_name(name: str, handler: Callable[[Any], tuple[Any, dict[str, Any]]]) -> None:
+    """Makes `name` a member of transformers' closed enum of optimizers, built by `handler` in [`~transformers.Trainer`]."""
+    member = str.__new__(OptimizerNames, name)
+    member._name_, member._value_ = name.upper(), name
+    type.__setattr__(OptimizerNames, member._name_, member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    _OPTIMIZER_HANDLERS[member] = handler
+
+
+def remove_optimizer_name(name: str) -> None:
+    """Undoes [`add_optimizer_name`]."""
+    member = OptimizerNames._value2member_map_.pop(name)
+    OptimizerNames._member_names_.remove(member._name_)
+    del OptimizerNames._member_map_[member._name_]
+    type.__delattr__(OptimizerNames, member._name_)
+    del _OPTIMIZER_HANDLERS[member]
+
+
+def decay_parameter_names(model: Any) -> list[str]:
+    """Names of the parameters that [`~transformers.Trainer`] decays: no biases, no norms."""
+    return Trainer.get_decay_parameter_names(None, model)
 
 
 def zero_process_group(param: Any) -> Any:

@@ -16,10 +16,12 @@ from rich.console import Console
 from . import __version__
 
 
+TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
 # Command: script module with `make_parser`
 TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
+    **{name: f"trl_ext.scripts.{name}" for name in TRL_COMMANDS},
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
@@ -28,6 +30,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
+  sft, dpo, grpo, kto, reward, rloo
+              TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 

@@ -3,6 +3,7 @@ from typing import Literal
 
 from trl import GRPOConfig
 
+from ..optim.factory import check_optim_args, register
 from .lagrangian import Constraint, check_constraints
 
 
@@ -134,6 +135,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
 
     def __post_init__(self):
+        register()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -146,6 +148,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         super().__post_init__()
         if one:
             self.num_generations = 1
+        check_optim_args(self)
         self._apply_preset()
         self._check()
 
