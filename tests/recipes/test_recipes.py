@@ -70,7 +70,14 @@ def test_recipe_runs_two_steps(path, tmp_path):
     model = save_tiny_model(tmp_path / "model")
     recipe = load_recipe(path)
     method = module_of(path).split(".")[-1]
-    for key in ("datasets", "dataset_name", "test_split_size", "model_name_or_path", "attn_implementation", "deepspeed"):
+    for key in (
+        "datasets",
+        "dataset_name",
+        "test_split_size",
+        "model_name_or_path",
+        "attn_implementation",
+        "deepspeed",
+    ):
         recipe.pop(key, None)
     if recipe.get("optim_args") == "projection=auto":
         model = save_tiny_model(tmp_path / "model", "qwen3")
