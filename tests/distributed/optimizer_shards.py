@@ -64,7 +64,7 @@ def loss_of(model, step, rank=0, world_size=1, dtype=torch.float32):
 
 def groups(model, num_groups):
     """One group, or matrices, kernels and vectors apart, in an order that is not the model's."""
-    named = dict(model.named_parameters())
+    named = {name.removeprefix("_fsdp_wrapped_module."): param for name, param in model.named_parameters()}
     if num_groups == 1:
         return list(named.values())
     matrices = [p for n, p in named.items() if n in ("layer", "rows", "last.weight")]
@@ -110,6 +110,7 @@ def zero_config(stage, bf16=False, **zero):
     config = {
         "train_micro_batch_size_per_gpu": 12 // dist.get_world_size(), "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, **zero}, "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # 1.0 by default
     }  # fmt: skip
     if bf16:
         config["bf16"] = {"enabled": True}
@@ -217,9 +218,9 @@ def run_modes(output, modes):
         "zero3_groups": lambda: deepspeed_mode(output, zero_config(3), num_groups=3),
         "zero1_round_robin": lambda: deepspeed_mode(output, zero_config(1, round_robin_gradients=True)),
         "zero2_round_robin": lambda: deepspeed_mode(output, zero_config(2, round_robin_gradients=True), num_groups=3),
-        "zero2_alignment": lambda: deepspeed_mode(output, zero_config(2, parameter_alignment=64)),
+        "zero2_alignment": lambda: deepspeed_mode(output, zero_config(2, parameter_alignment=True)),
         "zero2_alignment_round_robin": lambda: deepspeed_mode(
-            output, zero_config(2, parameter_alignment=64, round_robin_gradients=True)
+            output, zero_config(2, parameter_alignment=True, round_robin_gradients=True)
         ),
         "zero3_sub_groups": lambda: deepspeed_mode(
             output, zero_config(3, sub_group_size=60, stage3_param_persistence_threshold=0)
@@ -238,8 +239,6 @@ def run_modes(output, modes):
     references = {
         1: alone(adamp.AdamP, 1), 3: alone(adamp.AdamP, 3), "sgdp": alone(adamp.SGDP, 1, **sgd, wd_ratio=0.1),
     }  # fmt: skip
-    plain = {1: alone(torch.optim.AdamW, 1, wd_ratio=None)} if False else {}
-    del plain
     results = {}
     for mode in modes:
         found, facts = available[mode]()

@@ -10,8 +10,10 @@ from trl_ext.optim import SGDP, AdamP
 def tensors(dtype=torch.float32):
     """One of each kind: name, shape and how its loss depends on it."""
     torch.manual_seed(0)
-    shapes = {"vector": (7,), "matrix": (6, 5), "row_invariant": (6, 5), "layer_invariant": (6, 5), "kernel": (4, 3, 2, 2),
-              "kernel_invariant": (4, 3, 2, 2), "zero_grad": (3, 4), "zero_weight": (3, 4), "tiny_grad": (3, 4)}  # fmt: skip
+    shapes = {
+        "vector": (7,), "matrix": (6, 5), "row_invariant": (6, 5), "layer_invariant": (6, 5), "kernel": (4, 3, 2, 2),
+        "kernel_invariant": (4, 3, 2, 2), "zero_grad": (3, 4), "zero_weight": (3, 4), "tiny_grad": (3, 4),
+    }  # fmt: skip
     params = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     params["zero_weight"].zero_()
     return params
@@ -60,8 +62,17 @@ def assert_close(found, expected, atol=1e-6):
         )
 
 
-ADAM = [{}, {"weight_decay": 0.1}, {"nesterov": True, "weight_decay": 0.05, "wd_ratio": 0.3}, {"delta": 0.5, "betas": (0.5, 0.8), "eps": 1e-3}]  # fmt: skip
-SGD = [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"momentum": 0.9, "nesterov": True, "dampening": 0.1, "weight_decay": 0.01}]  # fmt: skip
+ADAM = [
+    {},
+    {"weight_decay": 0.1},
+    {"nesterov": True, "weight_decay": 0.05, "wd_ratio": 0.3},
+    {"delta": 0.5, "betas": (0.5, 0.8), "eps": 1e-3},
+]
+SGD = [
+    {},
+    {"momentum": 0.9, "weight_decay": 0.01},
+    {"momentum": 0.9, "nesterov": True, "dampening": 0.1, "weight_decay": 0.01},
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

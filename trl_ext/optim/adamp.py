@@ -123,7 +123,7 @@ class AdamP(ProjectedOptimizer):
         beta1, beta2 = group["betas"]
         exp_avg, exp_avg_sq = block.moments
         if self._has_kernel(block.local):
-            # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes exactly minus the update
+            # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes minus the update
             out.zero_()
             self._fused_adamw([(block.local, out, block.grad, exp_avg, exp_avg_sq)], lr=1.0, weight_decay=0.0)
             return
@@ -139,22 +139,25 @@ class AdamP(ProjectedOptimizer):
 
     def _displace_again(self, block: Block, out: torch.Tensor) -> None:
         first, second = (moment.to(out.dtype) for moment in block.moments)
-        grad = block.grad.to(out.dtype)
-        self._write_displacement(block.local, first, second, -grad if block.local.group["maximize"] else grad, out)
+        # Only Nesterov's momentum needs the gradient again; a report after it is gone shows the momentum's update
+        grad = None if block.local.grad is None else block.grad.to(out.dtype)
+        if grad is not None and block.local.group["maximize"]:
+            grad = -grad
+        self._write_displacement(block.local, first, second, grad, out)
 
     def _write_displacement(
         self,
         local: LocalTensor,
         exp_avg: torch.Tensor,
         exp_avg_sq: torch.Tensor,
-        grad: torch.Tensor,
+        grad: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
         beta1, beta2 = local.group["betas"]
         correction1, correction2 = 1 - beta1**local.step, 1 - beta2**local.step
         torch.sqrt(exp_avg_sq, out=out).div_(correction2**0.5).add_(local.group["eps"])
         momentum = exp_avg
-        if local.group["nesterov"]:
+        if local.group["nesterov"] and grad is not None:
             momentum = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1)
         torch.div(momentum, out, out=out).div_(-correction1)
 
@@ -217,16 +220,16 @@ class AdamP(ProjectedOptimizer):
         for local, start, stop in ranges:
             if self._has_kernel(local):
                 assert local.grad is not None
-                cut = [tensor[start:stop] for tensor in (local.flat, local.grad, *local.moments)]
+                exp_avg, exp_avg_sq = local.moments
+                tensors = (local.flat, local.grad, exp_avg, exp_avg_sq)
+                param, grad, first, second = (tensor[start:stop] for tensor in tensors)
                 key = (id(local.group), local.flat.device, local.flat.dtype)
-                batches.setdefault(key, []).append((local, *cut))
+                batches.setdefault(key, []).append((local, param, grad, first, second))
             else:
                 rest.append((local, start, stop))
-        for tensors in batches.values():
-            group = tensors[0][0].group
-            self._fused_adamw(
-                tensors, lr=group["lr"], weight_decay=self._rounded_decay(group, tensors[0][0].flat.dtype)
-            )
+        for batch in batches.values():
+            group = batch[0][0].group
+            self._fused_adamw(batch, lr=group["lr"], weight_decay=self._rounded_decay(group, batch[0][0].flat.dtype))
         return rest
 
     def _single_tensor(self, local: LocalTensor, view: str | None) -> str | None:
@@ -246,7 +249,7 @@ def adamp_(
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    step: int,
+    step: int | torch.Tensor,
     *,
     lr: float | torch.Tensor,
     beta1: float,
@@ -264,7 +267,7 @@ def adamp_(
     Args:
         param, grad, exp_avg, exp_avg_sq (`torch.Tensor` of one shape):
             Weight and moments, changed in their place, and the gradient.
-        step (`int`):
+        step (`int` or `torch.Tensor`):
             Number of this step, from 1.
         view (`str`, *optional*, defaults to `"test"`):
             `"channel"`, `"layer"` or `None` where it is known whether and where to project.

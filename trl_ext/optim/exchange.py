@@ -51,6 +51,13 @@ def exchange_all(weights: Sequence[Weight]) -> list[Exchange]:
     return [Exchange(members) for members in by_group.values()]
 
 
+def sum_over(tensor: torch.Tensor, process_group: Any) -> torch.Tensor:
+    """The sum of a tensor over processes, on the tensor's device."""
+    summed = tensor.to(_device_of(process_group, tensor.device))
+    torch.distributed.all_reduce(summed, group=process_group)
+    return summed.to(tensor.device)
+
+
 def _device_of(process_group: Any, device: torch.device) -> torch.device:
     """Where a group's backend can reduce: NCCL can't on a CPU, where offloaded optimizers work."""
     if device.type == "cpu" and torch.distributed.get_backend(process_group) == "nccl":

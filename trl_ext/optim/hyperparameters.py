@@ -100,5 +100,5 @@ def check_state(name: str, param: torch.Tensor, state: torch.Tensor) -> None:
     if state.shape != param.shape or state.device != param.device:
         raise RuntimeError(
             f"{name}: the state of a parameter has shape {tuple(state.shape)} on {state.device}, but the parameter "
-            f"has shape {tuple(param.shape)} on {param.device}. Build the optimizer after the model is resized or moved."
+            f"has shape {tuple(param.shape)} on {param.device}. Build the optimizer after resizing or moving."
         )

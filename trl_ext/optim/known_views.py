@@ -46,8 +46,8 @@ def scale_invariant_weights(config: Any) -> dict[str, str]:
     if model_type not in SCALE_INVARIANT_WEIGHTS:
         raise ValueError(
             f"No weights of the architecture {model_type!r} are known to be scale-invariant; those of "
-            f"{sorted(SCALE_INVARIANT_WEIGHTS)} are. Leave `projection` unset to test each weight at each step, or name "
-            'the weights: `projection={"q_proj|k_proj": "layer"}`.'
+            f"{sorted(SCALE_INVARIANT_WEIGHTS)} are. Leave `projection` unset to test each weight at each step, or "
+            'name the weights: `projection={"q_proj|k_proj": "layer"}`.'
         )
     return {SCALE_INVARIANT_WEIGHTS[model_type]: "layer"}
 

@@ -2,25 +2,33 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from .exchange import exchange_all
 from .hyperparameters import check_hyperparameters, check_param, check_state
 from .known_views import known_view
+from .memory import has_order_of, is_flat, local_part, memory
 from .projection import is_scale_invariant
 from .report import ProjectionCounts, report
 from .rounding import copy_rounded_
 from .shards import Original, Shard, UnknownShardsError, read_shards
-from .weight import Block, LocalTensor, Weight, plain_blocks
+from .weight import Block, LocalTensor, Weight, layer_dots, plain_blocks
 
 
 # Private key of a group; the index of a group is not stable, since wrappers drop and split groups
 GROUP_KEY = "projection_group"
 # Largest update kept between the pass that measures it and the one that applies it; larger ones are computed anew
 MAX_KEPT_UPDATE = 2**24
+
+
+class Layout(NamedTuple):
+    """A tensor that was stepped on, where its weights lie in it, and its group."""
+
+    reference: weakref.ref
+    shards: list[Shard]
+    group_key: int
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -54,7 +62,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         self._originals: dict[int, list[Original]] = {}
-        self._layouts: dict[int, tuple[weakref.ref, list[Shard]]] = {}
+        self._layouts: dict[int, Layout] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
         self._step_tensors: dict[torch.device, tuple[int, torch.Tensor]] = {}
@@ -145,7 +153,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             step at the current state turns the weight by.
         """
         with torch.no_grad():
-            return report(self)
+            return report(self, self.projection_counts)
+
+    def stepped_weights(self) -> list[Weight]:
+        """The weights of at least two dimensions that steps were taken on, in the order of the first step."""
+        groups = {group[GROUP_KEY]: group for group in self.param_groups}
+        found = []
+        for reference, shards, key in self._layouts.values():
+            param = reference()
+            if param is None or key not in groups:
+                continue
+            state = self.state.get(param, {})
+            moments = [memory(state[name]) for name in self.MOMENTS if name in state]
+            local = LocalTensor(param, groups[key], shards, memory(param), None, tuple(moments), state.get("step", 0))
+            found += [Weight(local, shard, by_rows=False) for shard in shards if len(shard.shape) > 1]
+        return found
 
     # ------------------------------------------------------------------ one step
 
@@ -157,8 +179,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for weight in candidates:
             self._measure(weight)
             if not weight.shard.borders:
-                dots = weight.totals(), weight.num_failing_rows(), weight.cut_row_dots()
-                self._apply(weight, *weight.choose(*dots))
+                choice = weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots())
+                self._apply(weight, *choice)
                 weight.displacement = None
         exchanges = exchange_all([weight for weight in candidates if weight.shard.borders])
         self._plain(self._plain_ranges(locals_, candidates))
@@ -175,7 +197,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 shards = self._shards(param, place, group)
                 if param.grad is None:
                     if any(shard.borders for shard in shards):  # The other processes wait for this one
-                        found.append(LocalTensor(param, group, shards, _memory(param), None, (), 0))
+                        found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
                     continue
                 check_param(type(self).__name__, param)
                 is_single = len(shards) == 1 and not shards[0].borders and self._is_single(param, group)
@@ -185,11 +207,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return found, single
 
     def _is_single(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        if group["capturable"]:
+            if not is_flat(param):
+                raise RuntimeError(
+                    f"{type(self).__name__}: `capturable` needs parameters whose rows follow each other in memory, got "
+                    f"shape {tuple(param.shape)} with strides {param.stride()}. Make it contiguous."
+                )
+            return False
         if group["differentiable"] or (group["foreach"] is False and group["fused"] is False):
             return True
-        if group["capturable"]:
-            return False
-        return self._has_low_precision_state(param, group) or not _is_flat(param)
+        return self._has_low_precision_state(param, group) or not is_flat(param)
 
     def _has_low_precision_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Whether the arithmetic is that of the parameter's own half precision, as the official package's is."""
@@ -204,28 +231,37 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._initialise(state, param, group)
         for name in self.MOMENTS:
             check_state(type(self).__name__, param, state[name])
-            if flatten and not _has_order_of(state[name], param):
+            if flatten and not has_order_of(state[name], param):
                 state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
-        moments = [_local_part(state[name]) for name in self.MOMENTS]
-        flat, grad = _local_part(param), _local_part(grad)
+        moments = [local_part(state[name]) for name in self.MOMENTS]
+        flat, grad = local_part(param), local_part(grad)
         if flatten:
-            if not _has_order_of(grad, flat):
+            if not has_order_of(grad, flat):
                 grad = torch.empty_like(flat, dtype=grad.dtype).copy_(grad)
-            flat, grad, moments = _memory(flat), _memory(grad), [_memory(moment) for moment in moments]
+            flat, grad = memory(flat), memory(grad)
+            moments = [memory(moment) for moment in moments]
         return LocalTensor(param, group, shards, flat, grad, tuple(moments), state.get("step", 0))
+
+    def update_of(self, block: Block) -> torch.Tensor:
+        """Minus the update that the present moments stand for, before projection and learning rate."""
+        out = torch.empty_like(block.flat, dtype=block.local.compute_dtype)
+        self._displace_again(block, out)
+        return out
 
     def _shards(self, param: torch.Tensor, place: int, group: dict[str, Any]) -> list[Shard]:
         """The tensor's layout, read at its first step."""
         known = self._layouts.get(id(param))
-        if known is not None and known[0]() is param:
-            return known[1]
+        if known is not None and known.reference() is param:
+            return known.shards
+        key = group[GROUP_KEY]
         try:
-            shards = read_shards(param, place, len(group["params"]), self._originals[group[GROUP_KEY]])
+            shards = read_shards(param, place, len(group["params"]), self._originals[key])
         except UnknownShardsError:
             if group["on_unknown_shards"] == "raise":
                 raise
             shards = []
-        self._layouts[id(param)] = (weakref.ref(param), shards)
+        self._layouts = {name: layout for name, layout in self._layouts.items() if layout.reference() is not None}
+        self._layouts[id(param)] = Layout(weakref.ref(param), shards, key)
         return shards
 
     def _weights(self, locals_: Iterable[LocalTensor]) -> Iterable[Weight]:
@@ -246,15 +282,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             alive, passing = self._quick_test(weight)
             found += [alive, passing]
         answers = iter(_read(found))
-        keep = []
+        candidates = []
         for weight in weights:
             if weight.view is None and not weight.local.group["capturable"]:
-                weight.by_rows, passing = next(answers), next(answers)
-                if not (weight.by_rows or passing or weight.shard.borders):
+                weight.by_rows, passes = next(answers), next(answers)
+                if not (weight.by_rows or passes or weight.shard.borders):
                     self.projection_counts.add(weight)
                     continue
-            keep.append(weight)
-        return keep
+            candidates.append(weight)
+        return candidates
 
     def _quick_test(self, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether the first rows pass in the channel view, and the whole weight in the layer view, if it is here."""
@@ -295,7 +331,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         local, group = weight.local, weight.local.group
         like = weight.dots.new_empty(())
         keep = [self._keep(local, ratio) for ratio in (group["wd_ratio"], 1.0)]
-        scale = torch.where(channel | layer, *(torch.full_like(like, k) if isinstance(k, float) else k for k in keep))
+        keep = [torch.full_like(like, share) if isinstance(share, float) else share for share in keep]
+        scale = torch.where(channel | layer, keep[0], keep[1])
         scratch = weight.displacement
         if scratch is None:
             scratch = self._scratch_tensor(min(weight.numel, local.block_size), local)
@@ -385,9 +422,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if views.get(id(local)) is None:
                 views[id(local)] = view if answer else None
         for local in tensors:
-            view = self._single_tensor(local, views.get(id(local), "test"))
+            hit = self._single_tensor(local, views.get(id(local), "test"))
             if local.param.ndim > 1 and local.shards:
-                self.projection_counts.add_known(local, local.shards[0], view)
+                self.projection_counts.add_known(local, local.shards[0], hit)
 
     def _scratch_tensor(self, numel: int, local: LocalTensor) -> torch.Tensor:
         """Memory kept from step to step, since fresh memory is page-faulted on a CPU."""
@@ -436,18 +473,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def layer_dots(flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
-    """`<g, w>`, `<g, g>`, `<w, w>` of a weight, shape `(3,)`, in blocks that fit the cache."""
-    size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
-    total = None
-    for weight_block, grad_block in zip(flat.split(size), grad.split(size), strict=True):
-        w, g = weight_block.to(local.compute_dtype), grad_block.to(local.compute_dtype)
-        found = torch.stack([torch.dot(g, w), torch.dot(g, g), torch.dot(w, w)])
-        total = found if total is None else total.add_(found)
-    assert total is not None
-    return total
-
-
 def _read(answers: Sequence[torch.Tensor]) -> list[bool]:
     """Brings booleans of shape `()` to the host: once, or once for each device that has some."""
     found: dict[int, bool] = {}
@@ -455,35 +480,3 @@ def _read(answers: Sequence[torch.Tensor]) -> list[bool]:
         places = [place for place, answer in enumerate(answers) if answer.device == device]
         found |= zip(places, torch.stack([answers[place] for place in places]).tolist(), strict=True)
     return [found[place] for place in range(len(answers))]
-
-
-def _local_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_flat(param: torch.Tensor) -> bool:
-    """Whether a tensor's memory is one stretch in which the rows of the channel view follow each other."""
-    tensor = _local_part(param)
-    expected = tensor.numel()
-    dims = sorted((dim for dim in range(tensor.ndim) if tensor.size(dim) > 1), key=lambda dim: -tensor.stride(dim))
-    if expected == 0 or not dims:
-        return True
-    if tensor.size(0) > 1 and dims[0] != 0:
-        return False
-    for dim in dims:
-        expected //= tensor.size(dim)
-        if tensor.stride(dim) != expected:
-            return False
-    return True
-
-
-def _has_order_of(tensor: torch.Tensor, like: torch.Tensor) -> bool:
-    """Whether the elements of two tensors of one shape follow each other in memory in the same order."""
-    tensor, like = _local_part(tensor), _local_part(like)
-    return all(tensor.stride(dim) == like.stride(dim) for dim in range(like.ndim) if like.size(dim) > 1)
-
-
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as a flat view."""
-    tensor = _local_part(tensor).detach()
-    return tensor.as_strided((tensor.numel(),), (1,))

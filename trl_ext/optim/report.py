@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .exchange import sum_over
+from .weight import plain_blocks
+
 
 if TYPE_CHECKING:
     from .projected_optimizer import ProjectedOptimizer
@@ -36,11 +39,10 @@ class ProjectionCounts:
             hit = torch.tensor([float(view == "channel"), float(view == "layer")])
             self.hits[key] = self.hits[key].add_(hit) if key in self.hits else hit
 
-    def shares(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Steps of a weight, and the shares of them that were projected."""
-        steps = self.steps.get(key, 0)
-        channel, layer = self.hits[key].tolist() if key in self.hits else (0.0, 0.0)
-        return {"steps": steps, "channel": channel / max(steps, 1), "layer": layer / max(steps, 1)}
+    def counts(self, key: tuple[int, int]) -> list[float]:
+        """Steps of a weight, and how many of them were projected in the channel and in the layer view."""
+        hits = self.hits[key].tolist() if key in self.hits else [0.0, 0.0]
+        return [float(self.steps.get(key, 0)), *hits]
 
     def reset(self) -> None:
         """Counts from 0 again."""
@@ -48,6 +50,54 @@ class ProjectionCounts:
         self.hits.clear()
 
 
-def report(optimizer: ProjectedOptimizer) -> dict[str, dict[str, Any]]:
+def report(optimizer: ProjectedOptimizer, counts: ProjectionCounts) -> dict[str, dict[str, Any]]:
     """See [`ProjectedOptimizer.report`]."""
-    return {}
+    weights = optimizer.stepped_weights()
+    found = {}
+    for weight, total in zip(weights, _summed(optimizer, weights, counts), strict=True):
+        squared_norm, update_squared, radial, steps, channel, layer = total.tolist()
+        group, index = weight.local.group, weight.shard.index
+        names = group.get("param_names")
+        name = names[index] if names else f"{group['projection_group']}.{index}"
+        norm, num_steps = squared_norm**0.5, round(steps)
+        tangential = max(update_squared - radial**2 / squared_norm, 0.0) ** 0.5 if norm else 0.0
+        found[name] = {
+            "steps": num_steps,
+            "channel": channel / max(num_steps, 1),
+            "layer": layer / max(num_steps, 1),
+            "weight_norm": norm,
+            "effective_step_size": float(group["lr"]) * tangential / norm if norm else float("nan"),
+        }
+    return found
+
+
+def _summed(optimizer: ProjectedOptimizer, weights: list[Weight], counts: ProjectionCounts) -> list[torch.Tensor]:
+    """
+    For each whole weight `<w, w>`, `<u, u>`, `<u, w>`, and its counts, with one all-reduce for each process group.
+    """
+    totals: list[torch.Tensor] = []
+    shared: dict[int, list[int]] = {}
+    for place, weight in enumerate(weights):
+        shard = weight.shard
+        # Every holder of a cut weight counts its steps
+        num_holders = torch.distributed.get_world_size(shard.process_group) if shard.borders else 1
+        count = torch.tensor(counts.counts((weight.local.group["projection_group"], shard.index))) / num_holders
+        totals.append(torch.cat([_dots(optimizer, weight), count.double()]))
+        if shard.process_group is not None:
+            shared.setdefault(id(shard.process_group), []).append(place)
+    for places in shared.values():
+        process_group = weights[places[0]].shard.process_group
+        summed = sum_over(torch.stack([totals[place] for place in places]), process_group)
+        for place, total in zip(places, summed, strict=True):
+            totals[place] = total
+    return totals
+
+
+def _dots(optimizer: ProjectedOptimizer, weight: Weight) -> torch.Tensor:
+    """`<w, w>`, `<u, u>` and `<u, w>` over the part of a weight that is here, shape `(3,)`, on the CPU."""
+    local, start = weight.local, weight.shard.start
+    total = torch.zeros(3, dtype=torch.float64, device=local.flat.device)
+    for block in plain_blocks(local, start, start + weight.shard.numel):
+        update, value = optimizer.update_of(block), block.flat.to(local.compute_dtype)
+        total += torch.stack([torch.dot(value, value), torch.dot(update, update), torch.dot(update, value)])
+    return total.cpu()

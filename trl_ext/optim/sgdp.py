@@ -102,7 +102,7 @@ class SGDP(ProjectedOptimizer):
 
     def _displace_again(self, block: Block, out: torch.Tensor) -> None:
         group, momentum = block.local.group, block.moments[0].to(out.dtype)
-        if group["nesterov"]:
+        if group["nesterov"] and block.local.grad is not None:
             torch.mul(momentum, -group["momentum"], out=out)
             out.add_(block.grad.to(out.dtype), alpha=1 if group["maximize"] else -1)
         else:

@@ -108,7 +108,7 @@ def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Seq
         if handle is not None:
             return _fsdp1_shards(param, place, handle)
     if any(original.reference() is param for original in originals):
-        if hasattr(param, "ds_id") and tuple(param.ds_shape) != tuple(param.shape):
+        if tuple(getattr(param, "ds_shape", param.shape)) != tuple(param.shape):
             raise _unknown(param, "a ZeRO-3 parameter outside DeepSpeed's optimizer")
         if param.ndim != originals[place].ndim and len(originals) == num_params:
             raise _unknown(param, f"a parameter that had {originals[place].ndim} dimensions when it was added")
@@ -132,7 +132,7 @@ def _whole(param: torch.Tensor, place: int) -> Shard:
 def _unknown(param: torch.Tensor, found: str) -> UnknownShardsError:
     return UnknownShardsError(
         f"The optimizer was handed {found}: a {type(param).__name__} of shape {tuple(param.shape)} and dtype "
-        f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant weights can't be found. Known "
+        f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant ones can't be found. Known "
         "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and FSDP2 sharded on the first dimension. Pass "
         '`on_unknown_shards="adamw"` to go on without projection, as AdamW does.'
     )
@@ -189,8 +189,8 @@ def _fsdp1_shards(param: torch.Tensor, place: int, handle: Any) -> list[Shard]:
     flat = handle.flat_param
     size = flat._sharded_size.numel() if handle.uses_sharded_strategy else sum(flat._numels_with_padding)
     rank = handle.rank if handle.uses_sharded_strategy else 0
-    shards, start = [], 0
-    shapes = iter(flat._shapes)
+    shards: list[Shard] = []
+    shapes, start = iter(flat._shapes), 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not is_padding:
             shape = tuple(next(shapes))
@@ -220,7 +220,7 @@ def _zero12_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Ten
     for index, original in originals:
         if original.data.untyped_storage().data_ptr() != buffer.data_ptr() or not original.is_contiguous():
             raise _unknown(param, found)
-        start = original.data.storage_offset()
+        start = int(original.data.storage_offset())
         shards.append(_overlap(index, tuple(original.shape), start, param.numel(), rank, process_group))
     return shards
 

@@ -250,3 +250,15 @@ class Weight:
                     self.dots[:, row - self.first_row] = cut_row_dots[:, place]
             coefficient = torch.where(channel, radial_coefficient(self.dots, eps), coefficient)
         return coefficient, channel, layer
+
+
+def layer_dots(flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
+    """`<g, w>`, `<g, g>`, `<w, w>` of a weight, shape `(3,)`, in blocks that fit the cache."""
+    size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
+    total = None
+    for weight_block, grad_block in zip(flat.split(size), grad.split(size), strict=True):
+        w, g = weight_block.to(local.compute_dtype), grad_block.to(local.compute_dtype)
+        found = torch.stack([torch.dot(g, w), torch.dot(g, g), torch.dot(w, w)])
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
