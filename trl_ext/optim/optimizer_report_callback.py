@@ -74,7 +74,8 @@ def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
         steps that were projected, and `optimizer/projected/weights`, the number of weights that were on more than half
         of their steps; of these and of the others the means `optimizer/projected/weight_norm`,
         `optimizer/projected/effective_step_size` (radians), `optimizer/other/weight_norm` and
-        `optimizer/other/effective_step_size`. A mean over no weights is left out.
+        `optimizer/other/effective_step_size`. Weights of norm 0 are left out of the means,
+        and a mean over no weights is left out.
     """
     if not report:
         return {}
@@ -86,8 +87,9 @@ def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
     for title, chosen in (("projected", often), ("other", [name for name in report if name not in often])):
         for key in ("weight_norm", "effective_step_size"):
-            if chosen:
-                metrics[f"optimizer/{title}/{key}"] = float(np.mean([report[name][key] for name in chosen]))
+            values = [report[name][key] for name in chosen if report[name]["weight_norm"] > 0]
+            if values:
+                metrics[f"optimizer/{title}/{key}"] = float(np.mean(values))
     return metrics
 
 
