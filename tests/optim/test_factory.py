@@ -17,7 +17,7 @@ from trl_ext.optim import (
     unregister,
 )
 from trl_ext.optim import factory as factory_module
-from trl_ext.optim.factory import parse_optim_args
+from trl_ext.optim.factory import check_optim_args, parse_optim_args
 from trl_ext.parameter_groups import decay_groups
 
 
@@ -148,6 +148,33 @@ def test_wrong_optim_args(text, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_optim_args(text, AdamP)
     assert f"`optim_args: {text}`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim_args": "delta=-0.1"}, "`delta` must be finite and at least 0, got -0.1"),
+        ({"optim_args": "delta=nan"}, "`delta` must be a number, got 'nan'"),
+        ({"optim_args": "wd_ratio=1e999"}, "`wd_ratio` must be finite"),
+        ({"optim_args": "projection=rows"}, "`projection` must be one of"),
+        ({"optim_args": "projection=(:layer"}, "pattern"),
+        ({"learning_rate": -1.0}, "`lr` must be finite and at least 0, got -1.0"),
+        ({"learning_rate": float("nan")}, "`lr` must be finite and at least 0, got nan"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be finite and at least 0, got -0.1"),
+        ({"adam_beta1": 1.0}, "`betas\\[0\\]` must lie in"),
+        ({"optim": "sgdp", "optim_args": "momentum=1.0"}, "`momentum`"),
+    ],
+)
+def test_values_that_no_optimizer_takes_are_refused_before_a_model_is_loaded(settings, message, registered, tmp_path):
+    args = arguments(tmp_path, **{"optim": "adamp", **settings})
+    with pytest.raises(ValueError, match=message):
+        check_optim_args(args)
+
+
+def test_right_values_pass(registered, tmp_path):
+    check_optim_args(arguments(tmp_path))
+    check_optim_args(arguments(tmp_path, optim="adamp", optim_args="projection=auto,delta=0.2"))
+    check_optim_args(arguments(tmp_path, optim="sgdp", optim_args="projection=q_proj:layer,momentum=0.9"))
 
 
 def test_optim_args_have_types():

@@ -64,7 +64,7 @@ def test_the_real_command(tmp_path):
         model_name_or_path=save_tiny_model(tmp_path / "model", "qwen3"),
         datasets=[{"path": "json", "data_files": str(tmp_path / "data.jsonl")}],
         log_optimizer_report=True,
-        **base_settings(tmp_path),
+        **{**base_settings(tmp_path), "optim_args": "delta=0.1,projection=auto"},
     )
     command = [sys.executable, "-m", "trl_ext.cli", "sft", "--config", recipe]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -72,11 +72,13 @@ def test_the_real_command(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logged = [entry for entry in state["log_history"] if "loss" in entry]
-    assert [entry["optimizer/projected/weights"] for entry in logged] == [4.0, 4.0]  # q_proj and k_proj of two layers
+    assert [entry["optimizer/projected/weights"] for entry in logged] == [4.0, 4.0]  # Two a layer
     assert all(0 < entry["optimizer/projected/effective_step_size"] < 1 for entry in logged)
     assert "optimizer/projected/share" in done.stdout
     report = json.loads((tmp_path / "out" / "optimizer_report.json").read_text())
     assert report["model.layers.0.self_attn.q_proj.weight"]["layer"] == 1.0
+
+    assert sum(row["layer"] > 0 for row in report.values()) == 4
 
     options = ["--max_steps", "3", "--resume_from_checkpoint", "true"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200, env=environment)

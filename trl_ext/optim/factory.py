@@ -230,23 +230,31 @@ def named_optimizer(optim: Any) -> type[Optimizer] | None:
 
 def check_optim_args(args: Any) -> None:
     """
-    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, before a model is loaded.
+    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, and values that [`AdamP`] and [`SGDP`]
+    refuse, before a model is loaded.
 
     Raises:
-        ValueError: As [`parse_optim_args`] does.
+        ValueError: As [`parse_optim_args`] and the optimizer do.
     """
     optimizer_cls = named_optimizer(args.optim)
-    if optimizer_cls is not None:
-        parse_optim_args(args.optim_args, optimizer_cls)
+    if optimizer_cls is None:
+        return
+    options = _parsed(args.optim_args, optimizer_cls)
+    if issubclass(optimizer_cls, ProjectedOptimizer):
+        options = {key: value for key, value in options.items() if value != "auto"}
+        accepted = set(inspect.signature(optimizer_cls).parameters)
+        optimizer_cls([nn.Parameter(torch.zeros(1))], **{**_options_of(args, accepted), **options})
 
 
 def _build(context: Any) -> OptimizerFactory:
     name = context.args.optim.value
-    options = parse_optim_args(context.args.optim_args, _OPTIMIZERS[name])
+    return optimizer_factory(name, context.args, **_parsed(context.args.optim_args, _OPTIMIZERS[name]))
+
+
+def _parsed(text: str | None, optimizer_cls: type[Optimizer]) -> dict[str, Any]:
+    options = parse_optim_args(text, optimizer_cls)
     pattern, colon, view = str(options.get("projection", "")).rpartition(":")
-    if colon:
-        options["projection"] = {pattern: view}
-    return optimizer_factory(name, context.args, **options)
+    return {**options, "projection": {pattern: view}} if colon else options
 
 
 def _options_of(args: Any, options: set[str]) -> dict[str, Any]:
