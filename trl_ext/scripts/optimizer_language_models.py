@@ -190,10 +190,11 @@ def train(
                 }
             )
     growth = float(np.mean([float(p.detach().norm()) / first_norms[name] for name, p in watched.items()]))
-    losses = [_loss(model, half) for half in (held_out[:128], held_out[128:])]
+    tuning_loss, test_loss = (_loss(model, half) for half in (held_out[:128], held_out[128:]))
     seconds = time.perf_counter() - start
-    run = Run(family, optimizer_name, learning_rate, seed, *losses, growth, float(np.mean(passes)), seconds)
-    return run, trace
+    return Run(
+        family, optimizer_name, learning_rate, seed, tuning_loss, test_loss, growth, float(np.mean(passes)), seconds
+    ), trace
 
 
 def _is_invariant(name: str, family: str) -> bool:
