@@ -1,6 +1,7 @@
 """Trains a small model with AdamP under every wrapper and compares it with one process; started by the tests."""
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import deepspeed
 import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 
@@ -85,6 +87,24 @@ def alone(cls, num_groups, num_steps=NUM_STEPS, **options):
     return dict(model.named_parameters())
 
 
+def alone_in_bf16(world_size, reduced=torch.bfloat16, cls=adamp.AdamP, options=OPTIONS):
+    """float32 weights, and the mean of the gradients that a bfloat16 copy has on each process's batch."""
+    weights, copy = make_model(), make_model().to(torch.bfloat16)
+    optimizer = cls(weights.parameters(), **options)
+    for step in range(NUM_STEPS):
+        grads = []
+        for rank in range(world_size):
+            copy.zero_grad()
+            loss_of(copy, step, rank, world_size, torch.bfloat16).backward()
+            grads.append([param.grad.to(reduced) / world_size for param in copy.parameters()])
+        for param, *parts in zip(weights.parameters(), *grads, strict=True):
+            param.grad = sum(parts).float()
+        optimizer.step()
+        for param, target in zip(weights.parameters(), copy.parameters(), strict=True):
+            target.data.copy_(param.data)
+    return dict(weights.named_parameters())
+
+
 @contextmanager
 def counted_all_reduces(calls):
     """Records the size of each all-reduce that an optimizer starts."""
@@ -114,13 +134,17 @@ def zero_config(stage, bf16=False, **zero):
     }  # fmt: skip
     if bf16:
         config["bf16"] = {"enabled": True}
+    if bf16 == "BF16_Optimizer":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 
 def gathered(module):
     found = {}
     for name, param in module.named_parameters():
-        if hasattr(param, "ds_id"):
+        if param.dtype == torch.bfloat16:
+            found[name] = safe_get_full_fp32_param(param)
+        elif hasattr(param, "ds_id"):
             with deepspeed.zero.GatheredParameters([param]):
                 found[name] = param.data.clone()
         else:
@@ -176,6 +200,49 @@ def torch_mode(wrap, gather, num_groups=1, optimizer_of=None):
     return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": optimizer.report()}
 
 
+def universal_mode(folder):
+    """Continues a ZeRO checkpoint of another number of processes."""
+    if dist.get_rank() == 0:
+        from deepspeed.checkpoint import ds_to_universal
+
+        arguments = argparse.Namespace(
+            input_folder=str(folder / "half"), output_folder=str(folder / "universal"), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )  # fmt: skip
+        ds_to_universal.main(arguments)
+        (folder / "latest_universal").write_text("universal")
+    dist.barrier()
+    config = zero_config(2)
+    config["checkpoint"] = {"load_universal": True}
+    engine, optimizer = engine_of(config, lambda params: AdamP(params, **OPTIONS), 1)
+    engine.load_checkpoint(str(folder), tag="universal")
+    train_engine(engine, NUM_STEPS // 2, NUM_STEPS)
+    return gathered(engine.module), {"chain": chain_of(engine.optimizer), "calls": [], "report": optimizer.report()}
+
+
+def checkpoint_mode(folder, mesh, first, last):
+    """FSDP2 through torch's distributed checkpoint: trains from `first`, loaded unless 0, to `last`, saved."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    wrap, gather = fsdp2(mesh)
+    model = wrap(make_model())
+    optimizer = AdamP(model.parameters(), **OPTIONS)
+    if first:
+        weights, states = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": states}
+        checkpoint.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step, dist.get_rank(), dist.get_world_size()).backward()
+        optimizer.step()
+    weights, states = get_state_dict(model, optimizer)
+    if not first:
+        checkpoint.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    return gather(model), {"chain": [type(model).__name__], "calls": [], "report": optimizer.report()}
+
+
 def fsdp2(mesh):
     from torch.distributed.fsdp import fully_shard
 
@@ -193,6 +260,22 @@ def fsdp1(**options):
             return {n.removeprefix("_fsdp_wrapped_module."): p.detach().clone() for n, p in model.named_parameters()}
 
     return lambda model: FSDP(model, device_id=torch.device("cpu"), **options), gather
+
+
+@functools.cache
+def references():
+    return {
+        "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
+        "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32), "half": alone(adamp.AdamP, 1, NUM_STEPS // 2),
+        "one": alone(adamp.AdamP, 1), "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
+    }  # fmt: skip
+
+
+def reference(mode):
+    """What one process makes of it with the authors' package."""
+    endings = {"groups": "groups", "sgdp": "sgdp", "bf16": "bf16", "bf16_optimizer": "bf16_optimizer", "save": "half"}
+    kind = next((kind for ending, kind in endings.items() if mode.endswith(ending)), "one")
+    return references()[kind]
 
 
 def run_modes(output, modes):
@@ -217,18 +300,24 @@ def run_modes(output, modes):
         "zero2_groups": lambda: deepspeed_mode(output, zero_config(2), num_groups=3),
         "zero3_groups": lambda: deepspeed_mode(output, zero_config(3), num_groups=3),
         "zero1_round_robin": lambda: deepspeed_mode(output, zero_config(1, round_robin_gradients=True)),
-        "zero2_round_robin": lambda: deepspeed_mode(output, zero_config(2, round_robin_gradients=True), num_groups=3),
+        "zero2_round_robin_groups": lambda: deepspeed_mode(output, zero_config(2, round_robin_gradients=True), num_groups=3),
         "zero2_alignment": lambda: deepspeed_mode(output, zero_config(2, parameter_alignment=True)),
         "zero2_alignment_round_robin": lambda: deepspeed_mode(
             output, zero_config(2, parameter_alignment=True, round_robin_gradients=True)
         ),
-        "zero3_sub_groups": lambda: deepspeed_mode(
+        "zero3_small_sub_group": lambda: deepspeed_mode(
             output, zero_config(3, sub_group_size=60, stage3_param_persistence_threshold=0)
         ),
         "zero2_offload": lambda: deepspeed_mode(output, zero_config(2, offload_optimizer={"device": "cpu"})),
         "zero3_offload": lambda: deepspeed_mode(
             output, zero_config(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
         ),
+        "zero2_bf16": lambda: deepspeed_mode(output, zero_config(2, bf16=True), dtype=torch.bfloat16),
+        "zero3_bf16": lambda: deepspeed_mode(output, zero_config(3, bf16=True), dtype=torch.bfloat16),
+        "bf16_optimizer": lambda: deepspeed_mode(output, zero_config(1, bf16="BF16_Optimizer"), dtype=torch.bfloat16),
+        "zero2_universal": lambda: universal_mode(output / "zero2"),
+        "fsdp2_save": lambda: checkpoint_mode(output / "fsdp2", mesh, 0, NUM_STEPS // 2),
+        "fsdp2_load": lambda: checkpoint_mode(output / "fsdp2", mesh, NUM_STEPS // 2, NUM_STEPS),
         "zero2_sgdp": lambda: deepspeed_mode(
             output, zero_config(2), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)
         ),
@@ -236,15 +325,10 @@ def run_modes(output, modes):
             output, zero_config(3), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)
         ),
     }  # fmt: skip
-    references = {
-        1: alone(adamp.AdamP, 1), 3: alone(adamp.AdamP, 3), "sgdp": alone(adamp.SGDP, 1, **sgd, wd_ratio=0.1),
-    }  # fmt: skip
     results = {}
     for mode in modes:
         found, facts = available[mode]()
-        key = "sgdp" if mode.endswith("sgdp") else 3 if mode.endswith("groups") and "sub" not in mode else 1
-        key = 3 if mode == "zero2_round_robin" else key
-        results[mode] = {**facts, "difference": difference(found, references[key])}
+        results[mode] = {**facts, "difference": difference(found, reference(mode))}
     return results
 
 

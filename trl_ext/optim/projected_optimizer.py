@@ -166,7 +166,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state = self.state.get(param, {})
             moments = [memory(state[name]) for name in self.MOMENTS if name in state]
             local = LocalTensor(param, groups[key], shards, memory(param), None, tuple(moments), state.get("step", 0))
-            found += [Weight(local, shard, by_rows=False) for shard in shards if len(shard.shape) > 1]
+            # Other processes may have stepped on a weight that this one holds nothing of
+            shards = [shard for shard in shards if len(shard.shape) > 1 and (moments or not shard.numel)]
+            found += [Weight(local, shard, by_rows=False) for shard in shards]
         return found
 
     # ------------------------------------------------------------------ one step
