@@ -48,7 +48,8 @@ def config(stage: int, zero: dict, **top) -> dict:
 def settings(folder: str, deepspeed: dict, **options) -> dict:
     return {
         "output_dir": folder, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none",
-        "deepspeed": deepspeed, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2, "logging_steps": 1, **options,
+        "deepspeed": deepspeed, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2,
+        "logging_steps": 1, **options,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ python -m trl_ext.scripts.scale_invariance --images_dir DATA/images --output_dir
 """
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import get_scheduler
 
 from ..optim.adamp import AdamP
 from ..optim.sgdp import SGDP
@@ -54,6 +56,8 @@ class ScaleInvarianceArguments:
             Seeds of the network and of the order of its data; the toy problem uses the first.
         epochs (`int`):
             Passes over the images.
+        schedules (`list[str]`):
+            Schedules of the network's learning rate: `"constant"`, as in the paper's analysis, and `"cosine"`, to 0.
         sgd_learning_rates, adam_learning_rates (`list[float]`):
             Learning rates of the network, for SGD and SGDP and for Adam and AdamP.
         toy_steps (`int`):
@@ -65,6 +69,7 @@ class ScaleInvarianceArguments:
     images_dir: str = field(metadata={"help": "Folder with the idx files of MNIST's test images."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     epochs: int = field(default=8, metadata={"help": "Passes over the images."})
+    schedules: list[str] = field(default_factory=lambda: ["constant", "cosine"], metadata={"help": "Schedules."})
     sgd_learning_rates: list[float] = field(
         default_factory=lambda: [0.01, 0.05, 0.2, 1.0], metadata={"help": "Learning rates of SGD and SGDP."}
     )
@@ -118,13 +123,20 @@ def normalised_network() -> nn.Sequential:
 
 
 def run_network(
-    name: str, learning_rate: float, epochs: int, seed: int, images: torch.Tensor, labels: torch.Tensor
+    name: str,
+    learning_rate: float,
+    epochs: int,
+    seed: int,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    schedule: str = "constant",
 ) -> dict[str, Any]:
     """Accuracy on the held-out images, and norm and angle of the convolutions on every fifth step."""
     torch.manual_seed(seed)
     network = normalised_network()
     convolutions = {key: p for key, p in network.named_parameters() if p.ndim == 4}
     optimizer, recorder = OPTIMIZERS[name](network.parameters(), learning_rate), StepRecorder(convolutions)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=80 * epochs)
     start = float(np.mean([float(p.detach().norm()) for p in convolutions.values()]))
     trace: dict[str, Any] = {"step": [], "growth": [], "angle": [], "passed": []}
     steps = 0
@@ -136,6 +148,7 @@ def run_network(
             if steps % 5 == 0:
                 recorder.before()
             optimizer.step()
+            scheduler.step()
             if steps % 5 == 0:
                 geometry = recorder.after().values()
                 trace["step"].append(steps)
@@ -146,7 +159,8 @@ def run_network(
     network.eval()
     with torch.no_grad():
         accuracy = float((network(images[8000:]).argmax(-1) == labels[8000:]).float().mean())
-    return {"name": name, "learning_rate": learning_rate, "seed": seed, "accuracy": accuracy, **trace}
+    setting = {"name": name, "schedule": schedule, "learning_rate": learning_rate, "seed": seed}
+    return {**setting, "accuracy": accuracy, **trace}
 
 
 def network_table(rows: list[dict[str, Any]]) -> str:
@@ -177,7 +191,7 @@ def toy_table(toys: dict[str, dict[str, list[float]]]) -> str:
 
 
 def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Norm and effective step size of both problems; the network at the third of its learning rates."""
+    """Norm and effective step size of both problems; the network at the first schedule, third learning rate."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
@@ -185,7 +199,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
         for axis, key in zip(axes[0], ("norm", "angle", "gap"), strict=True):
             axis.plot(trace[key], color=COLORS[name], label=name)
     for name, color in COLORS.items():
-        own = [row for row in rows if row["name"] == name]
+        own = [row for row in rows if (row["name"], row["schedule"]) == (name, rows[0]["schedule"])]
         rates = sorted({row["learning_rate"] for row in own})
         chosen = [row for row in own if row["learning_rate"] == rates[len(rates) // 2]]
         for axis, key in zip(axes[1], ("growth", "angle"), strict=False):
@@ -200,7 +214,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
     axes[0, 2].set(yscale="log")
     axes[1, 0].set(ylabel="norm / first norm")
     axes[1, 1].set(yscale="log")
-    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log")
+    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(0.95, 0.99))
     axes[0, 0].set(title="scale-invariant function")
     axes[1, 0].set(title="network with batch normalisation")
     axes[0, 0].legend(frameon=False)
@@ -219,10 +233,12 @@ def main(args: ScaleInvarianceArguments) -> None:
     images, labels = load_images(args.images_dir)
     rows = []
     for name in OPTIMIZERS:
-        for rate in args.sgd_learning_rates if name.startswith("SGD") else args.adam_learning_rates:
-            rows += [run_network(name, rate, args.epochs, seed, images, labels) for seed in args.seeds]
-            console.print(name, rate, [row["accuracy"] for row in rows[-len(args.seeds) :]])
-    (folder / "results.md").write_text(toy_table(toys) + "\n\n" + network_table(rows) + "\n")
+        rates = args.sgd_learning_rates if name.startswith("SGD") else args.adam_learning_rates
+        for schedule, rate in itertools.product(args.schedules, rates):
+            rows += [run_network(name, rate, args.epochs, seed, images, labels, schedule) for seed in args.seeds]
+            console.print(name, schedule, rate, [row["accuracy"] for row in rows[-len(args.seeds) :]])
+    tables = [network_table([row for row in rows if row["schedule"] == schedule]) for schedule in args.schedules]
+    (folder / "results.md").write_text("\n\n".join([toy_table(toys), *tables]) + "\n")
     (folder / "runs.json").write_text(json.dumps({"toy": toys, "network": rows}))
     plot(toys, rows, folder / "results.png")
 
