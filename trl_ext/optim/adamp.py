@@ -6,9 +6,10 @@ from typing import Any
 import numpy
 import torch
 
+from . import cpu_kernels
 from .projected_optimizer import ProjectedOptimizer
 from .projection import find_view, project_
-from .weight import Block, LocalTensor
+from .weight import Block, LocalTensor, Weight
 
 
 class AdamP(ProjectedOptimizer):
@@ -41,7 +42,9 @@ class AdamP(ProjectedOptimizer):
             `False`: the reference, one tensor at a time, equal to the authors' package to the last bit.
         fused (`bool`, *optional*):
             Whether weights that are not projected are updated by torch's fused AdamW kernel. By default where it
-            exists: parameters and state of one dtype, float32 or float64, and no Nesterov momentum.
+            exists: parameters and state of one dtype, float32 or float64, and no Nesterov momentum. `True` also
+            compiles kernels for the test and the projected update of float32 tensors on a CPU, at the first step, and
+            warns where there is no C compiler.
         maximize (`bool`, *optional*, defaults to `False`):
             Whether to ascend.
         capturable (`bool`, *optional*, defaults to `False`):
@@ -117,6 +120,24 @@ class AdamP(ProjectedOptimizer):
 
     def _decay(self, group: dict[str, Any]) -> Any:
         return group["lr"] * group["weight_decay"]
+
+    def _test_dots(self, flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
+        if cpu_kernels.is_usable(local):
+            return cpu_kernels.test_dots(flat, grad)
+        return super()._test_dots(flat, grad, local)
+
+    def _measure(self, weight: Weight) -> None:
+        if weight.numel and cpu_kernels.is_usable(weight.local):
+            weight.allocate_dots()
+            cpu_kernels.measure(weight)
+        else:
+            super()._measure(weight)
+
+    def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
+        if cpu_kernels.is_usable(weight.local):
+            cpu_kernels.apply(weight, scale, coefficient)
+        else:
+            super()._apply_blocks(weight, scale, coefficient)
 
     def _displace(self, block: Block, out: torch.Tensor) -> None:
         group = block.local.group

@@ -20,7 +20,7 @@ from .weight import Block, LocalTensor, Weight, layer_dots, plain_blocks
 # Private key of a group; the index of a group is not stable, since wrappers drop and split groups
 GROUP_KEY = "projection_group"
 # Largest update kept between the pass that measures it and the one that applies it; larger ones are computed anew
-MAX_KEPT_UPDATE = 2**24
+MAX_KEPT_UPDATE = 2**26
 
 
 class Layout(NamedTuple):
@@ -291,6 +291,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 if not (weight.by_rows or passes or weight.shard.borders):
                     self.projection_counts.add(weight)
                     continue
+                if not (weight.by_rows or weight.shard.borders):
+                    weight.view = "layer"
             candidates.append(weight)
         return candidates
 
@@ -304,11 +306,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         assert grad is not None
         start, stop = weight.shard.start, weight.shard.start + weight.numel
         numel = weight.numel
-        dots = layer_dots(flat[start:stop], grad[start:stop], weight.local)
+        dots = self._test_dots(flat[start:stop], grad[start:stop], weight.local)
         group = weight.local.group
         eps, limit = group["eps"], group["delta"] / numel**0.5
+        weight.squared_norm = dots[2]
         norms = dots[1:].sqrt().clamp_(min=eps)
         return yes if alive is None else alive, dots[0].abs() < norms[0] * norms[1] * limit
+
+    def _test_dots(self, flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
+        """`<g, w>`, `<g, g>`, `<w, w>`, shape `(3,)`."""
+        return layer_dots(flat, grad, local)
 
     def _measure(self, weight: Weight) -> None:
         """First pass: the moments, and the dot products of gradient, weight and update."""
@@ -318,11 +325,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         local = weight.local
         keep = weight.numel <= MAX_KEPT_UPDATE and not weight.shard.borders
         kept = self._scratch_tensor(weight.numel if keep else min(weight.numel, local.block_size), local)
+        parts = []
         for block in weight.blocks():
             first = block.start - weight.shard.start if keep else 0
             displacement = kept[first : first + block.stop - block.start]
             self._displace(block, displacement)
-            weight.add_dots(block, displacement)
+            if weight.view == "layer":
+                parts.append(torch.dot(displacement, block.flat.to(displacement.dtype)))
+            else:
+                weight.add_dots(block, displacement)
+        if parts:
+            weight.add_layer_dots(parts)
         weight.displacement = kept if keep else None
 
     def _apply(self, weight: Weight, coefficient: torch.Tensor, channel: torch.Tensor, layer: torch.Tensor) -> None:
@@ -334,8 +347,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         like = weight.dots.new_empty(())
         keep = [self._keep(local, ratio) for ratio in (group["wd_ratio"], 1.0)]
         keep = [torch.full_like(like, share) if isinstance(share, float) else share for share in keep]
-        scale = torch.where(channel | layer, keep[0], keep[1])
-        scratch = weight.displacement
+        self._apply_blocks(weight, torch.where(channel | layer, keep[0], keep[1]), coefficient)
+
+    def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
+        """Scales a weight and adds its projected displacement, with one coefficient or one for each row."""
+        local, scratch = weight.local, weight.displacement
         if scratch is None:
             scratch = self._scratch_tensor(min(weight.numel, local.block_size), local)
         for block in weight.blocks():

@@ -1,6 +1,6 @@
 """A weight whose update may be projected, in the part that this process holds, worked on in blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,7 @@ class Weight:
     by_rows: bool = True
     dots: torch.Tensor = field(default_factory=lambda: torch.zeros(4, 1))
     displacement: torch.Tensor | None = None
+    squared_norm: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.view == "layer":
@@ -171,6 +172,16 @@ class Weight:
         if displacement is not None:
             found[3].neg_()
         self.dots[: len(pairs), block.row : block.row + block.num_rows] += found
+
+    def add_layer_dots(self, parts: Sequence[torch.Tensor]) -> None:
+        """
+        Sets the dot products of a weight that is known to pass in the layer view, where the test's are not needed,
+        from `<-u, w>` of its blocks.
+        """
+        self.dots[3, 0] = torch.stack(list(parts)).sum().neg_()
+        start = self.shard.start
+        flat = self.local.flat[start : start + self.numel]
+        self.dots[2, 0] = self.squared_norm if self.squared_norm is not None else squared_norm(flat, self.local)
 
     def probe(self) -> torch.Tensor | None:
         """Whether the first whole rows pass in the channel view; `None` where no whole row is here."""
@@ -262,3 +273,10 @@ def layer_dots(flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> to
         total = found if total is None else total.add_(found)
     assert total is not None
     return total
+
+
+def squared_norm(flat: torch.Tensor, local: LocalTensor) -> torch.Tensor:
+    """`<w, w>`, in blocks that fit the cache."""
+    size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
+    blocks = [block.to(local.compute_dtype) for block in flat.split(size)]
+    return torch.stack([torch.dot(block, block) for block in blocks]).sum()
