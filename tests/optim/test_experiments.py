@@ -8,7 +8,13 @@ import pytest
 
 from tests.tiny import WORDS, tiny_tokenizer
 from trl_ext.scripts import optimizer_language_models, scale_invariance
-from trl_ext.scripts.optimizer_language_models import LanguageModelArguments, Run, best_learning_rate, table
+from trl_ext.scripts.optimizer_language_models import (
+    LanguageModelArguments,
+    Run,
+    best_learning_rate,
+    differences,
+    table,
+)
 
 
 def test_language_models(tmp_path):
@@ -54,6 +60,7 @@ def test_each_optimizer_is_reported_at_its_own_best_rate():
     lines = table(runs).splitlines()
     assert lines[2].startswith("| Llama-like | AdamW | 0.01 | 3.100 ± 0.141 |")
     assert lines[3].startswith("| Llama-like | AdamP | 0.1 | 3.100 ± 0.283 | -0.100, +0.100 |")
+    assert differences(runs).splitlines()[2] == "| Llama-like | -2.000, -2.200 | -6.100, -5.700 |"
 
 
 def test_scale_invariance(tmp_path):

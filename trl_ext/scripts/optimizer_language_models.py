@@ -254,6 +254,26 @@ def grid(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def differences(runs: list[Run]) -> str:
+    """Test loss of AdamP minus that of AdamW at every learning rate, seed by seed, as Markdown."""
+    rates = sorted({run.learning_rate for run in runs})
+    losses = {(run.family, run.optimizer, run.learning_rate, run.seed): run.test_loss for run in runs}
+    lines = ["| AdamP - AdamW, by seed | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
+    lines.append("|---" * (1 + len(rates)) + "|")
+    for family in dict.fromkeys(run.family for run in runs):
+        cells = []
+        for rate in rates:
+            seeds = [seed for f, name, r, seed in losses if (f, name, r) == (family, "AdamP", rate)]
+            pairs = [
+                losses[family, "AdamP", rate, seed] - losses[family, "AdamW", rate, seed]
+                for seed in seeds
+                if (family, "AdamW", rate, seed) in losses
+            ]
+            cells.append(", ".join(f"{pair:+.3f}" for pair in pairs))
+        lines.append(f"| {TITLES[family]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
     """Loss against learning rate, and effective step size in training at the rate that suits AdamW best."""
     import matplotlib.pyplot as plt
@@ -307,7 +327,7 @@ def main(args: LanguageModelArguments) -> None:
             file.write(json.dumps(done[-1]) + "\n")
         console.print(run)
     runs = [Run(**row["run"]) for row in done]
-    (folder / "results.md").write_text(table(runs) + "\n\n" + grid(runs) + "\n")
+    (folder / "results.md").write_text("\n\n".join([table(runs), grid(runs), differences(runs)]) + "\n")
     plot(runs, done, folder / "results.png")
 
 
