@@ -294,6 +294,7 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 t["trace"] for t in traces if (t["family"], t["optimizer"], t["learning_rate"]) == (family, name, rate)
             ]
             if kept:
+                kept = [trace[1:] for trace in kept]  # The first step of a warm-up is none
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
                 axes[1, column].plot(steps, angles, color=color, label=name)
