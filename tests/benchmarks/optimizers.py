@@ -44,14 +44,17 @@ def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimize
     found = {
         "torch AdamW foreach": lambda p: torch.optim.AdamW(p, **common, foreach=True),
         "AdamP": lambda p: AdamP(p, **common),
+        "AdamP, fused=True": lambda p: AdamP(p, **common, fused=True),
         "AdamP, foreach": lambda p: AdamP(p, **common, foreach=True),
         "AdamP, capturable": lambda p: AdamP(p, **common, capturable=True),
         "AdamP, reference": lambda p: AdamP(p, **common, foreach=False, fused=False),
         "adamp 0.3.0 (official)": lambda p: adamp.AdamP(p, **common),
     }
     if projected:
-        found["AdamP, layer view named"] = lambda p: AdamP(p, **common, projection="layer")
-    if importlib.util.find_spec("timm"):
+        named = {**common, "projection": "layer"}
+        found["AdamP, layer view named"] = lambda p: AdamP(p, **named)
+        found["AdamP, layer view named, fused=True"] = lambda p: AdamP(p, **named, fused=True)
+    if importlib.util.find_spec("timm") and importlib.util.find_spec("torchvision"):
         from timm.optim import AdamP as TimmAdamP
 
         found["timm"] = lambda p: TimmAdamP(p, **common)

@@ -283,6 +283,7 @@ def run_modes(output, modes):
     from torch.nn.parallel import DistributedDataParallel
 
     world_size = dist.get_world_size()
+    fused = functools.partial(AdamP, **OPTIONS, fused=True)
     mesh = init_device_mesh("cpu", (world_size,))
     sgd = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}
     available = {
@@ -297,6 +298,8 @@ def run_modes(output, modes):
         "zero1": lambda: deepspeed_mode(output / "zero1", zero_config(1), checkpoint=True),
         "zero2": lambda: deepspeed_mode(output / "zero2", zero_config(2), checkpoint=True),
         "zero3": lambda: deepspeed_mode(output / "zero3", zero_config(3), checkpoint=True),
+        "zero2_fused": lambda: deepspeed_mode(output, zero_config(2), optimizer_of=fused),
+        "zero3_fused": lambda: deepspeed_mode(output, zero_config(3), optimizer_of=fused),
         "zero2_groups": lambda: deepspeed_mode(output, zero_config(2), num_groups=3),
         "zero3_groups": lambda: deepspeed_mode(output, zero_config(3), num_groups=3),
         "zero1_round_robin": lambda: deepspeed_mode(output, zero_config(1, round_robin_gradients=True)),

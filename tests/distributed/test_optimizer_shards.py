@@ -25,7 +25,7 @@ MODES = {
     2: [
         "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
-        "zero3_bf16", "bf16_optimizer", "zero2_sgdp", "fsdp1", "fsdp1_flat", "fsdp1_groups", "fsdp2_groups",
+        "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1", "fsdp1_flat", "fsdp1_groups", "fsdp2_groups",
         "fsdp2_sgdp", "fsdp2_save",
     ],
     3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
@@ -96,6 +96,8 @@ def test_one_small_all_reduce(world_size, mode, found):
 
 @pytest.mark.parametrize(("world_size", "mode"), CASES)
 def test_the_right_weights_are_projected(world_size, mode, found):
+    if mode.endswith("load"):
+        return  # torch's distributed checkpoint takes a step with zero gradients, which pass, to create the state
     report = found[world_size, mode]["report"]
     rates = sorted((weight["channel"], weight["layer"]) for weight in report.values())
     assert len(rates) == 5

@@ -295,7 +295,7 @@ def test_report():
 
 
 def test_projection_holds_the_norm_back():
-    """The paper's phenomenon: momentum inflates the norm of a scale-invariant weight, the projection does not let it."""
+    """The paper's phenomenon: momentum inflates the norm of a scale-invariant weight, the projection does not."""
     norms = {}
     for name, cls in (("SGDP", SGDP), ("SGD", torch.optim.SGD)):
         torch.manual_seed(0)

@@ -121,23 +121,31 @@ class AdamP(ProjectedOptimizer):
     def _decay(self, group: dict[str, Any]) -> Any:
         return group["lr"] * group["weight_decay"]
 
-    def _test_dots(self, flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
-        if cpu_kernels.is_usable(local):
-            return cpu_kernels.test_dots(flat, grad)
-        return super()._test_dots(flat, grad, local)
+    def _kernels(self, local: LocalTensor) -> Any:
+        """Compiled passes for a tensor, or `None`."""
+        if local.flat.device.type == "cuda":
+            from . import adamp_triton  # Imports transformers
+
+            return adamp_triton if adamp_triton.is_usable(local) else None
+        return cpu_kernels if cpu_kernels.is_usable(local) else None
+
+    def _test_dots(self, weight: Weight) -> torch.Tensor:
+        kernels = self._kernels(weight.local)
+        return super()._test_dots(weight) if kernels is None else kernels.test_dots(weight)
 
     def _measure(self, weight: Weight) -> None:
-        if weight.numel and cpu_kernels.is_usable(weight.local):
-            weight.allocate_dots()
-            cpu_kernels.measure(weight)
-        else:
+        kernels = self._kernels(weight.local) if weight.numel else None
+        if kernels is None:
             super()._measure(weight)
+        else:
+            kernels.measure(weight)
 
     def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
-        if cpu_kernels.is_usable(weight.local):
-            cpu_kernels.apply(weight, scale, coefficient)
-        else:
+        kernels = self._kernels(weight.local)
+        if kernels is None:
             super()._apply_blocks(weight, scale, coefficient)
+        else:
+            kernels.apply(weight, scale, coefficient)
 
     def _displace(self, block: Block, out: torch.Tensor) -> None:
         group = block.local.group

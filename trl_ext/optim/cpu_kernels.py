@@ -111,17 +111,17 @@ def _run(tasks: list) -> list:
     return [tasks[0]()] if len(tasks) == 1 else list(_pool(len(tasks)).map(lambda task: task(), tasks))
 
 
-def test_dots(flat: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """`<g, w>`, `<g, g>`, `<w, w>` of contiguous float32 tensors `(N,)`, shape `(3,)`."""
-    kernels = library()
+def test_dots(weight: Weight) -> torch.Tensor:
+    """`<g, w>`, `<g, g>`, `<w, w>` of the part of a weight that is here, shape `(3,)`."""
+    kernels, local, first = library(), weight.local, weight.shard.start
     assert kernels is not None
 
     def piece(start: int, stop: int) -> torch.Tensor:
-        dots = torch.zeros(3, dtype=torch.float64)
-        kernels.test_dots(ctypes.c_int64(stop - start), _at(flat, start), _at(grad, start), _at(dots, 0))
+        dots, place = torch.zeros(3, dtype=torch.float64), first + start
+        kernels.test_dots(ctypes.c_int64(stop - start), _at(local.flat, place), _at(local.grad, place), _at(dots, 0))
         return dots
 
-    found = _run([functools.partial(piece, *ends) for ends in _pieces(flat.numel())])
+    found = _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
     return torch.stack(found).sum(0).float()
 
 
@@ -144,12 +144,13 @@ def measure(weight: Weight) -> None:
         num_rows = (column + stop - 1) // row_size - row + 1
         dots, place = torch.zeros(num_rows, 4, dtype=torch.float64), weight.shard.start + start
         kernels.measure(
-            ctypes.c_int64(stop - start), ctypes.c_int64(row_size), ctypes.c_int64(first_column), _at(local.flat, place),
+            *map(ctypes.c_int64, (stop - start, row_size, first_column)), _at(local.flat, place),
             _at(local.grad, place), _at(exp_avg, place), _at(exp_avg_sq, place), options, _at(dots, 0),
         )  # fmt: skip
         return row, dots
 
-    total = torch.zeros(weight.dots.size(1), 4, dtype=torch.float64)
+    num_rows = weight.num_local_rows if weight.by_rows else 1
+    total = torch.zeros(num_rows, 4, dtype=torch.float64)
     for row, dots in _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)]):
         total[row : row + dots.size(0)] += dots
     weight.dots = total.t().float()
@@ -168,7 +169,7 @@ def apply(weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> Non
         row, first_column = divmod(column + start, row_size)
         place = weight.shard.start + start
         kernels.apply(
-            ctypes.c_int64(stop - start), ctypes.c_int64(row_size), ctypes.c_int64(first_column), _at(local.flat, place),
+            *map(ctypes.c_int64, (stop - start, row_size, first_column)), _at(local.flat, place),
             _at(local.grad, place), _at(exp_avg, place), _at(exp_avg_sq, place), options, _at(scale, 0),
             _at(coefficient, row),
         )  # fmt: skip

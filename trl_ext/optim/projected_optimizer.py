@@ -10,7 +10,7 @@ from .exchange import exchange_all
 from .hyperparameters import check_hyperparameters, check_param, check_state
 from .known_views import known_view
 from .memory import has_order_of, is_flat, local_part, memory
-from .projection import is_scale_invariant
+from .projection import is_scale_invariant, threshold
 from .report import ProjectionCounts, report
 from .rounding import copy_rounded_
 from .shards import Original, Shard, UnknownShardsError, read_shards
@@ -212,7 +212,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if group["capturable"]:
             if not is_flat(param):
                 raise RuntimeError(
-                    f"{type(self).__name__}: `capturable` needs parameters whose rows follow each other in memory, got "
+                    f"{type(self).__name__}: `capturable` needs weights whose rows follow each other in memory, got "
                     f"shape {tuple(param.shape)} with strides {param.stride()}. Make it contiguous."
                 )
             return False
@@ -302,20 +302,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         alive = weight.probe()
         if weight.shard.borders:
             return yes if alive is None else alive, yes
-        flat, grad = weight.local.flat, weight.local.grad
-        assert grad is not None
-        start, stop = weight.shard.start, weight.shard.start + weight.numel
-        numel = weight.numel
-        dots = self._test_dots(flat[start:stop], grad[start:stop], weight.local)
-        group = weight.local.group
-        eps, limit = group["eps"], group["delta"] / numel**0.5
+        dots, group = self._test_dots(weight), weight.local.group
+        eps, limit = group["eps"], threshold(group["delta"], weight.numel)
         weight.squared_norm = dots[2]
         norms = dots[1:].sqrt().clamp_(min=eps)
         return yes if alive is None else alive, dots[0].abs() < norms[0] * norms[1] * limit
 
-    def _test_dots(self, flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
+    def _test_dots(self, weight: Weight) -> torch.Tensor:
         """`<g, w>`, `<g, g>`, `<w, w>`, shape `(3,)`."""
-        return layer_dots(flat, grad, local)
+        return layer_dots(weight)
 
     def _measure(self, weight: Weight) -> None:
         """First pass: the moments, and the dot products of gradient, weight and update."""

@@ -263,15 +263,15 @@ class Weight:
         return coefficient, channel, layer
 
 
-def layer_dots(flat: torch.Tensor, grad: torch.Tensor, local: LocalTensor) -> torch.Tensor:
-    """`<g, w>`, `<g, g>`, `<w, w>` of a weight, shape `(3,)`, in blocks that fit the cache."""
-    size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
-    total = None
-    for weight_block, grad_block in zip(flat.split(size), grad.split(size), strict=True):
-        w, g = weight_block.to(local.compute_dtype), grad_block.to(local.compute_dtype)
-        found = torch.stack([torch.dot(g, w), torch.dot(g, g), torch.dot(w, w)])
-        total = found if total is None else total.add_(found)
-    assert total is not None
+def layer_dots(weight: Weight) -> torch.Tensor:
+    """`<g, w>`, `<g, g>`, `<w, w>` of the part of a weight that is here, shape `(3,)`."""
+    local, start, stop = weight.local, weight.shard.start, weight.shard.start + weight.numel
+    assert local.grad is not None
+    size = weight.numel if local.flat.device.type != "cpu" else 4 * local.block_size
+    total = torch.zeros(3, dtype=local.compute_dtype, device=local.flat.device)
+    for flat, grad in zip(local.flat[start:stop].split(size), local.grad[start:stop].split(size), strict=True):
+        w, g = flat.to(local.compute_dtype), grad.to(local.compute_dtype)
+        total += torch.stack([torch.dot(g, w), torch.dot(g, g), torch.dot(w, w)])
     return total
 
 
