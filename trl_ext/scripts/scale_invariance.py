@@ -69,7 +69,7 @@ class ScaleInvarianceArguments:
     images_dir: str = field(metadata={"help": "Folder with the idx files of MNIST's test images."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     epochs: int = field(default=8, metadata={"help": "Passes over the images."})
-    schedules: list[str] = field(default_factory=lambda: ["constant", "cosine"], metadata={"help": "Schedules."})
+    schedules: list[str] = field(default_factory=lambda: ["constant"], metadata={"help": "Schedules."})
     sgd_learning_rates: list[float] = field(
         default_factory=lambda: [0.01, 0.05, 0.2, 1.0], metadata={"help": "Learning rates of SGD and SGDP."}
     )
