@@ -266,7 +266,8 @@ def fsdp1(**options):
 def references():
     return {
         "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
-        "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32), "half": alone(adamp.AdamP, 1, NUM_STEPS // 2),
+        "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32),
+        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2),
         "one": alone(adamp.AdamP, 1), "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
     }  # fmt: skip
 
@@ -303,7 +304,9 @@ def run_modes(output, modes):
         "zero2_groups": lambda: deepspeed_mode(output, zero_config(2), num_groups=3),
         "zero3_groups": lambda: deepspeed_mode(output, zero_config(3), num_groups=3),
         "zero1_round_robin": lambda: deepspeed_mode(output, zero_config(1, round_robin_gradients=True)),
-        "zero2_round_robin_groups": lambda: deepspeed_mode(output, zero_config(2, round_robin_gradients=True), num_groups=3),
+        "zero2_round_robin_groups": lambda: deepspeed_mode(
+            output, zero_config(2, round_robin_gradients=True), num_groups=3
+        ),
         "zero2_alignment": lambda: deepspeed_mode(output, zero_config(2, parameter_alignment=True)),
         "zero2_alignment_round_robin": lambda: deepspeed_mode(
             output, zero_config(2, parameter_alignment=True, round_robin_gradients=True)

@@ -54,7 +54,10 @@ def main():
             "world_size": trainer.args.world_size,
             "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
             "chain": chain,
-            "layer_share": {n: min(report[f"0.{i}"]["layer"] for i in (j, j + 7)) for n, j in (("q_proj", 1), ("k_proj", 2))},
+            "layer_share": {
+                name: min(report[f"0.{first}"]["layer"], report[f"0.{first + 7}"]["layer"])
+                for name, first in (("q_proj", 1), ("k_proj", 2))
+            },
         }  # fmt: skip
         (Path(options.output) / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
