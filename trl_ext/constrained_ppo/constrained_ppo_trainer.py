@@ -173,6 +173,10 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         move_to_own_groups(optimizer, [(heads, 0.0)], self.args.critic_learning_rate, tag=VALUE_HEADS)
         return optimizer
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
@@ -475,6 +479,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        # Each epoch draws its own order, which a new sampler would begin anew
+        for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
+            next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
         self.resumed = True
