@@ -1,8 +1,15 @@
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import trl_ext
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, rollout
 from tests.tiny import save_tiny_model, tiny_model
 from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
@@ -119,3 +126,65 @@ def test_critics_that_do_not_fit(settings, critic_model, message, tmp_path, path
         critic_model = save_tiny_model(tmp_path / "small", vocab_size=20)
     with pytest.raises(ValueError, match=message):
         make(tmp_path, path, trainer_arguments={"critic_model": critic_model}, **settings)
+
+
+SHARDED = """
+    import sys, torch, torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from trl.trainer.utils import add_fused_lm_head
+    from tests.tiny import tiny_model
+    from trl_ext._compat import gathered_state_dict
+    from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
+
+    def policy(separate):
+        model = tiny_model("qwen3")
+        torch.manual_seed(1)
+        critic = SeparateCritic(tiny_model("llama", seed=2).model, 3) if separate else ValueHeads(32, 3)
+        heads = critic.heads if separate else critic
+        with torch.no_grad():
+            heads.weight.normal_(std=0.1)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        add_value_heads(model, critic)
+        return model
+
+    def loss_of(model, rows):
+        ids = torch.arange(24).view(4, 6)[rows] + 3
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True,
+                       with_values=True)
+        return output.log_probs.mean() + output.state_values.square().mean()
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for separate in (False, True):
+        whole, sharded = policy(separate), policy(separate)
+        layers = [*sharded.model.layers, *(sharded.value_heads.backbone.layers if separate else [])]
+        for module in [*layers, sharded]:
+            fully_shard(module)
+        full, part = loss_of(whole, slice(0, 4)), loss_of(sharded, slice(2 * rank, 2 * rank + 2))
+        mean = part.detach().clone()
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean / 2, full.detach())
+        full.backward(), part.backward()
+        for (name, p), q in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+            assert type(q.grad).__name__ == "DTensor", name
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-6, msg=name)
+        saved = gathered_state_dict(sharded.value_heads)
+        for name, p in whole.value_heads.named_parameters():
+            torch.testing.assert_close(saved[name], p.detach())
+    dist.barrier()
+    print("rank", rank, "agrees", flush=True)
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+def test_fsdp2_over_two_processes(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(textwrap.dedent(SHARDED))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("agrees") == 2
