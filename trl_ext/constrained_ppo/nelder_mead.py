@@ -31,7 +31,7 @@ class NelderMead:
             Coefficient of shrinking, in `(0, 1)`.
 
     Raises:
-        ValueError: If the simplex has another shape, is flat or not finite, or bounds or coefficients are out of range.
+        ValueError: If the simplex has another shape, is flat or not finite, or a bound or coefficient is out of range.
 
     Example:
 
