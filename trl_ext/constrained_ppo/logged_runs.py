@@ -115,9 +115,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
             try:
                 states.append(json.loads(path.read_text()))
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path} is not a whole trainer state ({error}). Remove it to read another."
-                ) from None
+                raise ValueError(f"{path} is no whole trainer state ({error}). Remove it to read another.") from None
     if not states:
         raise FileNotFoundError(
             f"{folder} has no trainer_state.json and no checkpoint with one. Give a run's output folder; a run keeps "

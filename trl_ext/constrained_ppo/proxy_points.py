@@ -81,10 +81,20 @@ class DensityMask:
         inside[inside] &= self._density(scaled[inside].T) >= self._least
         return inside
 
-    def at_edge(self, point: np.ndarray) -> bool:
-        """Whether a step of 2% of the range in some reward leaves the mask, so that the true peak may lie beyond."""
+    def at_edge(self, points: np.ndarray) -> np.ndarray:
+        """
+        Whether a step of 2% of the range in some reward leaves the mask, so that the true peak may lie beyond.
+
+        Args:
+            points (`np.ndarray` of shape `(P, K)`):
+                Points inside.
+
+        Returns:
+            `np.ndarray` of shape `(P,)`, bool
+        """
         steps = EDGE * np.diag(self.highest - self.lowest)
-        return not self(np.vstack([point + steps, point - steps])).all()
+        around = points[:, None] + np.concatenate([steps, -steps])
+        return ~self(around.reshape(-1, points.shape[1])).reshape(len(points), -1).all(axis=1)
 
 
 @dataclass(frozen=True)
@@ -184,15 +194,15 @@ def find_peak(
             continue
     levels = [50 * (1 - confidence), 50 * (1 + confidence)]
     surfaces = np.array(resampled) if resampled else np.full((1, len(allowed)), np.nan)
-    peaks = allowed[[int(np.argmax(surface)) for surface in resampled]] if resampled else np.full((1, 1), np.nan)
+    peaks = allowed[surfaces.argmax(axis=1)] if resampled else np.full((1, points.shape[1]), np.nan)
     everywhere, band = np.full(len(candidates), np.nan), np.full((2, len(candidates)), np.nan)
     everywhere[inside], band[:, inside] = fitted, np.percentile(surfaces, levels, axis=0)
     return Peak(
         point=allowed[best],
         gold=float(fitted[best]),
-        interval=np.broadcast_to(np.percentile(peaks, levels, axis=0), (2, points.shape[1])),
-        at_edge=mask.at_edge(allowed[best]),
-        edge_share=float(np.mean([mask.at_edge(peak) for peak in peaks])) if resampled else math.nan,
+        interval=np.percentile(peaks, levels, axis=0),
+        at_edge=bool(mask.at_edge(allowed[[best]])[0]),
+        edge_share=float(mask.at_edge(peaks).mean()) if resampled else math.nan,
         num_resamples=len(resampled),
         candidates=candidates,
         fitted=everywhere,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -100,16 +101,17 @@ class GaussianProcess:
         """The posterior mean."""
         centre, scale = points.mean(axis=0), points.std(axis=0)
         scale = np.where(scale > 0, scale, 1.0)
-        process = self._process(points.shape[1]).fit((points - centre) / scale, values)
+        process = self._fitted((points - centre) / scale, values)
         return lambda at: process.predict((at - centre) / scale)
 
     def for_resamples(self, points: np.ndarray, values: np.ndarray) -> "GaussianProcess":
         """The process with the kernel of all measurements, so that resamples differ by their points alone."""
         scaled = (points - points.mean(axis=0)) / points.std(axis=0)
-        return GaussianProcess(self._process(points.shape[1]).fit(scaled, values).kernel_)
+        return GaussianProcess(self._fitted(scaled, values).kernel_)
 
-    def _process(self, num_rewards: int) -> Any:
+    def _fitted(self, scaled: np.ndarray, values: np.ndarray) -> Any:
         try:
+            from sklearn.exceptions import ConvergenceWarning
             from sklearn.gaussian_process import GaussianProcessRegressor
             from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
         except ImportError as error:
@@ -119,6 +121,10 @@ class GaussianProcess:
         kernel, optimizer = self.kernel, None
         if kernel is None:
             optimizer = "fmin_l_bfgs_b"
-            lengths = RBF(np.ones(num_rewards), (0.2, 100.0))
+            lengths = RBF(np.ones(scaled.shape[1]), (0.2, 100.0))
             kernel = ConstantKernel(1.0, (1e-2, 1e3)) * lengths + WhiteKernel(0.1, (1e-6, 10.0))
-        return GaussianProcessRegressor(kernel, optimizer=optimizer, normalize_y=True, random_state=0)
+        process = GaussianProcessRegressor(kernel, optimizer=optimizer, normalize_y=True, random_state=0)
+        with warnings.catch_warnings():
+            # A parameter at its bound, such as no noise, is a result
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return process.fit(scaled, values)

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     output_dir = Path(options.output_dir)
     write(report, measurements, output_dir)
     console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, width=max(console.width, 110))
     console.print(table_of(report))
     for line in notes(report):
         console.print(line, soft_wrap=True)
