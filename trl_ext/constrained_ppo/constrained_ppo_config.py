@@ -1,6 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .lagrangian import Constraint, check_constraints
@@ -28,6 +29,7 @@ PRESETS: dict[str, Preset] = {
     "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
 }
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
 
 
@@ -281,6 +283,11 @@ class ConstrainedPPOConfig(GRPOConfig):
         """
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         coefficients = [float(coefficient) for coefficient in given]
+        if len(coefficients) not in (1, num_rewards):
+            raise ValueError(
+                f"`vf_coef={self.vf_coef}` has {len(coefficients)} numbers and there are {num_rewards} rewards. Give "
+                "one for all, or one for each."
+            )
         return coefficients * num_rewards if len(coefficients) == 1 else coefficients
 
     def _apply_preset(self) -> None:
@@ -296,7 +303,8 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.multiplier_squash = self.multiplier_squash or preset.squash  # type: ignore[assignment]
 
     def _check_numbers(self) -> None:
-        if not all(coefficient >= 0 for coefficient in self.vf_coefs(1)):
+        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
+        if not all(float(coefficient) >= 0 for coefficient in given):
             raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
         for name in ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples"):
             if not getattr(self, name) >= 0:
@@ -327,10 +335,10 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
             raise ValueError(f"`{name}` is not supported with a critic in the policy. Leave it out.")
-        if self.early_stop_kl is not None and str(self.lr_scheduler_type).endswith(("reduce_lr_on_plateau", "greedy")):
+        if self.early_stop_kl is not None and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
             raise ValueError(
-                f"`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
-                f"{self.lr_scheduler_type}` does not set anew at each step. Choose another scheduler."
+                "`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
+                f"{str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another scheduler."
             )
         if self.critic == "shared" and self.critic_model_name_or_path is not None:
             raise ValueError(

@@ -175,6 +175,10 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         move_to_own_groups(optimizer, [(heads, 0.0)], self.args.critic_learning_rate, tag=VALUE_HEADS)
         return optimizer
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
@@ -481,6 +485,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         self.controller.load_state_dict(state)
         if self.threshold_search is not None:
             self.threshold_search.load(checkpoint)
+        # Each epoch draws its own order, which a new sampler would begin anew
+        for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
+            next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
         self.resumed = True
