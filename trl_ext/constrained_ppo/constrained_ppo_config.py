@@ -5,6 +5,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .lagrangian import Constraint, check_constraints
+from .threshold_search_config import ThresholdSearchConfig
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,17 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._apply_preset()
         self._check_numbers()
         self._check_method()
+        self._check_search()
 
     @property
     def learns_multipliers(self) -> bool:
         """Whether constraints act through multipliers, and not, as for `"sat"`, through the rewards."""
         return bool(self.constraints) and (self.method is None or PRESETS[self.method].learns_multipliers)
+
+    @property
+    def threshold_search(self) -> ThresholdSearchConfig | None:
+        """The settings of the threshold search, or `None` without `search`."""
+        return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
 
     def vf_coefs(self, num_rewards: int) -> list[float]:
         """
@@ -352,6 +359,21 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.constraints:
             check_constraints(self.parsed_constraints())
 
+    def _check_search(self) -> None:
+        search = self.threshold_search
+        if search is None:
+            return
+        if not self.learns_multipliers:
+            raise ValueError(
+                "`search` moves the thresholds of constraints that act through multipliers, and "
+                f"`method={self.method!r}` has none. Use 'xi', as the paper, or 'mu', with `constraints`."
+            )
+        rewards = [constraint["reward"] for constraint in self.constraints]
+        search.check_budget(len(rewards))
+        if all(isinstance(reward, str) for reward in rewards):
+            search.check_rewards(rewards)
+        search.keep_best_policy(self)
+
     def parsed_constraints(self) -> list[Constraint]:
         """
         The constraints as objects.
@@ -406,7 +428,9 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
-    needs_gold = [name for name in ("gold_patience", "search") if getattr(args, name)]
+    needs_gold = ["gold_patience"] if args.gold_patience else []
+    if args.threshold_search is not None and args.threshold_search.gold_metric == "eval_gold":
+        needs_gold.append("search")
     if gold_reward is None and needs_gold:
         raise ValueError(
             f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a "

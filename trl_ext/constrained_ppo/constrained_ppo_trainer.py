@@ -34,6 +34,7 @@ from .run_state import (
     write_json,
 )
 from .stopping import NonFiniteLossError
+from .threshold_search_callback import add_threshold_search
 
 
 logger = get_logger(__name__)
@@ -127,6 +128,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         self.resumed = False
         self._attach_critic(critic_model)
         self.add_callback(CalibrationCallback(self))
+        self.threshold_search = add_threshold_search(self)
 
     @property
     def num_gold_evaluations(self) -> int:
@@ -455,6 +457,8 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
+            if self.threshold_search is not None:
+                self.threshold_search.save(folder)
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -479,6 +483,8 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        if self.threshold_search is not None:
+            self.threshold_search.load(checkpoint)
         # Each epoch draws its own order, which a new sampler would begin anew
         for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
             next(iter(self._train_sampler), None)
