@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from .lagrangian import Constraint
+from .lagrangian import Constraint, LagrangeMultipliers
 
 
 if TYPE_CHECKING:
@@ -60,6 +60,26 @@ def reward_names(log_history: LogHistory) -> list[str]:
     keys = dict.fromkeys(key for entry in log_history for key in entry)
     return [
         key[len("rewards/") : -len("/mean")] for key in keys if key.startswith("rewards/") and key.endswith("/mean")
+    ]
+
+
+def named_constraints(multipliers: LagrangeMultipliers | None, names: Sequence[str]) -> list[Constraint]:
+    """
+    The constraints whose thresholds are known, by name of their reward.
+
+    Args:
+        multipliers ([`LagrangeMultipliers`], *optional*):
+            Multipliers of a run, `None` for a run without constraints.
+        names (`Sequence[str]`):
+            Names of all rewards.
+
+    Returns:
+        `list[Constraint]`
+    """
+    return [
+        Constraint(names[c.reward] if isinstance(c.reward, int) else c.reward, c.threshold, c.kind)
+        for c in (multipliers.constraints if multipliers is not None else [])
+        if c.threshold is not None
     ]
 
 
@@ -389,15 +409,7 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def constraints(self) -> list[Constraint]:
         """The constraints with their thresholds of now, by name of their reward."""
-        multipliers = self.trainer.multipliers
-        if multipliers is None:
-            return []
-        names = self.trainer.reward_func_names
-        return [
-            Constraint(c.reward if isinstance(c.reward, str) else names[c.reward], c.threshold, c.kind)
-            for c in multipliers.constraints
-            if c.threshold is not None
-        ]
+        return named_constraints(self.trainer.multipliers, self.trainer.reward_func_names)
 
     def _title(self, state: Any) -> str:
         method = self.trainer.args.method
