@@ -109,6 +109,11 @@ class MethodCardMixin(Trainer):
                 method_section=self._method_section(model_id),
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            self._write_card_into(Path(self.args.output_dir if output_dir is None else output_dir))
+        super().save_model(output_dir, _internal_call=_internal_call)
+
     def _write_card_into(self, folder: Path) -> None:
         self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
         card = Path(self.args.output_dir) / "README.md"

@@ -1,8 +1,9 @@
 """Time and peak memory of an optimizer step of ConstrainedPPOTrainer against TRL's GRPOTrainer, without generation.
 
-Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions, which
-are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU times of
-whole steps: scoring, loss, backward, clipping and optimizer. Ratios are those of turns that follow each other.
+Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
+which are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU
+times of whole steps: scoring, loss, backward, clipping and optimizer. Ratios are those of turns that follow one
+another.
 
 python -m tests.benchmarks.constrained_ppo --output docs/results/constrained_ppo_benchmark.md
 """

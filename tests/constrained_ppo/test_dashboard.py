@@ -15,6 +15,7 @@ from trl_ext.constrained_ppo.dashboard import (
     dashboard_table,
     draw_dashboard,
     last_value,
+    named_constraints,
     reward_names,
     series,
 )
@@ -79,6 +80,17 @@ def test_table_takes_the_sign_of_the_violation_and_moved_thresholds():
     assert "== 0.375" in printed(dashboard_table(entries, CONSTRAINTS))
 
 
+def test_a_range_has_two_thresholds(tmp_path, monkeypatch):
+    entries = [{"step": s, "rewards/a/mean": 0.5, "violation/a": 0.1, "relative_violation/a": 1e7, "threshold/a": 0.25}
+               for s in (1, 2)]  # fmt: skip
+    constraints = [Constraint("a", 0.25, ">="), Constraint("a", 0.75, "<=")]
+    assert ">= 0.25, <= 0.75 +0.1 " in " ".join(printed(dashboard_table(entries, constraints)).split())
+    figures = drawn(monkeypatch)
+    draw_dashboard(entries, tmp_path / "d.png", constraints)
+    labels = [line.get_label() for line in figures[0].axes[0].get_lines()]
+    assert labels == ["rollouts", "threshold (>= 0.25)", "threshold (<= 0.75)"]
+
+
 def test_table_without_constraints_and_without_anything():
     text = printed(dashboard_table(log(), title="ppo"))
     assert "threshold" not in text and "objective" not in text and "mean ± std" in text
@@ -136,10 +148,11 @@ def test_picture_of_moving_thresholds_long_logs_and_odd_values(tmp_path, monkeyp
 def callback_and_state(tmp_path, **settings):
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path), method="xi", kl_ceiling=None),
-        multipliers=SimpleNamespace(
-            constraints=[Constraint(0, 0.5), Constraint("_help", 0.25, ">="), Constraint(2, quantile=0.5)]
+        controller=SimpleNamespace(
+            multipliers=None,
+            targets=[Constraint(0, 0.5), Constraint("_help", 0.25, ">="), Constraint(2, quantile=0.5)],
+            constrained_names=lambda: ["brevity", "_help", "$free_x$"],
         ),
-        reward_func_names=["brevity", "_help", "$free_x$"],
         stop_reason=None,
     )  # fmt: skip
     state = SimpleNamespace(is_world_process_zero=True, log_history=log(), global_step=5)
@@ -160,7 +173,9 @@ def test_callback_prints_and_draws_at_log_steps_and_at_the_end(tmp_path, monkeyp
     callback.trainer.stop_reason = "KL ceiling"
     callback.on_train_end(None, state, None)
     assert (
-        len(calls) == 2 and calls[1][1] == tmp_path / "dashboard.png" and calls[1][3].endswith("stopped: KL ceiling")
+        len(calls) == 2
+        and calls[1][1] == tmp_path / "dashboard.png"
+        and calls[1][3].endswith("ended early: KL ceiling")
     )
 
 
@@ -206,14 +221,19 @@ def test_negative_interval_is_refused(tmp_path):
         callback_and_state(tmp_path, png_seconds=-1)
 
 
-def test_dashboard_of_a_run(tmp_path, path):  # noqa: F811
-    trainer = make(tmp_path, path, **XI, max_steps=3)
+def test_dashboard_of_a_run(tmp_path, path, capsys):  # noqa: F811
+    trainer = make(tmp_path, path, **XI, max_steps=3, dashboard=True)
     console = Console(file=io.StringIO(), width=140)
-    trainer.add_callback(ConstraintDashboardCallback(trainer, console=console))
+    trainer.add_callback(ConstraintDashboardCallback(trainer, tmp_path / "other.png", console=console))
     trainer.train()
     text = console.file.getvalue()
     assert text.count("Constrained PPO (xi), step") == 3 and "== 0.7" in text and "length" in text
     logged = next(entry for entry in trainer.state.log_history if entry["step"] == 3)
     assert f"{logged['violation/low_ids']:+.3g}" in text and "KL " in text
     assert (tmp_path / "dashboard.png").read_bytes().startswith(b"\x89PNG")
-    assert json.dumps(trainer.state.log_history)
+    assert (tmp_path / "other.png").is_file() and capsys.readouterr().out.count("multi-") == 0
+    # The log alone is enough to draw a finished run
+    entries = json.loads(json.dumps(trainer.state.log_history))
+    draw_dashboard(entries, tmp_path / "again.png", named_constraints(trainer.controller))
+    assert entries[0]["threshold/low_ids"] == 0.7 and entries[0]["saturation/length"] in (0.0, 1.0)
+    assert make(tmp_path, path).callback_handler.callback_list.count("ConstraintDashboardCallback") == 0

@@ -1,24 +1,53 @@
 """What constrained PPO adds to a model card."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..model_card import settings_table
 from .constrained_ppo_config import ConstrainedPPOConfig
-from .dashboard import LogHistory, best_gold, last_value, reward_names
+from .critic import SeparateCritic, ValueHeads
+from .dashboard import LogHistory, best_gold, by_reward, last_value, named_constraints, reward_names
 from .lagrangian import Constraint
+from .run_state import CRITIC_FILE
+
+
+if TYPE_CHECKING:
+    from .constrained_ppo_trainer import ConstrainedPPOTrainer
 
 
 CITATION = """@inproceedings{moskovitz2024confronting,
     title     = {Confronting Reward Model Overoptimization with Constrained {RLHF}},
-    author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan and
-                 Dragan, Anca D. and McAleer, Stephen},
+    author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan
+                 and Dragan, Anca D. and McAleer, Stephen},
     booktitle = {The Twelfth International Conference on Learning Representations},
     year      = {2024},
     url       = {https://openreview.net/forum?id=gkfUvn0fLU}
 }"""
-_SETTINGS = ("method", "objective", "mixing", "whitening", "critic", "gamma", "gae_lambda", "num_iterations", "kl_coef")
+_SETTINGS = (
+    "method",
+    "objective",
+    "mixing",
+    "whitening",
+    "critic",
+    "gamma",
+    "gae_lambda",
+    "num_iterations",
+    "kl_coef",
+)
 _OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
+
+
+def run_section(trainer: "ConstrainedPPOTrainer", model_id: str) -> str:
+    """[`method_section`] of a trainer as it stands."""
+    kinds = {ValueHeads: "shared", SeparateCritic: "separate"}
+    return method_section(
+        trainer.args,
+        trainer.state.log_history,
+        model_id,
+        named_constraints(trainer.controller),
+        trainer.stop_reason,
+        kinds.get(type(trainer.critic), "module"),
+    )
 
 
 def method_section(
@@ -27,6 +56,7 @@ def method_section(
     model_id: str,
     constraints: Sequence[Constraint] = (),
     stop_reason: str | None = None,
+    critic: str = "shared",
 ) -> str:
     """
     Markdown of the method's section.
@@ -42,6 +72,8 @@ def method_section(
             Constraints, by name of their reward.
         stop_reason (`str`, *optional*):
             Why training ended before its last step.
+        critic (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`, `"separate"` or `"module"`, a module of the user's own.
 
     Returns:
         `str`
@@ -58,34 +90,34 @@ def method_section(
     if results:
         parts.append(results)
     parts.append(_end(log_history, stop_reason))
-    parts.append(_loading(config, model_id, reward_names(log_history)))
+    parts.append(_loading(critic, model_id, reward_names(log_history)))
     return "\n\n".join(part for part in parts if part)
 
 
 def _results(log_history: LogHistory, constraints: Sequence[Constraint]) -> str:
     """A table with one row for each reward: its constraint and the newest values."""
-    names = reward_names(log_history) or [str(constraint.reward) for constraint in constraints]
+    grouped = by_reward(constraints)
+    names = reward_names(log_history) or list(grouped)
     if not names:
         return ""
-    by_name = {constraint.reward: constraint for constraint in constraints}
-    columns = ["reward", "mean", "running average", "constraint", "violation", "multiplier", "weight"]
-    keys = ("rewards/{}/mean", "average/{}", None, "violation/{}", "multiplier/{}", "weight/{}")
-    if not constraints:
-        columns, keys = columns[:3], keys[:2]
+    columns = ["reward", "mean", "running average"]
+    if constraints:
+        columns += ["constraint", "violation", "multiplier", "weight"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
-        constraint = by_name.get(name)
-        cells = [
-            _shown(last_value(log_history, key.format(name))) if key else f"{constraint.kind} {constraint.threshold:.4g}"
-            if constraint and constraint.threshold is not None
-            else "none"
-            for key in keys
-        ]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        cells = [f"`{name}`", *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
+        if constraints:
+            stated = ", ".join(f"{c.kind} {_shown(c.threshold)}" for c in grouped.get(name, [])) or "none"
+            cells += [stated, *_logged(log_history, f"violation/{name}", f"multiplier/{name}", f"weight/{name}")]
+        lines.append(f"| {' | '.join(cells)} |")
     objective = last_value(log_history, "weight/objective")
     if objective is not None:
         lines.append(f"| the objective |{' |' * (len(columns) - 2)} {_shown(objective)} |")
     return "\n".join(lines)
+
+
+def _logged(log_history: LogHistory, *keys: str) -> list[str]:
+    return [_shown(last_value(log_history, key)) for key in keys]
 
 
 def _end(log_history: LogHistory, stop_reason: str | None) -> str:
@@ -113,15 +145,30 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _loading(config: ConstrainedPPOConfig, model_id: str, names: Sequence[str]) -> str:
+def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
     streams = ", ".join([*(f"`{name}`" for name in names), "the KL"])
-    backbone = "its own backbone" if config.critic == "separate" else "the policy's last hidden state"
-    return (
-        "The policy is a plain model and loads without `trl_ext`.\n\n"
+    parts = [
+        "The policy is a plain model and loads without `trl_ext`.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```\n\n'
-        f"The critic, with values from {backbone} of {streams}, lies beside it in `critic.safetensors`.\n\n"
-        "```python\nfrom trl_ext.constrained_ppo.critic import load_critic\n\n"
-        f'critic = load_critic("{model_id}", model)\n```'
-    )
+        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```',
+        f"The critic lies beside it in `{CRITIC_FILE}`. At every token it has a value of {streams}, in this order"
+        + {
+            "shared": ", from the policy's last hidden state.",
+            "separate": ", from a backbone of its own.",
+            "module": ", from a module of the author's own, without which it cannot be rebuilt.",
+        }[critic],
+    ]
+    if critic != "module":
+        arguments = (
+            "model.base_model(**inputs).last_hidden_state"
+            if critic == "shared"
+            else 'inputs["input_ids"], inputs["attention_mask"]'
+        )
+        parts.append(
+            "```python\nfrom trl_ext.constrained_ppo.run_state import critic_from_pretrained\n\n"
+            f'critic = critic_from_pretrained("{model_id}")\n'
+            'inputs = tokenizer("Some text", return_tensors="pt")\n'
+            f"values = critic({arguments})  # (batch, tokens, {len(names) + 1})\n```"
+        )
+    return "\n\n".join(parts)

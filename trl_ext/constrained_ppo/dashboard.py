@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from .lagrangian import Constraint, LagrangeMultipliers
+from .controller import RolloutController
+from .lagrangian import Constraint
 
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 
 DASHBOARD_FILE = "dashboard.png"
-COLORS = ("#3b7dd8", "#e88a1a", "#2f9e5b", "#8e5bb5", "#c1272d", "#17a2a2", "#a0632a", "#d36ba6")
+COLORS = ("#3b7dd8", "#e88a1a", "#2f9e5b", "#8e5bb5", "#17a2a2", "#a0632a", "#d36ba6", "#7f8c2a")
 OBJECTIVE_COLOR = "#444444"
+THRESHOLD_COLOR = "#c1272d"
 COLUMNS = 3
 MAX_POINTS = 1000
 # Share of the training time that drawing may take
@@ -63,24 +65,32 @@ def reward_names(log_history: LogHistory) -> list[str]:
     ]
 
 
-def named_constraints(multipliers: LagrangeMultipliers | None, names: Sequence[str]) -> list[Constraint]:
+def named_constraints(controller: RolloutController) -> list[Constraint]:
     """
-    The constraints whose thresholds are known, by name of their reward.
+    The constraints of a run whose thresholds are known, by name of their reward.
 
     Args:
-        multipliers ([`LagrangeMultipliers`], *optional*):
-            Multipliers of a run, `None` for a run without constraints.
-        names (`Sequence[str]`):
-            Names of all rewards.
+        controller ([`RolloutController`]):
+            Controller of the run.
 
     Returns:
         `list[Constraint]`
     """
+    multipliers = controller.multipliers
+    constraints = controller.targets if multipliers is None else multipliers.constraints
     return [
-        Constraint(names[c.reward] if isinstance(c.reward, int) else c.reward, c.threshold, c.kind)
-        for c in (multipliers.constraints if multipliers is not None else [])
-        if c.threshold is not None
+        Constraint(name, constraint.threshold, constraint.kind)
+        for name, constraint in zip(controller.constrained_names(), constraints, strict=True)
+        if constraint.threshold is not None
     ]
+
+
+def by_reward(constraints: Sequence[Constraint]) -> dict[str, list[Constraint]]:
+    """The constraints of each reward; a range has two."""
+    grouped: dict[str, list[Constraint]] = {}
+    for constraint in constraints:
+        grouped.setdefault(str(constraint.reward), []).append(constraint)
+    return grouped
 
 
 def best_gold(log_history: LogHistory) -> tuple[int, float] | None:
@@ -121,38 +131,40 @@ def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] =
         table.add_column(
             column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None
         )
-    by_name = {constraint.reward: constraint for constraint in constraints}
+    grouped = by_reward(constraints)
     names = reward_names(log_history)
     for name in names:
         row = [name, _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
         if constrained:
-            row += _constraint_cells(log_history, name, by_name.get(name))
+            row += _constraint_cells(log_history, name, grouped.get(name, []))
         table.add_row(*row, end_section=name == names[-1])
     if constrained:
         table.add_row("objective", *[""] * 5, _shown(last_value(log_history, "weight/objective")))
     return table
 
 
-def _constraint_cells(log_history: LogHistory, name: str, constraint: Constraint | None) -> list[str]:
-    if constraint is None:
+def _constraint_cells(log_history: LogHistory, name: str, constraints: list[Constraint]) -> list[str]:
+    if not constraints:
         return []
-    values = {
-        part: last_value(log_history, f"{part}/{name}")
-        for part in ("violation", "relative_violation", "multiplier", "weight", "saturation", "oscillation")
-    }
-    threshold = last_value(log_history, f"threshold/{name}")
-    relative = values["relative_violation"]
-    violation = _shown(values["violation"], "+")
-    if relative is not None and math.isfinite(relative):
+    relative = last_value(log_history, f"relative_violation/{name}")
+    violation = _shown(last_value(log_history, f"violation/{name}"), "+")
+    # Relative to a threshold of nearly zero it says nothing
+    if relative is not None and abs(relative) < 100:
         violation += f" ({relative:+.0%})"
+    stated = [f"{c.kind} {_shown(_last_threshold(log_history, name, constraints, c))}" for c in constraints]
     return [
-        f"{constraint.kind} {_shown(constraint.threshold if threshold is None else threshold)}",
+        ", ".join(stated),
         violation,
-        _shown(values["multiplier"], "+"),
-        _shown(values["weight"]),
-        _shown(values["saturation"]),
-        _shown(values["oscillation"]),
+        _shown(last_value(log_history, f"multiplier/{name}"), "+"),
+        *(_shown(last_value(log_history, f"{part}/{name}")) for part in ("weight", "saturation", "oscillation")),
     ]
+
+
+def _last_threshold(
+    log_history: LogHistory, name: str, constraints: list[Constraint], constraint: Constraint
+) -> float | None:
+    logged = last_value(log_history, f"threshold/{name}") if len(constraints) == 1 else None
+    return constraint.threshold if logged is None else logged
 
 
 def _with_spread(log_history: LogHistory, name: str) -> str:
@@ -265,8 +277,8 @@ Panel = tuple[str, list[_Line]]
 def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceiling: float | None) -> list[Panel]:
     names = reward_names(log_history)
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
-    by_name = {constraint.reward: constraint for constraint in constraints}
-    panels = [_reward_panel(log_history, name, by_name.get(name), colors[name]) for name in names]
+    grouped = by_reward(constraints)
+    panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
     violations = _per_reward(log_history, colors, "violation")
     if violations:
         violations.append(_Line(([], [0.0]), "", "#999999", linewidth=1.0, linestyle=":", zorder=1))
@@ -294,7 +306,7 @@ def _per_reward(log_history: LogHistory, colors: dict[str, str], part: str) -> l
     return [line for line in lines if line.points[0]]
 
 
-def _reward_panel(log_history: LogHistory, name: str, constraint: Constraint | None, color: str) -> Panel:
+def _reward_panel(log_history: LogHistory, name: str, constraints: list[Constraint], color: str) -> Panel:
     lines = [_Line(series(log_history, f"rewards/{name}/mean"), "rollouts", color)]
     average = series(log_history, f"average/{name}")
     if average[0]:
@@ -302,14 +314,15 @@ def _reward_panel(log_history: LogHistory, name: str, constraint: Constraint | N
     validation = series(log_history, f"eval_rewards/{name}/mean")
     if validation[0]:
         lines.append(_Line(validation, "validation", color, marker="D", markersize=4, linestyle="none"))
-    if constraint is not None:
-        moved = series(log_history, f"threshold/{name}")
-        values = moved[1] or [value for value in [constraint.threshold] if value is not None]
-        level = moved if len(set(values)) > 1 else ([], values[:1])
-        if level[1]:
-            style: dict[str, Any] = {"drawstyle": "steps-post"} if level[0] else {}
-            label = f"threshold ({constraint.kind}{'' if level[0] else f' {level[1][0]:.3g}'})"
-            lines.append(_Line(level, label, "#c1272d", linewidth=1.2, linestyle="-.", **style))
+    style: dict[str, Any] = {"linewidth": 1.2, "linestyle": "-."}
+    for constraint in constraints:
+        logged = series(log_history, f"threshold/{name}") if len(constraints) == 1 else ([], [])
+        if len(set(logged[1])) > 1:
+            label = f"threshold ({constraint.kind})"
+            lines.append(_Line(logged, label, THRESHOLD_COLOR, drawstyle="steps-post", **style))
+        elif constraint.threshold is not None:
+            label = f"threshold ({constraint.kind} {constraint.threshold:.3g})"
+            lines.append(_Line(([], [constraint.threshold]), label, THRESHOLD_COLOR, **style))
     return f"reward: {_shortened(name, 40)}", lines
 
 
@@ -319,7 +332,9 @@ def _kl_panel(log_history: LogHistory, kl_ceiling: float | None) -> Panel:
         return "", []
     lines = [_Line(per_response, "per response", OBJECTIVE_COLOR)]
     if kl_ceiling is not None:
-        lines.append(_Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", "#c1272d", linewidth=1.2, linestyle="-."))
+        lines.append(
+            _Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", THRESHOLD_COLOR, linewidth=1.2, linestyle="-.")
+        )
     return "KL to the reference, nats per response", lines
 
 
@@ -409,13 +424,13 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def constraints(self) -> list[Constraint]:
         """The constraints with their thresholds of now, by name of their reward."""
-        return named_constraints(self.trainer.multipliers, self.trainer.reward_func_names)
+        return named_constraints(self.trainer.controller)
 
     def _title(self, state: Any) -> str:
         method = self.trainer.args.method
         title = f"Constrained PPO{f' ({method})' if method else ''}, step {state.global_step}"
-        reason = getattr(self.trainer, "stop_reason", None)
-        return f"{title}, stopped: {reason}" if reason else title
+        reason = self.trainer.stop_reason
+        return f"{title}, ended early: {reason}" if reason else title
 
     def _print(self, state: Any) -> None:
         self._last_title = self._title(state)
@@ -423,8 +438,9 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         start = time.monotonic()
-        ceiling = getattr(self.trainer.args, "kl_ceiling", None)
-        draw_dashboard(state.log_history, self.path, self.constraints(), self._title(state), ceiling)
+        draw_dashboard(
+            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
+        )
         end = time.monotonic()
         self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
 

@@ -1,6 +1,5 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -317,8 +316,6 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         if state and self.args.should_save:
             save_masks(state, folder, self.masks)
-        if not _internal_call:
-            self._write_card_into(Path(folder))
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _method_section(self, model_id: str) -> str:
