@@ -28,7 +28,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
-  demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
+  demo        Compare the methods on the playground:
+              trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 
 --accelerate_config takes the path of a file, or one of: {configs}."""

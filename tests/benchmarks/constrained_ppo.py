@@ -40,7 +40,7 @@ class Size:
         return f"{self.hidden_size} / {self.vocab_size} / {self.num_tokens} x {self.num_responses}"
 
 
-SIZES = (Size(256, 4, 8192, 64, 16), Size(384, 4, 16384, 128, 8), Size(512, 4, 32768, 256, 2))
+SIZES = (Size(256, 4, 8192, 64, 8), Size(384, 4, 16384, 128, 4), Size(512, 4, 32768, 256, 2))
 NUM_PROMPT_TOKENS = 16
 # Case: settings of both, KL coefficient, and the largest ratio of times aimed at
 CASES = {

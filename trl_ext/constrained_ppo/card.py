@@ -23,6 +23,11 @@ CITATION = """@inproceedings{moskovitz2024confronting,
     year      = {2024},
     url       = {https://openreview.net/forum?id=gkfUvn0fLU}
 }"""
+PAPER = {
+    "title": "Confronting Reward Model Overoptimization with Constrained RLHF",
+    "id": "2310.04373",
+    "citation": CITATION,
+}
 _SETTINGS = (
     "method",
     "objective",

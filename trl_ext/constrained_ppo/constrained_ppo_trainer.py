@@ -17,7 +17,7 @@ from ..model_card import MethodCardMixin
 from ..parameter_groups import move_to_own_groups
 from .advantages import gae, reward_streams
 from .calibration import CalibrationCallback
-from .card import CITATION, run_section
+from .card import PAPER, run_section
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .controller import RolloutController
 from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss
@@ -93,11 +93,7 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "constrained-ppo"]
     _name = "Constrained PPO"
-    _paper = {
-        "title": "Confronting Reward Model Overoptimization with Constrained RLHF",
-        "id": "2310.04373",
-        "citation": CITATION,
-    }
+    _paper = PAPER
 
     args: ConstrainedPPOConfig
     beta: float
