@@ -240,6 +240,21 @@ def is_sentence(sentence: str) -> bool:
     return any(recognizer.fullmatch(sentence) for recognizer in _recognizers())
 
 
+@cache
+def synonyms(word: str) -> str:
+    """The name of the group of words that stand for one another, such as the positive adjectives; else the word."""
+    groups = {
+        "positive": POSITIVE_STRONG + POSITIVE_MILD,
+        "negative": NEGATIVE_STRONG + NEGATIVE_MILD,
+        "liking": tuple(w for w, value in {**LIKING, **BASE_FORMS}.items() if value > 0),
+        "disliking": tuple(w for w, value in {**DISLIKING, **BASE_FORMS}.items() if value < 0),
+        "negator": NEGATORS, "intensifier": INTENSIFIERS, "relative": RELATIVES, "place": PLACES, "object": OBJECTS,
+        "color": COLORS, "verb": NEUTRAL_VERBS, "action": ACTIONS, "number": NUMBERS, "unit": UNITS,
+        "opinion": OPINION_VERBS, **{f"aspect of {domain}": aspects for domain, (_, aspects) in DOMAINS.items()},
+    }  # fmt: skip
+    return next((f"<{name}>" for name, group in groups.items() if word in group), word)
+
+
 def word_sentiments(words: list[str]) -> list[float]:
     """
     Signed sentiment of each word: +-1 (mild) or +-2 (strong) for sentiment words, 0 for others.
