@@ -37,6 +37,7 @@ from .run_state import (
     write_json,
 )
 from .stopping import NonFiniteLossError
+from .threshold_search_callback import add_threshold_search
 
 
 logger = get_logger(__name__)
@@ -130,6 +131,7 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         self.resumed = False
         self._attach_critic(critic_model)
         self.add_callback(CalibrationCallback(self))
+        self.threshold_search = add_threshold_search(self)
         if args.dashboard:
             self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
 
@@ -177,6 +179,10 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         heads = [parameter for name, parameter in named if f"{VALUE_HEADS}." in name and parameter.requires_grad]
         move_to_own_groups(optimizer, [(heads, 0.0)], self.args.critic_learning_rate, tag=VALUE_HEADS)
         return optimizer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -459,6 +465,8 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
+            if self.threshold_search is not None:
+                self.threshold_search.save(folder)
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -483,6 +491,11 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        if self.threshold_search is not None:
+            self.threshold_search.load(checkpoint)
+        # Each epoch draws its own order, which a new sampler would begin anew
+        for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
+            next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
         self.resumed = True

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -134,7 +135,7 @@ def read_json(folder: str | Path, name: str, remedy: str) -> Any:
 def save_rollout(folder: Path, rank: int, batches: list[dict[str, Any]]) -> None:
     """Writes a rollout on which updates are still to come, one file for each process."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(batches, folder / ROLLOUT_FILE.format(rank=rank))
+    torch.save(send_to_device(batches, "cpu"), folder / ROLLOUT_FILE.format(rank=rank))
 
 
 def load_rollout(folder: str | Path, rank: int, device: torch.device) -> list[dict[str, Any]] | None:
@@ -153,4 +154,6 @@ def load_rollout(folder: str | Path, rank: int, device: torch.device) -> list[di
         `list[dict]` or `None`: `None` where the checkpoint was written between two rollouts.
     """
     path = Path(folder) / ROLLOUT_FILE.format(rank=rank)
-    return torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return send_to_device(torch.load(path, map_location="cpu", weights_only=True), device)
