@@ -2,9 +2,9 @@
 
 Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
 which are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU
-times of whole steps: scoring, loss, backward, clipping and optimizer. On a busy machine others' work slows steps down and
-never speeds them up, so the ratio that counts is that of the fastest steps: over the turns, the fastest first and the
-fastest second step, summed. The median over pairs of turns is shown beside it.
+times of whole steps: scoring, loss, backward, clipping and optimizer. On a busy machine others' work slows steps down
+and never speeds them up, so the ratio that counts is that of the fastest steps: over the turns, the fastest first and
+the fastest second step, summed. The median over pairs of turns is shown beside it.
 
 python -m tests.benchmarks.constrained_ppo --output docs/results/constrained_ppo_benchmark.md
 """
