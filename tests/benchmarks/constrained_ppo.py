@@ -2,8 +2,9 @@
 
 Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
 which are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU
-times of whole steps: scoring, loss, backward, clipping and optimizer. Ratios are those of turns that follow one
-another.
+times of whole steps: scoring, loss, backward, clipping and optimizer. On a busy machine others' work slows steps down
+and never speeds them up, so the ratio that counts is that of the fastest steps: over the turns, the fastest first and
+the fastest second step, summed. The median over pairs of turns is shown beside it.
 
 python -m tests.benchmarks.constrained_ppo --output docs/results/constrained_ppo_benchmark.md
 """
@@ -154,17 +155,19 @@ def measure(folder: Path, size: Size, case: str, rounds: int) -> str:
             times.seconds.clear()
             trainer.train()
             if turn:
-                turns[kind].append(sum(times.seconds) / len(times.seconds))
+                turns[kind].append(list(times.seconds))
     for trainer, times in [*trainers.values()] * 2:
         times.watch_memory = True
         trainer.train()
     grpo, ppo = turns["GRPO"], turns["PPO"]
-    ratio = statistics.median(b / a for a, b in zip(grpo, ppo, strict=True))
+    fastest = {kind: sum(map(min, zip(*turns[kind], strict=True))) / STEPS for kind in turns}
+    ratio = fastest["PPO"] / fastest["GRPO"]
+    median = statistics.median(sum(b) / sum(a) for a, b in zip(grpo, ppo, strict=True))
     peaks = {kind: statistics.median(times.peaks) for kind, (_, times) in trainers.items()}
     memory = peaks["PPO"] / peaks["GRPO"]
     return (
-        f"| {size} | {case} | {statistics.median(grpo):.3f} | {statistics.median(ppo):.3f} | {ratio:.3f} | "
-        f"{min(ppo) / min(grpo):.3f} | {target:.2f} | {peaks['GRPO']:.0f} | {peaks['PPO']:.0f} | {memory:.3f} | "
+        f"| {size} | {case} | {fastest['GRPO']:.3f} | {fastest['PPO']:.3f} | {ratio:.3f} | {median:.3f} | "
+        f"{target:.2f} | {peaks['GRPO']:.0f} | {peaks['PPO']:.0f} | {memory:.3f} | "
         f"{'yes' if ratio <= target and memory <= MEMORY_TARGET else 'no'} |"
     )
 
@@ -182,7 +185,7 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     head = [
-        "| hidden / vocabulary / tokens x responses | case | GRPO, s | PPO, s | ratio | of minima | target | "
+        "| hidden / vocabulary / tokens x responses | case | GRPO, s | PPO, s | ratio | median ratio | target | "
         "GRPO, MiB | PPO, MiB | ratio | met |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -196,7 +199,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     facts = (
         f"CPU, 1 thread ({platform.machine()}), float32; Llama with 4 layers, {NUM_PROMPT_TOKENS} prompt tokens; "
-        f"median of {options.rounds} turns of {STEPS} steps after one."
+        f"{options.rounds} turns of {STEPS} steps after one."
     )
     if options.output:
         Path(options.output).write_text(f"{facts}\n\n" + "\n".join(head + lines) + "\n")
