@@ -32,6 +32,8 @@ def check_command(words, capsys):
         module = cli.TRAINING_COMMANDS[words[1]]
         command = cli.launch_command(module, words[2:])
         importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
+    elif words[:2] == ["trl-ext", "proxy-points"]:
+        importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(words[2:])
     elif words[:1] == ["trl-ext"]:
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
