@@ -241,8 +241,8 @@ def is_sentence(sentence: str) -> bool:
 
 
 @cache
-def synonyms(word: str) -> str:
-    """The name of the group of words that stand for one another, such as the positive adjectives; else the word."""
+def synonyms(word: str) -> str | None:
+    """The group of words that stand for a content word, such as the positive adjectives; `None` for other words."""
     groups = {
         "positive": POSITIVE_STRONG + POSITIVE_MILD,
         "negative": NEGATIVE_STRONG + NEGATIVE_MILD,
@@ -252,7 +252,7 @@ def synonyms(word: str) -> str:
         "color": COLORS, "verb": NEUTRAL_VERBS, "action": ACTIONS, "number": NUMBERS, "unit": UNITS,
         "opinion": OPINION_VERBS, **{f"aspect of {domain}": aspects for domain, (_, aspects) in DOMAINS.items()},
     }  # fmt: skip
-    return next((f"<{name}>" for name, group in groups.items() if word in group), word)
+    return next((name for name, group in groups.items() if word in group), None)
 
 
 def word_sentiments(words: list[str]) -> list[float]:
