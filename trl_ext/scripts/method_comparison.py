@@ -218,13 +218,18 @@ def train(task: Task, config: Any, run: Run, folder: Path) -> dict[str, Any]:
     test = evaluation({"step": trainer.state.global_step, **trainer.evaluate(task.test)}, task.reward_names)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    curve = [evaluation(entry, task.reward_names) for entry in history if "eval_gold" in entry]
+    # A gold metric of a whole set keeps what it is made of; the last call was on the test split
+    measured = getattr(task.gold, "measured", [])[-len(curve) - 1 :]
+    for point, measures in zip([*curve, test], measured, strict=bool(measured)):
+        point["measures"] = measures
     averages = [entry for entry in history if any(key.startswith("average/") for key in entry)]
     multipliers = trainer.multipliers
     return {
         "name": run.name,
         "seed": run.seed,
         "settings": run.settings,
-        "curve": [evaluation(entry, task.reward_names) for entry in history if "eval_gold" in entry],
+        "curve": curve,
         "test": test,
         "average": {key: averages[-1][f"average/{key}"] for key in (*task.reward_names, "kl")} if averages else {},
         "multipliers": None if multipliers is None else multipliers.state_dict(),
@@ -244,7 +249,7 @@ def configured(config: Any, run: Run, folder: Path) -> Any:
     return type(config)(**given)
 
 
-def evaluation(entry: dict[str, Any], reward_names: Sequence[str]) -> dict[str, float]:
+def evaluation(entry: dict[str, Any], reward_names: Sequence[str]) -> dict[str, Any]:
     """What the experiments keep of one evaluation."""
     return {
         "step": entry["step"],
