@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
@@ -34,7 +33,7 @@ def path(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("policy"))
 
 
-def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, **settings):
+def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, train_dataset=None, **settings):
     settings = {
         "method": "ppo",
         "per_device_train_batch_size": 8,
@@ -48,15 +47,17 @@ def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, **s
         "bf16": False,
         "save_strategy": "no",
         "gradient_checkpointing": False,
+        "calibration_samples": 0,
         "report_to": "none",
         "disable_tqdm": True,
+        "dashboard": False,
         **settings,
     }
     return ConstrainedPPOTrainer(
         path,
         reward_funcs=list(rewards),
         args=ConstrainedPPOConfig(output_dir=str(folder), **settings),
-        train_dataset=prompts(),
+        train_dataset=prompts() if train_dataset is None else train_dataset,
         processing_class=tiny_tokenizer(),
         **(trainer_arguments or {}),
     )
@@ -175,19 +176,6 @@ def test_saved_policy_is_plain_and_the_critic_lies_beside(tmp_path, path):
     assert torch.equal(critic["weight"], trainer.critic.weight) and critic["weight"].shape == (3, 32)
     state = json.loads((tmp_path / "saved" / "multipliers.json").read_text())
     assert state == json.loads(json.dumps(trainer.multipliers.state_dict())) and state["num_updates"] == 2
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_resumed_equals_uninterrupted(lora, tmp_path, path):
-    arguments = {"peft_config": LoraConfig(target_modules=["q_proj"])} if lora else {}
-    settings = {**XI, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "trainer_arguments": arguments}
-    whole = make(tmp_path / "a", path, **settings)
-    whole.train()
-    resumed = make(tmp_path / "b", path, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
-    assert resumed.multipliers.state_dict() == whole.multipliers.state_dict()
 
 
 def test_own_critic_and_detached_backbone(tmp_path, path):

@@ -25,6 +25,22 @@ def hill(means, step):
     return 1.0 - sum(((means[name] - PEAK[name]) / PEAK[name]) ** 2 for name in means)
 
 
+class FakeController:
+    def __init__(self, order, names):
+        self.order, self.constrained = list(order), [names.index(name) for name in order]
+        self.multipliers = LagrangeMultipliers([Constraint(name, 0.0) for name in order])
+
+    @property
+    def targets(self):
+        return self.multipliers.constraints
+
+    def constrained_names(self):
+        return self.order
+
+    def set_targets(self, targets):
+        self.multipliers.set_thresholds([target.threshold for target in targets])
+
+
 class FakeTrainer:
     """
     Rewards are in the order METEOR, intent, constraints in the order intent, METEOR, as in the official code.
@@ -39,8 +55,8 @@ class FakeTrainer:
     def __init__(self, folder, gold=hill, rate=0.5, scale=1.0, max_steps=400, order=("intent", "meteor"), **settings):
         self.gold, self.rate, self.scale = gold, rate, scale
         self.reward_func_names = ["meteor", "intent"]
-        self._constrained = [self.reward_func_names.index(name) for name in order]
-        self.multipliers = LagrangeMultipliers([Constraint(name, 0.0) for name in order])
+        self.controller = FakeController(order, self.reward_func_names)
+        self.multipliers = self.controller.multipliers
         self.eval_dataset, self.gold_reward = ["validation"], object()
         self.args = SimpleNamespace(output_dir=str(folder), world_size=1)
         self.state, self.control = TrainerState(max_steps=max_steps), TrainerControl()
@@ -69,6 +85,9 @@ class FakeTrainer:
         self.control.should_evaluate = False
         self.callback.on_evaluate(self.args, self.state, self.control, metrics=metrics)
 
+    def end_training(self, reason):
+        self.stop_reason, self.control.should_training_stop = reason, True
+
     def begin(self):
         self.callback.on_train_begin(self.args, self.state, self.control)
 
@@ -80,7 +99,7 @@ class FakeTrainer:
                 name = constraint.reward
                 self.means[name] += self.rate * (constraint.threshold / self.scale - self.means[name])
             self._rewards_per_func = self.sample()
-            self.multipliers.update(self._rewards_per_func.mean(dim=0)[self._constrained].tolist())
+            self.multipliers.update(self._rewards_per_func.mean(dim=0)[self.controller.constrained].tolist())
             self.applied.append([constraint.threshold for constraint in self.multipliers.constraints])
             self.state.global_step += 1
             self.callback.on_step_end(self.args, self.state, self.control)
@@ -155,7 +174,7 @@ def test_each_proposal_gets_its_steps_and_the_budget_holds(tmp_path):
 def test_budget_ends_the_search(tmp_path):
     trainer = fake(tmp_path, max_gold_evaluations=6, rate=0.5).train()
     assert trainer.search.finished == "budget" and len(trainer.evaluated) == 6
-    assert trainer.control.should_training_stop and "budget" in trainer.stop_reason
+    assert trainer.control.should_training_stop and "max_gold_evaluations" in trainer.stop_reason
 
 
 def test_a_proposal_is_always_scored_by_an_evaluation_of_its_own(tmp_path):
@@ -312,14 +331,14 @@ def test_broken_states_are_refused_and_left_alone(tmp_path):
             trainer.resume(part.means, checkpoint)
         assert (checkpoint / SEARCH_FILE).read_text() == text
 
-    resume(whole[: len(whole) // 2], "not a whole state.*Resume from another checkpoint")
-    resume("", "not a whole state")
+    resume(whole[: len(whole) // 2], "not valid JSON.*Resume from another")
+    resume("", "not valid JSON")
     resume("[]", "not a whole state")
     resume(json.dumps({key: value for key, value in json.loads(whole).items() if key != "trial"}), "'trial'")
     resume(whole, r"\['intent', 'meteor'\].*\['meteor', 'intent'\]", order=("meteor", "intent"))
     (checkpoint / SEARCH_FILE).unlink()
     trainer = FakeTrainer(tmp_path / "c", max_gold_evaluations=20)
-    with pytest.raises(ValueError, match=f"checkpoint-30 has no {SEARCH_FILE}.*without `search`"):
+    with pytest.raises(ValueError, match=f"checkpoint-30 has no {SEARCH_FILE}.*with `search`"):
         trainer.callback.load(checkpoint)
 
 
@@ -401,6 +420,7 @@ def test_given_simplex():
     ("settings", "message"),
     [
         ("steps", "`search` must be a mapping"),
+        ([], "`search` must be a mapping"),
         ({"tolerence": 0.1}, "no setting `tolerence`; did you mean `tolerance`"),
         ({"tolerance": 1.5}, r"`search.tolerance` must lie in \[0, 1\), got 1.5"),
         ({"tolerance": "5e-2"}, "'5e-2'.*reads 5e-2 as text; write 5.0e-2"),
@@ -426,9 +446,9 @@ def test_given_simplex():
 )  # fmt: skip
 def test_wrong_settings(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        trainer = FakeTrainer(tmp_path) if settings == "steps" else FakeTrainer(tmp_path, **settings)
-        if settings == "steps":
-            ThresholdSearchConfig.from_dict(settings)
+        config = ThresholdSearchConfig.from_dict(settings)
+        trainer = FakeTrainer(tmp_path)
+        trainer.callback = ThresholdSearchCallback(trainer, config)
         trainer.begin()
 
 
@@ -450,9 +470,9 @@ def test_wrong_numbers_and_trainers(tmp_path):
         ({"multipliers": None}, "there are none"),
         ({"eval_dataset": None}, "validation split"),
         ({"gold_reward": None}, "`gold_reward`"),
-        ({"_constrained": [0, 0]}, "one constraint on each reward"),
+        ({"order": ["intent", "intent"]}, "one constraint on each reward"),
     ):
         trainer = FakeTrainer(tmp_path)
-        vars(trainer).update(change)
+        vars(trainer.controller if "order" in change else trainer).update(change)
         with pytest.raises(ValueError, match=match):
             ThresholdSearchCallback(trainer, ThresholdSearchConfig())

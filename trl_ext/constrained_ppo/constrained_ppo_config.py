@@ -1,9 +1,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import SchedulerType
 from trl import GRPOConfig
 
 from .lagrangian import Constraint, check_constraints
+from .threshold_search_config import ThresholdSearchConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ PRESETS: dict[str, Preset] = {
     "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
 }
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
 
 
@@ -259,11 +262,17 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._apply_preset()
         self._check_numbers()
         self._check_method()
+        self._check_search()
 
     @property
     def learns_multipliers(self) -> bool:
         """Whether constraints act through multipliers, and not, as for `"sat"`, through the rewards."""
         return bool(self.constraints) and (self.method is None or PRESETS[self.method].learns_multipliers)
+
+    @property
+    def threshold_search(self) -> ThresholdSearchConfig | None:
+        """The settings of the threshold search, or `None` without `search`."""
+        return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
 
     def vf_coefs(self, num_rewards: int) -> list[float]:
         """
@@ -274,6 +283,11 @@ class ConstrainedPPOConfig(GRPOConfig):
         """
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         coefficients = [float(coefficient) for coefficient in given]
+        if len(coefficients) not in (1, num_rewards):
+            raise ValueError(
+                f"`vf_coef={self.vf_coef}` has {len(coefficients)} numbers and there are {num_rewards} rewards. Give "
+                "one for all, or one for each."
+            )
         return coefficients * num_rewards if len(coefficients) == 1 else coefficients
 
     def _apply_preset(self) -> None:
@@ -289,7 +303,8 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.multiplier_squash = self.multiplier_squash or preset.squash  # type: ignore[assignment]
 
     def _check_numbers(self) -> None:
-        if not all(coefficient >= 0 for coefficient in self.vf_coefs(1)):
+        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
+        if not all(float(coefficient) >= 0 for coefficient in given):
             raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
         for name in ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples"):
             if not getattr(self, name) >= 0:
@@ -320,10 +335,10 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
             raise ValueError(f"`{name}` is not supported with a critic in the policy. Leave it out.")
-        if self.early_stop_kl is not None and str(self.lr_scheduler_type).endswith(("reduce_lr_on_plateau", "greedy")):
+        if self.early_stop_kl is not None and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
             raise ValueError(
-                f"`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
-                f"{self.lr_scheduler_type}` does not set anew at each step. Choose another scheduler."
+                "`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
+                f"{str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another scheduler."
             )
         if self.critic == "shared" and self.critic_model_name_or_path is not None:
             raise ValueError(
@@ -343,6 +358,21 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         if self.constraints:
             check_constraints(self.parsed_constraints())
+
+    def _check_search(self) -> None:
+        search = self.threshold_search
+        if search is None:
+            return
+        if not self.learns_multipliers:
+            raise ValueError(
+                "`search` moves the thresholds of constraints that act through multipliers, and "
+                f"`method={self.method!r}` has none. Use 'xi', as the paper, or 'mu', with `constraints`."
+            )
+        rewards = [constraint["reward"] for constraint in self.constraints]
+        search.check_budget(len(rewards))
+        if all(isinstance(reward, str) for reward in rewards):
+            search.check_rewards(rewards)
+        search.keep_best_policy(self)
 
     def parsed_constraints(self) -> list[Constraint]:
         """
@@ -398,7 +428,9 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
-    needs_gold = [name for name in ("gold_patience", "search") if getattr(args, name)]
+    needs_gold = ["gold_patience"] if args.gold_patience else []
+    if args.threshold_search is not None and args.threshold_search.gold_metric == "eval_gold":
+        needs_gold.append("search")
     if gold_reward is None and needs_gold:
         raise ValueError(
             f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a "

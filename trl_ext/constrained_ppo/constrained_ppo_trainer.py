@@ -13,12 +13,15 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from .._compat import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
+from ..model_card import MethodCardMixin
 from ..parameter_groups import move_to_own_groups
 from .advantages import gae, reward_streams
 from .calibration import CalibrationCallback
+from .card import PAPER, run_section
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .controller import RolloutController
 from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss
+from .dashboard import ConstraintDashboardCallback
 from .kl_controller import token_divergence
 from .lagrangian import LagrangeMultipliers
 from .rollout_metrics import mean_divergences, record_critic
@@ -34,6 +37,7 @@ from .run_state import (
     write_json,
 )
 from .stopping import NonFiniteLossError
+from .threshold_search_callback import add_threshold_search
 
 
 logger = get_logger(__name__)
@@ -44,7 +48,7 @@ _MULTIMODAL = (
 )  # fmt: skip
 
 
-class ConstrainedPPOTrainer(GRPOTrainer):
+class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -90,7 +94,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "constrained-ppo"]
     _name = "Constrained PPO"
-    _paper = {"title": "Confronting Reward Model Overoptimization with Constrained RLHF", "id": "2310.04373"}
+    _paper = PAPER
 
     args: ConstrainedPPOConfig
     beta: float
@@ -127,6 +131,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         self.resumed = False
         self._attach_critic(critic_model)
         self.add_callback(CalibrationCallback(self))
+        self.threshold_search = add_threshold_search(self)
+        if args.dashboard:
+            self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
 
     @property
     def num_gold_evaluations(self) -> int:
@@ -172,6 +179,10 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         heads = [parameter for name, parameter in named if f"{VALUE_HEADS}." in name and parameter.requires_grad]
         move_to_own_groups(optimizer, [(heads, 0.0)], self.args.critic_learning_rate, tag=VALUE_HEADS)
         return optimizer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -443,6 +454,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
                 self.end_training(reason)
         return metrics
 
+    def _method_section(self, model_id: str) -> str:
+        return run_section(self, model_id)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         save_critic(self.critic, folder, self.reward_func_names, self.args.should_save)
@@ -451,6 +465,8 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
+            if self.threshold_search is not None:
+                self.threshold_search.save(folder)
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -475,6 +491,11 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        if self.threshold_search is not None:
+            self.threshold_search.load(checkpoint)
+        # Each epoch draws its own order, which a new sampler would begin anew
+        for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
+            next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
         self.resumed = True

@@ -74,7 +74,7 @@ class DensityMask:
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
         """Whether each of the points `(P, K)` is inside, `(P,)`, bool."""
-        inside = ((at >= self.lowest) & (at <= self.highest)).all(axis=1)
+        inside: np.ndarray = np.all((at >= self.lowest) & (at <= self.highest), axis=1)
         scaled = (at - self.lowest) / (self.highest - self.lowest)
         if self._hull is not None:
             inside &= self._hull.find_simplex(scaled, tol=1e-9) >= 0
@@ -94,7 +94,8 @@ class DensityMask:
         """
         steps = EDGE * np.diag(self.highest - self.lowest)
         around = points[:, None] + np.concatenate([steps, -steps])
-        return ~self(around.reshape(-1, points.shape[1])).reshape(len(points), -1).all(axis=1)
+        inside = self(around.reshape(-1, points.shape[1])).reshape(len(points), -1)
+        return np.logical_not(np.all(inside, axis=1))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def draw_curve(
         x (`np.ndarray` of shape `(M,)`):
             Reward of each measurement.
         measurements ([`Measurements`]):
-            Measurements, coloured by run.
+            Measurements.
         peak ([`Peak`]):
             Peak of a curve.
         label (`str`):
@@ -36,10 +36,7 @@ def draw_curve(
             Label of the vertical axis.
     """
     figure, axes = _figure()
-    for run in np.unique(measurements.run):
-        of_run = measurements.run == run
-        axes.plot(x[of_run], measurements.gold[of_run], ".-", color=GREY, alpha=0.45, linewidth=0.6, markersize=5)
-    axes.plot([], [], ".-", color=GREY, label="runs")
+    axes.plot(x, measurements.gold, ".", color=GREY, alpha=0.6, markersize=5, label="measured")
     at = peak.candidates[:, 0]
     axes.fill_between(at, *peak.band, color=BLUE, alpha=0.2, linewidth=0, label="bootstrap interval")
     axes.plot(at, peak.fitted, color=BLUE, linewidth=2, label="fitted")

@@ -1,6 +1,4 @@
-import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,16 +6,22 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from .run_state import MULTIPLIERS_FILE, read_json, write_json
 from .threshold_search import ThresholdSearch, Trial
 from .threshold_search_config import ThresholdSearchConfig
 
 
 if TYPE_CHECKING:
     from .constrained_ppo_trainer import ConstrainedPPOTrainer
-    from .lagrangian import LagrangeMultipliers
 
 SEARCH_FILE = "threshold_search.json"
-MULTIPLIERS_FILE = "multipliers.json"
+REMEDY = "Resume from a checkpoint of a run with `search` and the same constraints."
+ENDS = {
+    "budget": "`max_gold_evaluations` is spent",
+    "converged": "the simplex is within `cache_tolerance` of its best vertex",
+    "steps": "the run has no more steps",
+    "stopped": "the run was ended",
+}
 logger = get_logger(__name__)
 
 
@@ -44,7 +48,7 @@ class ThresholdSearchCallback(TrainerCallback):
         self.trainer, self.config = trainer, config
         if trainer.multipliers is None:
             raise ValueError("`search` moves the thresholds of constraints, and there are none. Give `constraints`.")
-        self.names = [trainer.reward_func_names[index] for index in trainer._constrained]
+        self.names = trainer.controller.constrained_names()
         config.check_rewards(self.names)
         if trainer.eval_dataset is None:
             raise ValueError("`search` evaluates on a validation split. Give the trainer an `eval_dataset`.")
@@ -57,14 +61,9 @@ class ThresholdSearchCallback(TrainerCallback):
         self._loaded: tuple[Path, dict[str, Any]] | None = None
         self._seen_rollout: Any = None
 
-    @property
-    def multipliers(self) -> "LagrangeMultipliers":
-        """The trainer's multipliers."""
-        assert self.trainer.multipliers is not None
-        return self.trainer.multipliers
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kinds = [constraint.kind for constraint in self.multipliers.constraints]
+        self._seen_rollout = self.trainer._rewards_per_func
+        kinds = [target.kind for target in self.trainer.controller.targets]
         self.search = ThresholdSearch(self.config, self.names, kinds, state.max_steps)
         if self._loaded is not None:
             self._restore(state)
@@ -83,7 +82,7 @@ class ThresholdSearchCallback(TrainerCallback):
         rollout = self.trainer._rewards_per_func
         if rollout is not self._seen_rollout:
             self._seen_rollout = rollout
-            self.search.observe_rollout(rollout.mean(dim=0)[self.trainer._constrained].tolist())
+            self.search.observe_rollout(rollout.mean(dim=0)[self.trainer.controller.constrained].tolist())
         if self.search.wants_evaluation(state.global_step):
             control.should_evaluate = True
 
@@ -107,18 +106,17 @@ class ThresholdSearchCallback(TrainerCallback):
     def _stop_where_finished(self, control: Any) -> None:
         assert self.search is not None
         if self.search.finished and self.config.after_search == "stop":
-            control.should_training_stop = True
-            self.trainer.stop_reason = f"The threshold search has ended: {self.search.finished}."
+            self.trainer.end_training(f"The threshold search has ended: {ENDS[self.search.finished]}.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.search is not None
         self.search.finished = self.search.finished or "stopped"
         best = self.search.best
         if best is not None:
-            checkpoint = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            if checkpoint is not None and (checkpoint / MULTIPLIERS_FILE).is_file():
-                self.multipliers.load_state_dict(json.loads((checkpoint / MULTIPLIERS_FILE).read_text()))
-            self.multipliers.set_thresholds(best.thresholds)
+            checkpoint = state.best_model_checkpoint
+            if checkpoint is not None and self.trainer.multipliers is not None:
+                self.trainer.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, REMEDY))
+            self._set_thresholds(best.thresholds)
             if best.gold <= self.search.initial_gold:
                 logger.warning(
                     f"No policy of the search has a better gold metric than the one before training: {best.gold:.4g} "
@@ -142,7 +140,7 @@ class ThresholdSearchCallback(TrainerCallback):
     def _apply(self, state: Any, scored: list[Trial]) -> None:
         """Sets the thresholds of the next proposal, logs those scored, and writes the report."""
         assert self.search is not None
-        self.multipliers.set_thresholds(self.search.thresholds)
+        self._set_thresholds(self.search.thresholds)
         for trial in scored:
             self.trainer.log(self._logged(trial))
         self._write_report(state)
@@ -171,8 +169,8 @@ class ThresholdSearchCallback(TrainerCallback):
 
     def _refuse_to_overwrite(self, folder: Path) -> None:
         checkpoints = sorted(path.parent.name for path in folder.glob(f"checkpoint-*/{SEARCH_FILE}"))
-        report = folder / SEARCH_FILE
-        if not checkpoints or (report.is_file() and _parsed(report).get("finished")):
+        finished = (folder / SEARCH_FILE).is_file() and read_json(folder, SEARCH_FILE, REMEDY)["finished"]
+        if not checkpoints or finished:
             return
         raise ValueError(
             f"`output_dir` {folder} holds a threshold search that was interrupted ({', '.join(checkpoints)}). Go on "
@@ -186,7 +184,10 @@ class ThresholdSearchCallback(TrainerCallback):
         try:
             self.search.load_state_dict(saved)
         except (KeyError, TypeError, IndexError) as error:
-            raise _incomplete(path, error) from error
+            raise ValueError(
+                f"{path} is not a whole state of a threshold search ({type(error).__name__}: {error}). Resume from "
+                "another checkpoint."
+            ) from error
         best = self.search.best
         if best is not None and state.best_model_checkpoint is None:
             raise ValueError(
@@ -195,18 +196,19 @@ class ThresholdSearchCallback(TrainerCallback):
                 "in another `output_dir`."
             )
         self.search.reopen(state.global_step)
-        if self.search.thresholds != [constraint.threshold for constraint in self.multipliers.constraints]:
-            self.multipliers.set_thresholds(self.search.thresholds)
+        if self.search.thresholds != [target.threshold for target in self.trainer.controller.targets]:
+            self._set_thresholds(self.search.thresholds)
+
+    def _set_thresholds(self, thresholds: list[float]) -> None:
+        controller = self.trainer.controller
+        controller.set_targets(
+            [target.with_threshold(value) for target, value in zip(controller.targets, thresholds, strict=True)]
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes the state of the search to a folder, whole or not at all."""
-        if self.search is None:
-            return
-        path = Path(folder) / SEARCH_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.search.state_dict(), indent=1, allow_nan=False))
-        os.replace(partial, path)
+        if self.search is not None:
+            write_json(Path(folder), SEARCH_FILE, self.search.state_dict())
 
     def load(self, folder: str | Path) -> None:
         """
@@ -215,27 +217,14 @@ class ThresholdSearchCallback(TrainerCallback):
         Raises:
             ValueError: If there is none, or it is cut off.
         """
-        path = Path(folder) / SEARCH_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"The checkpoint {folder} has no {SEARCH_FILE}: it was trained without `search`. Resume with the "
-                "settings of that run, or start a new one."
-            )
-        self._loaded = path, _parsed(path)
+        self._loaded = Path(folder) / SEARCH_FILE, read_json(folder, SEARCH_FILE, REMEDY)
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _incomplete(path, error) from error
-    if not isinstance(parsed, dict):
-        raise _incomplete(path, TypeError(f"a {type(parsed).__name__}"))
-    return parsed
-
-
-def _incomplete(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} is not a whole state of a threshold search ({type(error).__name__}: {error}). Resume from another "
-        "checkpoint; nothing was changed."
-    )
+def add_threshold_search(trainer: "ConstrainedPPOTrainer") -> ThresholdSearchCallback | None:
+    """Adds the search that a trainer's arguments ask for, and returns it."""
+    config = trainer.args.threshold_search
+    if config is None:
+        return None
+    callback = ThresholdSearchCallback(trainer, config)
+    trainer.add_callback(callback)
+    return callback

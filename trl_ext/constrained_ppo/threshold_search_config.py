@@ -1,8 +1,11 @@
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
+
+from transformers.trainer_utils import SaveStrategy
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,18 @@ class ThresholdSearchConfig:
     seed: int = 0
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> "ThresholdSearchConfig":
+    def from_dict(cls, settings: Mapping[str, Any] | str) -> "ThresholdSearchConfig":
         """
-        The settings of a recipe's `search`.
+        The settings of a recipe's `search`, or of the same on a command line, as JSON.
 
         Raises:
             ValueError: If it is no mapping, or a key or value is wrong.
         """
+        if isinstance(settings, str):
+            try:
+                settings = json.loads(settings)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`search` must be a mapping of settings or JSON, got {settings!r}.") from error
         if not isinstance(settings, Mapping):
             raise ValueError(f"`search` must be a mapping of settings, got {settings!r}. `{{}}` takes the defaults.")
         names = [f.name for f in fields(cls)]
@@ -172,12 +180,49 @@ class ThresholdSearchConfig:
                 f"`search.initial` must have {len(names) + 1} vertices for {len(names)} constraints, got "
                 f"{len(self.initial)}."
             )
-        needed = len(names) + 2 + (self.after_search == "train")
+        self.check_budget(len(names))
+
+    def check_budget(self, num_constraints: int) -> None:
+        """
+        Checks that the first simplex can be measured.
+
+        Args:
+            num_constraints (`int`):
+                Number of constraints.
+
+        Raises:
+            ValueError: If the budget is smaller.
+        """
+        needed = num_constraints + 2 + (self.after_search == "train")
         if self.max_gold_evaluations < needed:
             raise ValueError(
                 f"`search.max_gold_evaluations={self.max_gold_evaluations}` does not measure the first simplex of "
-                f"{len(names)} constraints. Give at least {needed}."
+                f"{num_constraints} constraints. Give at least {needed}."
             )
+
+    def keep_best_policy(self, args: Any) -> None:
+        """
+        Turns on what applies the best policy again at the end.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]):
+                Arguments, changed in place.
+
+        Raises:
+            ValueError: If no checkpoint is kept, or the best is chosen by another metric.
+        """
+        if args.save_strategy == SaveStrategy.NO:
+            raise ValueError(
+                "`search` applies the best policy again at the end, from its checkpoint, and `save_strategy='no'` "
+                "keeps none. Use 'best', or 'steps' to resume in mid-search."
+            )
+        if args.metric_for_best_model not in (None, "loss", "gold", "eval_gold", self.gold_metric):
+            raise ValueError(
+                f"`metric_for_best_model={args.metric_for_best_model!r}` is not what `search` maximises, "
+                f"{self.gold_metric!r}. Leave it out."
+            )
+        args.load_best_model_at_end = True
+        args.metric_for_best_model, args.greater_is_better = self.gold_metric, True
 
 
 def _number(name: str, value: Any) -> float:
