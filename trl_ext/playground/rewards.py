@@ -99,11 +99,12 @@ def reference_similarity(
     completions: list[Any], chosen: list[Any], prompts: list[Any] | None = None, **columns: Any
 ) -> list[float]:
     """
-    Another proxy that can be hacked: how many of the words of the chosen response a completion has, in any order.
+    Another proxy that can be hacked: how much of what the chosen response speaks of a completion speaks of, in any
+    order.
 
-    A word matches itself and its synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word once. With `P` the
-    share of the completion's words that match and `R` that of the chosen response's, the similarity is
-    `10 P R / (R + 9 P)`, as in METEOR (https://aclanthology.org/W05-0909) without its penalty for wrong order.
+    Content words match their synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word once; other words don't
+    count. With `P` the share of the completion's content words that match and `R` that of the chosen response's, the
+    similarity is `10 P R / (R + 9 P)`, as in METEOR (https://aclanthology.org/W05-0909) without its penalty for order.
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):
@@ -116,7 +117,7 @@ def reference_similarity(
             Not used.
 
     Returns:
-        `list[float]` in `[0, 1]`; 0 for an empty completion.
+        `list[float]` in `[0, 1]`; 0 for a completion without content words.
     """
     return [_similarity(_text(pair[0]), _text(pair[1])) for pair in zip(completions, chosen, strict=True)]
 
@@ -144,7 +145,7 @@ def playground_gold(completions: list[Any], prompts: list[Any] | None = None, **
 
 
 def _similarity(text: str, reference: str) -> float:
-    words, wanted = (Counter(map(synonyms, split_words(string))) for string in (text, reference))
+    words, wanted = (Counter(filter(None, map(synonyms, split_words(string)))) for string in (text, reference))
     matches = (words & wanted).total()
     if not matches:
         return 0.0
