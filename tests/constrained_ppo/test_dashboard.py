@@ -53,7 +53,11 @@ def test_reading_a_log():
     entries = [{"step": 1, "a": 1.0, "rewards/x/y/mean": 0.0}, {"step": 2, "b": 2}, {"step": 3, "a": None}, {"a": 4}]
     assert series(entries, "a") == ([1, 0], [1.0, 4.0])
     assert last_value(entries, "b") == 2.0 and last_value(entries, "c") is None
-    assert reward_names(entries) == ["x/y"] and reward_names(log()) == ["brevity", "_help", "$free_x$"]
+    assert (
+        reward_names(entries) == ["x/y"]
+        and reward_names(entries[1:]) == []
+        and reward_names(log()) == ["brevity", "_help", "$free_x$"]
+    )
     gold = [{"step": s, "eval_gold": value} for s, value in ((1, 0.5), (2, float("nan")), (3, 0.75), (4, 0.75))]
     assert best_gold(gold) == (3, 0.75)
     assert best_gold([]) is None and best_gold(gold[1:2]) is None
@@ -169,18 +173,23 @@ def test_callback_prints_and_draws_at_log_steps_and_at_the_end(tmp_path, monkeyp
         callback.on_log(None, state, None, logs=state.log_history[-2])
     assert len(calls) == 1 and callback.console.file.getvalue().count("Constrained PPO (xi), step 5") == 3
     callback.on_log(None, state, None, logs={"eval_gold": 0.5})
-    assert callback.console.file.getvalue().count("Constrained PPO") == 3
+    callback.on_train_end(None, state, None)
+    assert callback.console.file.getvalue().count("Constrained PPO") == 3 and len(calls) == 2
+    # A gold metric measured after the last log step is shown at the end
+    state.log_history.append({"step": 5, "eval_gold": 0.875})
+    callback.on_train_end(None, state, None)
+    assert "gold 0.875" in callback.console.file.getvalue()
     callback.trainer.stop_reason = "KL ceiling"
     callback.on_train_end(None, state, None)
     assert (
-        len(calls) == 2
+        len(calls) == 4
         and calls[1][1] == tmp_path / "dashboard.png"
-        and calls[1][3].endswith("ended early: KL ceiling")
+        and calls[3][3].endswith("ended early: KL ceiling")
     )
 
 
 def test_callback_leaves_drawing_a_small_share_of_the_time(tmp_path, monkeypatch):
-    callback, state = callback_and_state(tmp_path, png_seconds=0)
+    callback, state = callback_and_state(tmp_path, png_seconds=0, show_table=False)
     now, calls = [100.0], []
 
     def draw(*arguments):

@@ -136,3 +136,31 @@ def test_without_gold_metric_or_data(tmp_path, path):
         output_dir=str(tmp_path), use_cpu=True, bf16=False, **{**SETTINGS, "search": '{"seed": 3}'}
     )
     assert config.threshold_search.seed == 3 and config.load_best_model_at_end and config.greater_is_better
+
+
+RECIPE = """
+reward_funcs: [trl_ext.playground.count_positive_words, trl_ext.playground.grammaticality]
+gold_reward: trl_ext.playground.sentiment_reward
+method: xi
+constraints: [{reward: count_positive_words, threshold: 2.0}, {reward: grammaticality, threshold: 0.9}]
+search:
+  initial_range: {count_positive_words: 0.8, grammaticality: 0.05}
+save_strategy: best
+use_cpu: true
+bf16: false
+"""
+
+
+def test_search_in_a_recipe(tmp_path):
+    from trl_ext.scripts.constrained_ppo import make_parser
+
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}output_dir: {tmp_path}\n")
+    arguments = ["--config", str(tmp_path / "recipe.yaml")]
+    parser = make_parser()
+    _, config, _, _, rewards = parser.parse_args_and_config(arguments)
+    assert config.threshold_search.initial_range["grammaticality"] == 0.05 and config.vf_coef == 0.5
+    assert rewards.gold_reward == "trl_ext.playground.sentiment_reward"
+    assert parser.parse_args_and_config([*arguments, "--search", '{"seed": 5}'])[1].threshold_search.seed == 5
+    assert parser.parse_args_and_config([*arguments, "--vf_coef", "0.5", "0.1"])[1].vf_coefs(2) == [0.5, 0.1]
+    with pytest.raises(ValueError, match="no setting `seeed`; did you mean `seed`"):
+        parser.parse_args_and_config([*arguments, "--search", '{"seeed": 5}'])

@@ -427,7 +427,9 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, float("nan"), {})
         if self.stop_reason is not None and self.args.should_save:
-            write_json(Path(self.args.output_dir), STOP_FILE, self._stop_record())
+            best = self.state.best_model_checkpoint
+            record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
+            write_json(Path(self.args.output_dir), STOP_FILE, record)
         return output
 
     def end_training(self, reason: str) -> None:
@@ -441,10 +443,6 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         self.stop_reason = reason
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
-
-    def _stop_record(self) -> dict[str, Any]:
-        return {"step": self.state.global_step, "reason": self.stop_reason,
-                "best_model_checkpoint": self.state.best_model_checkpoint}  # fmt: skip
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,11 +59,12 @@ def last_value(log_history: LogHistory, key: str) -> float | None:
 
 
 def reward_names(log_history: LogHistory) -> list[str]:
-    """Names of the rewards in a log, in the order in which they were logged."""
-    keys = dict.fromkeys(key for entry in log_history for key in entry)
-    return [
-        key[len("rewards/") : -len("/mean")] for key in keys if key.startswith("rewards/") and key.endswith("/mean")
-    ]
+    """Names of the rewards in the newest entry that has any, in its order."""
+    for entry in reversed(log_history):
+        keys = [key for key in entry if key.startswith("rewards/") and key.endswith("/mean")]
+        if keys:
+            return [key[len("rewards/") : -len("/mean")] for key in keys]
+    return []
 
 
 def named_constraints(controller: RolloutController) -> list[Constraint]:
@@ -228,7 +230,9 @@ def draw_dashboard(
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     steps = [step for _, lines in panels for line in lines for step in line.points[0]]
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False)
+    figure.suptitle(
+        textwrap.fill(title, 44 * columns), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
+    )
     for index, (heading, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(heading, loc="left", fontsize=10.5, parse_math=False)
@@ -240,7 +244,8 @@ def draw_dashboard(
         for line in lines:
             line.draw(axes)
         if len(set(steps)) > 1:
-            axes.set_xlim(min(steps), max(steps) + 0.02 * (max(steps) - min(steps)))
+            margin = 0.02 * (max(steps) - min(steps))
+            axes.set_xlim(min(steps) - margin, max(steps) + margin)
         _add_legend(axes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -405,7 +410,7 @@ class ConstraintDashboardCallback(TrainerCallback):
         self.show_table = show_table
         self.console = console or _wide_console()
         self._next_drawing = -math.inf
-        self._last_title = ""
+        self._last_shown: tuple[str, float | None] | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not reward_names([logs or {}]):
@@ -418,7 +423,7 @@ class ConstraintDashboardCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not reward_names(state.log_history):
             return
-        if self.show_table and self._title(state) != self._last_title:
+        if self.show_table and self._last_shown != self._shown(state):
             self._print(state)
         self._draw(state)
 
@@ -433,8 +438,12 @@ class ConstraintDashboardCallback(TrainerCallback):
         return f"{title}, ended early: {reason}" if reason else title
 
     def _print(self, state: Any) -> None:
-        self._last_title = self._title(state)
-        self.console.print(dashboard_table(state.log_history, self.constraints(), self._last_title))
+        self._last_shown = self._shown(state)
+        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+
+    def _shown(self, state: Any) -> tuple[str, float | None]:
+        """What a table shows that may change after the log step."""
+        return self._title(state), last_value(state.log_history, "eval_gold")
 
     def _draw(self, state: Any) -> None:
         start = time.monotonic()
