@@ -86,9 +86,7 @@ def main(training_args: Any, arguments: OveroptimizationArguments) -> None:
     folder, start = Path(training_args.output_dir), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     task = playground_task(arguments)
-    results = run_all(
-        playground_task, arguments, training_args, first_runs(task, training_args, arguments), folder
-    )
+    results = run_all(playground_task, arguments, training_args, first_runs(task, training_args, arguments), folder)
     thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
     (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
     later = later_runs(task, training_args, arguments, thresholds, results)
