@@ -170,7 +170,8 @@ def later_runs(
             settings = {"method": method, "constraints": constraints}
             if name == SEARCH:
                 search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
-                settings |= {"max_steps": 2 * config.max_steps, "search": search, "eval_steps": 2 * config.max_steps}
+                steps = 2 * config.max_steps
+                settings |= {"max_steps": steps, "search": search, "eval_steps": steps, "save_strategy": "best"}
         runs.append(Run(name, seed, settings))
     return runs
 
