@@ -3,18 +3,26 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import trl_ext
-from tests.tiny import save_tiny_model, tiny_pairs
-from trl_ext.scripts import constrained_ppo, sentiment_frontier, sparse_po
+from tests.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
+from trl_ext.dialog.intent import IntentClassifier
+from trl_ext.scripts import constrained_ppo, dialog_comparison, overoptimization, sentiment_frontier, sparse_po
 from trl_ext.scripts.strict_parser import load_recipe
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-EXPERIMENTS = {"imdb_stories260k.yaml"}
+EXPERIMENTS = {
+    "imdb_stories260k.yaml": sentiment_frontier,
+    "overoptimization.yaml": overoptimization,
+    "dailydialog_comparison.yaml": dialog_comparison,
+}
 TRAINING = [path for path in RECIPES if path.name not in EXPERIMENTS]
 
 
@@ -24,7 +32,7 @@ def ids(path):
 
 def script_of(path):
     if path.name in EXPERIMENTS:
-        return sentiment_frontier
+        return EXPERIMENTS[path.name]
     return {"sparse_po": sparse_po, "constrained_ppo": constrained_ppo}[path.parent.name]
 
 
@@ -58,6 +66,28 @@ def test_misspelt_key_is_refused(path, tmp_path):
         make_parser(path).check(["--config", str(wrong)])
 
 
+def tiny_reward_model(folder, seed):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"], vocab_size=len(WORDS), num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def stand_ins(path, recipe, tmp_path):
+    """What a recipe names beside the policy, in small; returns the data's rows too."""
+    rows = tiny_pairs(12).to_list()
+    if path.name == "dailydialog.yaml":
+        IntentClassifier(["good", "bad"], np.eye(3, 4)).save(tmp_path / "classifier")
+        recipe["env"] = {name: str(tmp_path / "classifier") for name in recipe["env"]}
+        columns = {"last": "the film", "reference": "a good film", "intent": 1}
+        rows = [{"prompt": row["prompt"], **columns} for row in rows]
+    if path.name == "helpful_harmless.yaml":
+        names = recipe["reward_funcs"]
+        recipe["reward_funcs"] = [tiny_reward_model(tmp_path / f"reward_{i}", i) for i in range(len(names))]
+    return rows
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=ids)
 def test_recipe_runs_two_steps(path, tmp_path):
     model = save_tiny_model(tmp_path / "model")
@@ -65,7 +95,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
     for key in ("datasets", "dataset_name", "test_split_size", "model_name_or_path", "attn_implementation"):
         recipe.pop(key, None)
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(12)))
+    rows = stand_ins(path, recipe, tmp_path)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": model,
         "datasets": [{"path": "json", "data_files": str(data)}],
