@@ -92,7 +92,7 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of training."})
     num_processes: int = field(default=2, metadata={"help": "Runs at a time, each on one thread."})
     weight_grid: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5], metadata={"help": "Weights of the second reward."}
+        default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75], metadata={"help": "Weights of the second reward."}
     )
     kl_grid: list[float] = field(
         default_factory=lambda: [0.001, 0.003], metadata={"help": "KL coefficients tried for plain PPO."}
