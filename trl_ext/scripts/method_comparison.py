@@ -288,10 +288,11 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     rows = [(run, point) for run, (_, result) in enumerate(own) for point in result["curve"]]
     measurements = Measurements(
         reward_names,
-        np.array([[point[name] for name in reward_names] for _, point in rows]),
-        *(np.array([point[key] for _, point in rows]) for key in ("gold", "kl")),
-        np.array([run for run, _ in rows]),
-        np.array([point["step"] for _, point in rows]),
+        rewards=np.array([[point[name] for name in reward_names] for _, point in rows]),
+        gold=np.array([point["gold"] for _, point in rows]),
+        kl=np.array([point["kl"] for _, point in rows]),
+        run=np.array([run for run, _ in rows]),
+        step=np.array([point["step"] for _, point in rows]),
     )
     options = make_parser().parse_args(["--runs", "", "--degree", str(degree)])
     report = analyse(measurements, [name for name, _ in own], options)
