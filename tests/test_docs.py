@@ -45,7 +45,8 @@ def check_command(words, capsys):
     elif words[:2] == ["python", "-m"]:
         module = importlib.import_module(words[2])
         if hasattr(module, "make_parser"):
-            module.make_parser().check(words[3:])
+            parser = module.make_parser()
+            (parser.check if hasattr(parser, "check") else parser.parse_args)(words[3:])
     else:
         assert words[:2] == ["pip", "install"], words
 

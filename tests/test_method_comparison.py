@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from tests.tiny import save_tiny_model, tiny_pairs
-from trl_ext.scripts import method_comparison, method_comparison_report
+from trl_ext.dialog.evaluation import evaluation_score
+from trl_ext.scripts import dialog_comparison, method_comparison, method_comparison_report
 from trl_ext.scripts.method_comparison import (
     ComparisonArguments,
     Run,
@@ -160,3 +161,34 @@ def test_report_by_hand(tmp_path):
     method_comparison_report.draw_methods(results, tmp_path / "methods.png", "gold")
     method_comparison_report.draw_overoptimization(results, {"good": "ppo"}, tmp_path / "over.png", "gold")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("methods.png", "over.png"))
+
+
+def test_score_of_a_set_is_normalised_over_the_runs_on_each_reward(tmp_path):
+    task, _ = tiny_task(tmp_path)
+
+    def with_references(data):
+        return data.map(lambda row: {"reference": row["chosen"]})
+
+    score = dialog_comparison.EvaluationScore(None)
+    task = replace(
+        task, train=with_references(task.train), validation=with_references(task.validation),
+        test=with_references(task.test), gold=score,
+    )  # fmt: skip
+    runs = [Run(alone(name), 0, {"method": "ppo"}) for name in NAMES]
+    results = [train(task, config(tmp_path), run, tmp_path / "run") for run in runs]
+    # Each keeps the measures of its own evaluations: three on the validation split and one on the test split
+    kept = [point["measures"] for result in results for point in (*result["curve"], result["test"])]
+    assert kept == score.measured and len(kept) == 8
+    assert all(point["gold"] == 0.0 for point in results[0]["curve"])
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    normalised = dialog_comparison.normalise(tmp_path, NAMES)
+    ranges = json.loads((tmp_path / dialog_comparison.RANGES).read_text())
+    validation = [point["measures"]["longest"] for result in results for point in result["curve"]]
+    assert ranges["longest"] == [min(validation), max(validation)]
+    again = dialog_comparison.EvaluationScore(ranges)
+    point = normalised[1]["curve"][-1]
+    assert point["gold"] == pytest.approx(evaluation_score(point["measures"], ranges))
+    assert again(completions=["a good film"] * 2, reference=["a good film"] * 2) == pytest.approx(
+        [evaluation_score(again.measured[0], ranges)] * 2
+    )
+    assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[1]) == normalised[1]

@@ -89,11 +89,11 @@ def test_similarity_by_hand():
     # Content words: plot (aspect), good (positive) of the reference; ending (aspect), bad (negative) of the completion
     reference = "the plot was good ."
     assert playground.reference_similarity(["the ending was superb ."], chosen=[reference]) == [1.0]
-    # P = 1/2, R = 1/2
+    # One of two content words matches
     assert playground.reference_similarity(["ending bad"], chosen=[reference]) == [pytest.approx(0.5)]
-    # Each word matches once: P = 1/3, R = 1/2
+    # Each word of the reference matches once: 1 of 3
     found = playground.reference_similarity(["good good good"], chosen=[reference])
-    assert found == [pytest.approx(2 / 5)]
+    assert found == [pytest.approx(1 / 3)]
     assert playground.reference_similarity(["", "the was ."], chosen=[reference] * 2) == [0.0, 0.0]
     messages = [[{"role": "assistant", "content": "plot was fine"}]]
     assert playground.reference_similarity(messages, chosen=[[{"role": "assistant", "content": reference}]]) == [1.0]
@@ -114,7 +114,7 @@ def test_either_proxy_can_be_hacked():
     """What a policy that only maximises a proxy would write has more of the proxy than any review, and no gold."""
     pairs = playground.preference_dataset(100)
     words, reference = " ".join(["superb"] * 40), pairs["chosen"]
-    bags = [" ".join(text.replace(".", "").split()) for text in reference]
+    bags = [" ".join(word for word in text.split() if playground.grammar.synonyms(word)) for text in reference]
     for proxy in (playground.count_positive_words, playground.positive_word_share):
         assert proxy([words])[0] > 2 * max(proxy(reference))
     assert playground.positive_word_share(["not good .", ""]) == [pytest.approx(1 / 3), 0.0]

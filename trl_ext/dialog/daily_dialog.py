@@ -50,24 +50,25 @@ def read_dialogues(folder: str | Path) -> list[Dialogue]:
     """
     folder = Path(folder)
     found: dict[tuple[str, ...], Dialogue] = {}
-    sources = [(path, path.read_text().splitlines(), None) for path in sorted(folder.glob("*_human.txt"))]
+    lines: list[tuple[str, str]] = []
+    for path in sorted(folder.glob("*_human.txt")):
+        columns = [line.split("\t") for line in path.read_text().splitlines()]
+        lines += [(column[0], column[2]) for column in columns]
     for path in sorted(folder.glob("*_text_en.txt")):
         acts = path.with_name(path.name.replace("_text_en", "_action")).read_text().splitlines()
-        sources.append((path, path.read_text().splitlines(), acts))  # type: ignore[arg-type]
-    if not sources:
+        lines += zip(path.read_text().splitlines(), acts, strict=True)
+    if not lines:
         raise FileNotFoundError(
             f"{folder} has no `*_human.txt` and no `*_text_en.txt`. Give the folder of XDailyDialog's English files."
         )
     misaligned = 0
-    for _, lines, acts in sources:
-        for number, line in enumerate(lines):
-            text, given = (line.split("\t")[0], line.split("\t")[2]) if acts is None else (line, acts[number])
-            utterances = tuple(clean(utterance) for utterance in text.split("__eou__") if utterance.strip())
-            intents = tuple(int(act) - 1 for act in given.split())
-            if len(utterances) == len(intents) and set(intents) <= set(range(len(INTENTS))):
-                found.setdefault(utterances, Dialogue(utterances, intents))
-            else:
-                misaligned += 1
+    for text, given in lines:
+        utterances = tuple(clean(utterance) for utterance in text.split("__eou__") if utterance.strip())
+        intents = tuple(int(act) - 1 for act in given.split())
+        if len(utterances) == len(intents) and set(intents) <= set(range(len(INTENTS))):
+            found.setdefault(utterances, Dialogue(utterances, intents))
+        else:
+            misaligned += 1
     if misaligned:
         logger.warning(f"{misaligned} dialogues of {folder} without one dialogue act for each utterance are left out.")
     if not found:

@@ -119,12 +119,11 @@ def reference_similarity(
     completions: list[Any], chosen: list[Any], prompts: list[Any] | None = None, **columns: Any
 ) -> list[float]:
     """
-    Another proxy that can be hacked: how much of what the chosen response speaks of a completion speaks of, in any
-    order.
+    Another proxy that can be hacked: the share of a completion's content words that the chosen response has too.
 
-    Content words match their synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word once; other words don't
-    count. With `P` the share of the completion's content words that match and `R` that of the chosen response's, the
-    similarity is `2 P R / (P + R)`, as in ROUGE-1.
+    Content words match their synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word of the chosen response
+    once; other words don't count. This is BLEU's clipped precision of words without its penalty for brevity, so a
+    single well-chosen word has the highest similarity.
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):
@@ -166,11 +165,7 @@ def playground_gold(completions: list[Any], prompts: list[Any] | None = None, **
 
 def _similarity(text: str, reference: str) -> float:
     words, wanted = (Counter(filter(None, map(synonyms, split_words(string)))) for string in (text, reference))
-    matches = (words & wanted).total()
-    if not matches:
-        return 0.0
-    precision, recall = matches / words.total(), matches / wanted.total()
-    return 2 * precision * recall / (precision + recall)
+    return (words & wanted).total() / max(1, words.total())
 
 
 def _share_of_sentences(text: str) -> float:

@@ -92,7 +92,7 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of training."})
     num_processes: int = field(default=2, metadata={"help": "Runs at a time, each on one thread."})
     weight_grid: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5], metadata={"help": "Weights of the second reward."}
+        default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 0.75], metadata={"help": "Weights of the second reward."}
     )
     kl_grid: list[float] = field(
         default_factory=lambda: [0.001, 0.003], metadata={"help": "KL coefficients tried for plain PPO."}
@@ -288,10 +288,11 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     rows = [(run, point) for run, (_, result) in enumerate(own) for point in result["curve"]]
     measurements = Measurements(
         reward_names,
-        np.array([[point[name] for name in reward_names] for _, point in rows]),
-        *(np.array([point[key] for _, point in rows]) for key in ("gold", "kl")),
-        np.array([run for run, _ in rows]),
-        np.array([point["step"] for _, point in rows]),
+        rewards=np.array([[point[name] for name in reward_names] for _, point in rows]),
+        gold=np.array([point["gold"] for _, point in rows]),
+        kl=np.array([point["kl"] for _, point in rows]),
+        run=np.array([run for run, _ in rows]),
+        step=np.array([point["step"] for _, point in rows]),
     )
     options = make_parser().parse_args(["--runs", "", "--degree", str(degree)])
     report = analyse(measurements, [name for name, _ in own], options)

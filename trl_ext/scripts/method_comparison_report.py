@@ -109,7 +109,10 @@ def draw_overoptimization(results: Results, names: dict[str, str], path: Path, g
     figure, axes = _figure(len(names))
     for axis, (reward, method) in zip(axes, names.items(), strict=True):
         own = [result for result in results if result["name"] == method]
-        for key, color, label in [("gold", "#c1272d", gold), *zip(names, ("#3b7dd8", "#2f9e5b"), names, strict=True)]:
+        for key, color, label in [
+            ("gold", "#c1272d", gold),
+            *zip(names, ("#3b7dd8", "#2f9e5b", "#7b4fb5"), names, strict=False),
+        ]:
             _band(axis, own, key, color, label, dashed=key not in ("gold", reward))
         axis.set_title(f"only {reward} is maximised, without KL", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
