@@ -3,27 +3,40 @@
 Every name gathered here is watched by `tests/contract/` on each TRL version the package claims to support.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, use_adapter
 
 
 __all__ = [
+    "DEFAULT_CALLBACKS",
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
+    "add_optimizer_name",
+    "decay_parameter_names",
     "disable_gradient_checkpointing",
+    "fsdp1_handle",
     "gathered_state_dict",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
     "open_rollout",
     "restore_rollout",
+    "optimizer_names",
+    "remove_optimizer_name",
     "use_adapter",
+    "zero3_sub_group",
+    "zero_process_group",
 ]
 
 
@@ -86,3 +99,65 @@ def gathered_state_dict(module: Any) -> dict[str, Any]:
     with maybe_gather_lm_head_ctx(*parameters.values()):
         whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
         return {name: p.detach().float().cpu().clone() for name, p in whole.items()}
+
+
+def optimizer_names() -> set[str]:
+    """Values of `optim` that transformers accepts."""
+    return set(OptimizerNames._value2member_map_)
+
+
+def add_optimizer_name(name: str, handler: Callable[[Any], tuple[Any, dict[str, Any]]]) -> None:
+    """Makes `name` a member of transformers' closed enum of optimizers, built by `handler` in [`~transformers.Trainer`]."""
+    member = str.__new__(OptimizerNames, name)
+    member._name_, member._value_ = name.upper(), name
+    type.__setattr__(OptimizerNames, member._name_, member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    _OPTIMIZER_HANDLERS[member] = handler
+
+
+def remove_optimizer_name(name: str) -> None:
+    """Undoes [`add_optimizer_name`]."""
+    member = OptimizerNames._value2member_map_.pop(name)
+    OptimizerNames._member_names_.remove(member._name_)
+    del OptimizerNames._member_map_[member._name_]
+    type.__delattr__(OptimizerNames, member._name_)
+    del _OPTIMIZER_HANDLERS[member]
+
+
+def decay_parameter_names(model: Any) -> list[str]:
+    """Names of the parameters that [`~transformers.Trainer`] decays: no biases, no norms."""
+    return Trainer.get_decay_parameter_names(None, model)
+
+
+def zero_process_group(param: Any) -> Any:
+    """Processes that DeepSpeed's ZeRO-1, ZeRO-2 or BF16_Optimizer cut a parameter's buffer over, or `None`."""
+    return getattr(param, "_dp_group", None)
+
+
+def zero3_sub_group(flat_param: Any, param: Any) -> list[Any] | None:
+    """
+    The parameters whose pieces a flat tensor of DeepSpeed's ZeRO-3 is made of, in order; `None` where `param` is not
+    one of ZeRO-3's.
+    """
+    wrapper = getattr(param, "_z3_optimizer", None)
+    if wrapper is None:
+        return None
+    for flat, members in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
+        if flat is flat_param:
+            return list(members)
+    return None
+
+
+def fsdp1_handle(param: Any) -> Any:
+    """The `FlatParamHandle` of FSDP1 that a flat parameter, or a parameter that is a view of one, belongs to."""
+    from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+
+    if not getattr(param, "_fsdp_flattened", False) and type(param) is not FlatParameter:
+        return None
+    # Parameters don't know their handle
+    for handle in (found for found in gc.get_objects() if type(found) is FlatParamHandle):
+        if handle.flat_param is param or any(own is param for own in handle.flat_param._params or ()):
+            return handle
+    return None

@@ -16,10 +16,12 @@ from rich.console import Console
 from . import __version__
 
 
+TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
 # Command: script module with `make_parser`
 TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
+    **{name: f"trl_ext.scripts.{name}" for name in TRL_COMMANDS},
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
@@ -31,6 +33,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   proxy-points
               Find the values of rewards beyond which a gold metric falls, from the logs of runs:
               trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
+  sft, dpo, grpo, kto, reward, rloo
+              TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
+from trl.scripts import dpo, grpo, kto, reward, rloo, sft
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
 
@@ -42,6 +43,8 @@ USED = {
     "Trainer.train": Trainer.train,
     "VLLMGeneration._iter_named_params": VLLMGeneration._iter_named_params,
     "Trainer.create_optimizer": Trainer.create_optimizer,
+    "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
+    "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
     "Trainer.save_model": Trainer.save_model,
     "Trainer._load_from_checkpoint": Trainer._load_from_checkpoint,
     "Trainer._load_best_model": Trainer._load_best_model,
@@ -56,6 +59,9 @@ USED = {
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
     "load_balancing_loss_func": load_balancing_loss_func,
+    **{
+        f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)
+    },
 }
 # Method of the parent: the class whose source must call it on itself
 CALLED = {
@@ -68,6 +74,8 @@ CALLED = {
     "_iter_named_params": VLLMGeneration,
     "_load_optimizer_and_scheduler": Trainer,
     "create_optimizer": Trainer,
+    "get_decay_parameter_names": Trainer,
+    "get_optimizer_cls_and_kwargs": Trainer,
     "save_model": Trainer,
     "_load_from_checkpoint": Trainer,
     "_load_best_model": Trainer,
@@ -166,6 +174,37 @@ def test_fused_output_has_the_fields_we_extend():
 
     fields = ["loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"]
     assert list(FusedCausalLMOutput.__dataclass_fields__) == fields
+
+
+def test_optimizers_are_looked_up_in_the_tables_we_add_to():
+    from transformers import TrainingArguments
+    from transformers import trainer as trainer_module
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+    from transformers.training_args import OptimizerNames
+
+    source = inspect.getsource(Trainer.get_optimizer_cls_and_kwargs)
+    assert "_OPTIMIZER_HANDLERS.get(args.optim)" in source and "unsupported optimizer" in source
+    assert "OptimizerNames(self.optim)" in inspect.getsource(TrainingArguments.__post_init__)
+    assert set(OptimizerNames) <= set(_OPTIMIZER_HANDLERS)
+    assert {"args", "model", "optim_args"} <= set(OptimizerContext.__dataclass_fields__)
+    for table in ("_member_names_", "_member_map_", "_value2member_map_"):
+        assert len(getattr(OptimizerNames, table)) == len(list(OptimizerNames))
+    assert "DEFAULT_CALLBACKS + " in inspect.getsource(Trainer.__init__)
+    assert isinstance(trainer_module.DEFAULT_CALLBACKS, list)
+    # Called without an instance
+    assert "self." not in inspect.getsource(Trainer.get_decay_parameter_names)
+
+
+def test_optimizers_are_still_replaced_as_our_check_says():
+    from accelerate import Accelerator
+    from transformers.integrations import deepspeed
+
+    assert "trainer.optimizer = None" in inspect.getsource(deepspeed.deepspeed_init)
+    assert 'if "optimizer" in config' in inspect.getsource(deepspeed.deepspeed_optim_sched)
+    source = inspect.getsource(Accelerator._prepare_deepspeed)
+    assert "map_pytorch_optim_to_deepspeed(optimizer)" in source and "zero_force_ds_cpu_optimizer" in source
+    source = inspect.getsource(Trainer.create_optimizer)
+    assert "optimizer_cls()(opt_model, **optimizer_kwargs)" in source
 
 
 def test_versions_are_those_claimed():

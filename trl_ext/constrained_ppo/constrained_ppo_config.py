@@ -4,6 +4,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
+from ..optim.factory import check_optim_args, register
 from .lagrangian import Constraint, check_constraints
 from .threshold_search_config import ThresholdSearchConfig
 
@@ -249,6 +250,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
 
     def __post_init__(self):
+        register()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -261,6 +263,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         super().__post_init__()
         if one:
             self.num_generations = 1
+        check_optim_args(self)
         self._apply_preset()
         self._check_numbers()
         self._check_method()

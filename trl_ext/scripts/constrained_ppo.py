@@ -113,8 +113,10 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+    from ..optim import register
     from .strict_parser import StrictParser
 
+    register()  # before the parser lists the choices of `optim`
     return StrictParser(
         (ScriptArguments, ConstrainedPPOConfig, ModelConfig, DatasetMixtureConfig, ConstrainedPPOScriptArguments),
         prog=prog,

@@ -81,9 +81,11 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the script's arguments."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+    from ..optim import register
     from ..sparse_po.sparse_po_config import SparsePOConfig
     from .strict_parser import StrictParser
 
+    register()  # before the parser lists the choices of `optim`
     return StrictParser(
         (ScriptArguments, SparsePOConfig, ModelConfig, DatasetMixtureConfig, SparsePOScriptArguments), prog=prog
     )

@@ -3,6 +3,8 @@ from typing import Literal
 
 from trl import DPOConfig
 
+from ..optim.factory import check_optim_args, register
+
 
 UNSUPPORTED_LOSS_TYPES = {
     "sft": "it reads the log-probabilities that the masks weight",
@@ -103,7 +105,9 @@ class SparsePOConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        register()
         super().__post_init__()
+        check_optim_args(self)
         self._check_masks()
         self._check_inherited_fields()
 

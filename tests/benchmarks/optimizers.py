@@ -1,0 +1,174 @@
+"""Time and memory of one optimizer step against torch's fused AdamW.
+
+Each optimizer steps in turn with fused AdamW, each on its own copy of the same tensors, in one process, and the
+minimum of the process's CPU time counts, so ratios hold where absolute times drift. timm and pytorch_optimizer are
+measured where they are installed.
+
+python -m tests.benchmarks.optimizers --model gpt2
+"""
+
+import argparse
+import gc
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import adamp
+import torch
+
+from trl_ext.optim import AdamP
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """GPT-2 small: 148 tensors, 124 million parameters."""
+    block = [
+        (768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,), (3072, 768),
+        (768,),
+    ]  # fmt: skip
+    return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
+
+
+def llama_1b_shapes(num_layers: int = 16) -> list[tuple[int, ...]]:
+    """Llama 3.2 1B: 146 tensors, 1.24 billion parameters with 16 layers."""
+    block = [
+        (2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192), (2048,),
+        (2048,),
+    ]  # fmt: skip
+    return [(128256, 2048), *block * num_layers, (2048,)]
+
+
+def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
+    """`projected`: the view is also named to the optimizer that can be told."""
+    common = {"lr": 1e-8, "weight_decay": 0.01}  # So small that weights stay orthogonal
+    found = {
+        "torch AdamW foreach": lambda p: torch.optim.AdamW(p, **common, foreach=True),
+        "AdamP": lambda p: AdamP(p, **common),
+        "AdamP, fused=True": lambda p: AdamP(p, **common, fused=True),
+        "AdamP, foreach": lambda p: AdamP(p, **common, foreach=True),
+        "AdamP, capturable": lambda p: AdamP(p, **common, capturable=True),
+        "AdamP, reference": lambda p: AdamP(p, **common, foreach=False, fused=False),
+        "adamp 0.3.0 (official)": lambda p: adamp.AdamP(p, **common),
+    }
+    if projected:
+        named = {**common, "projection": "layer"}
+        found["AdamP, layer view named"] = lambda p: AdamP(p, **named)
+        found["AdamP, layer view named, fused=True"] = lambda p: AdamP(p, **named, fused=True)
+    if importlib.util.find_spec("timm") and importlib.util.find_spec("torchvision"):
+        from timm.optim import AdamP as TimmAdamP
+
+        found["timm"] = lambda p: TimmAdamP(p, **common)
+    if importlib.util.find_spec("pytorch_optimizer"):
+        from pytorch_optimizer import AdamP as PytorchOptimizerAdamP
+
+        found["pytorch_optimizer"] = lambda p: PytorchOptimizerAdamP(p, **common, foreach=False)
+        found["pytorch_optimizer, foreach"] = lambda p: PytorchOptimizerAdamP(p, **common, foreach=True)
+    return found
+
+
+def make_params(shapes, device: str, projected: bool) -> Callable[[], list]:
+    """Weights with a gradient that is orthogonal to each of them, or to none. Copies share the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    weights, grads = [], []
+    for shape in shapes:
+        weight, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+        if len(shape) > 1:
+            cosine = torch.dot(weight.flatten(), grad.flatten()) / weight.square().sum()
+            # A cosine of 0, or one that does not pass by chance
+            grad.sub_(weight, alpha=float(cosine if projected else cosine - 1e-2))
+        weights.append(weight.mul_(0.02).to(device))
+        grads.append(grad.mul_(1e-3).to(device))
+
+    def params() -> list:
+        copies = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        for param, grad in zip(copies, grads, strict=True):
+            param.grad = grad
+        return copies
+
+    return params
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state and of work memory kept between steps."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors += list(getattr(optimizer, "_scratch", {}).values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(shapes, device: str, projected: bool, rounds: int, only: list[str]) -> list[str]:
+    params_of = make_params(shapes, device, projected)
+    lines = []
+    for name, build in builders(projected).items():
+        if only and name not in only:
+            continue
+        base = torch.optim.AdamW(params_of(), lr=1e-8, weight_decay=0.01, fused=True)
+        pair = [base, build(params_of())]
+        best = [float("inf"), float("inf")]
+        for turn in range(rounds + 2):
+            for place, optimizer in enumerate(pair):
+                start = clock(device)
+                optimizer.step()
+                seconds = clock(device) - start
+                if turn > 1:
+                    best[place] = min(best[place], seconds)
+        added = (held_by(pair[1]) - held_by(base)) / 2**20
+        hits = ""
+        if isinstance(pair[1], AdamP):
+            report = pair[1].report().values()
+            hits = f"{sum(row['layer'] + row['channel'] for row in report):.0f} of {len(report)}"
+        lines.append(
+            f"| {name} | {1e3 * best[0]:.0f} | {1e3 * best[1]:.0f} | {best[1] / best[0]:.2f} | {added:.0f} | {hits} |"
+        )
+        print(lines[-1], flush=True)
+        del pair, base
+        gc.collect()
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
+    parser.add_argument("--num_layers", type=int, default=16, help="of the Llama list; fewer where memory is short")
+    parser.add_argument("--gradients", choices=("generic", "orthogonal"), nargs="+", default=["generic", "orthogonal"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = gpt2_shapes() if options.model == "gpt2" else llama_1b_shapes(options.num_layers)
+    machine = (
+        torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), {options.threads} thread"
+    )
+    malloc = "memory kept by malloc" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default malloc"
+    text = (
+        f"{options.model}: {len(shapes)} tensors, {sum(torch.Size(s).numel() for s in shapes) / 1e6:.0f} million "
+        f"parameters, float32; {machine}; {malloc}; best of {options.rounds} rounds.\n"
+    )
+    for gradients in options.gradients:
+        text += (
+            f"\n{gradients.capitalize()} gradients\n\n"
+            "| optimizer | fused AdamW, ms | this, ms | ratio | MiB more than AdamW | weights projected |\n"
+            "|---|---|---|---|---|---|\n"
+        )
+        lines = measure(shapes, device, gradients == "orthogonal", options.rounds, options.only)
+        text += "\n".join(lines) + "\n"
+    text += f"\nThe largest tensor takes {4 * max(torch.Size(shape).numel() for shape in shapes) / 2**20:.0f} MiB.\n"
+    print(text)
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.output).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Sharded AdamP and SGDP make the update of one process with the authors' package, whatever cut the parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trl_ext
+from tests.distributed.test_two_processes import CONFIGS, free_port
+
+
+pytestmark = pytest.mark.distributed
+FOLDER = Path(__file__).parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
+ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3",
+        "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip
+TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy"}
+MODES = {
+    1: ["zero2", "zero3", "fsdp2", "fsdp1"],
+    2: [
+        "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
+        "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
+        "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
+        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save",
+    ],
+    3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
+    4: ["hsdp", "zero3_groups", "fsdp1_groups"],
+}  # fmt: skip
+
+
+def run(command, output, **environment):
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=500,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((Path(output) / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Written by two processes, read by three."""
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def found(checkpoints, tmp_path_factory):
+    results = {}
+    for world_size, modes in MODES.items():
+        folder = checkpoints if world_size in (2, 3) else tmp_path_factory.mktemp(f"shards{world_size}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        result = run(
+            [*launcher, str(FOLDER / "optimizer_shards.py"), "--output", str(folder), "--modes", *modes], folder
+        )
+        assert result["world_size"] == world_size
+        results |= {(world_size, mode): facts for mode, facts in result["modes"].items()}
+    return results
+
+
+CASES = [(world_size, mode) for world_size, modes in MODES.items() for mode in modes]
+
+
+@pytest.mark.parametrize(("world_size", "mode"), CASES)
+def test_equals_one_process(world_size, mode, found):
+    facts = found[world_size, mode]
+    # AdamW is 0.04 away. bfloat16 gradients differ in their last bit with the order of sums
+    assert facts["difference"] < (1e-2 if "bf16" in mode else 1e-6)
+    wrapper = next(name for start, name in {**ZERO, **TORCH}.items() if mode.startswith(start))
+    assert facts["chain"][0] == wrapper
+    if mode.startswith(tuple(ZERO)):
+        assert facts["chain"] == [wrapper, "SGDP" if mode.endswith("sgdp") else "AdamP"]
+
+
+@pytest.mark.parametrize(("world_size", "mode"), CASES)
+def test_one_small_all_reduce(world_size, mode, found):
+    facts = found[world_size, mode]
+    if mode.endswith(("universal", "save", "load")):
+        return
+    num_steps = 12
+    calls_per_step = len(facts["calls"]) / num_steps
+    if mode.startswith("ddp") or world_size == 1:
+        assert not facts["calls"]
+    elif mode.startswith("zero") and (mode.endswith("groups") or "sub_group" in mode):
+        # DeepSpeed calls `step` once for each group, or sub-group of ZeRO-3
+        assert 1 <= calls_per_step <= 4
+    else:
+        assert calls_per_step == 1
+    # 5 weights: 5 numbers each, and 4 for each row that a border cuts
+    assert max(facts["calls"], default=0) <= 5 * 5 + 4 * 5 * (world_size - 1)
+
+
+@pytest.mark.parametrize(("world_size", "mode"), CASES)
+def test_the_right_weights_are_projected(world_size, mode, found):
+    if mode.endswith("load"):
+        return  # torch's distributed checkpoint takes a step with zero gradients, which pass, to create the state
+    report = found[world_size, mode]["report"]
+    rates = sorted((weight["channel"], weight["layer"]) for weight in report.values())
+    assert len(rates) == 5
+    # Two generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
+    assert all(channel == 0 and layer < 1 for channel, layer in rates[:2])
+    assert rates[2:] == [(0, 1), (1, 0), (1, 0)]
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    run([str(FOLDER / "train_optimizer.py"), "--output", str(folder), "--batch_size", "4"], folder)
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accelerate_launch_and_trainer(stage, trained_alone, tmp_path):
+    launcher = [
+        "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"cpu_zero{max(stage, 2)}.yaml"),
+        "--zero_stage", str(stage), "--main_process_port", free_port(),
+    ]  # fmt: skip
+    script = [str(FOLDER / "train_optimizer.py"), "--output", str(tmp_path), "--batch_size", "2"]
+    facts = run([*launcher, *script], tmp_path)
+    assert facts["world_size"] == 2 and facts["zero_stage"] == stage
+    assert facts["chain"] == ["DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
+    assert facts["layer_share"] == {"q_proj": 1.0, "k_proj": 1.0}
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name, expected in trained_alone.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=2e-5)

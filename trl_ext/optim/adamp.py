@@ -1,0 +1,324 @@
+"""AdamP (https://huggingface.co/papers/2006.08217, algorithm 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from . import cpu_kernels
+from .projected_optimizer import ProjectedOptimizer
+from .projection import find_view, project_
+from .weight import Block, LocalTensor, Weight
+
+
+class AdamP(ProjectedOptimizer):
+    """
+    AdamW whose update is projected onto the tangent of scale-invariant weights, so that momentum does not inflate
+    their norm (https://huggingface.co/papers/2006.08217).
+
+    A weight counts as scale-invariant where its gradient is orthogonal to it, in each row or as a whole. There the
+    radial part is taken out of the update and weight decay is reduced. Elsewhere, and on biases, this is AdamW.
+
+    Args:
+        params (`Iterable[torch.nn.Parameter]` or `Iterable[dict]`):
+            Parameters, named parameters or groups.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to `1e-3`):
+            Learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Decay of the running averages of the gradient and of its square.
+        eps (`float`, *optional*, defaults to `1e-8`):
+            Added to the root of the second moment after its bias correction, and to norms.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled weight decay.
+        delta (`float`, *optional*, defaults to `0.1`):
+            Threshold of the test for scale invariance: `|cos(gradient, weight)| < delta / sqrt(row size)`.
+        wd_ratio (`float`, *optional*, defaults to `0.1`):
+            Factor on weight decay where the update is projected.
+        nesterov (`bool`, *optional*, defaults to `False`):
+            Whether to use Nesterov's momentum.
+        foreach (`bool`, *optional*):
+            Whether weights that are not projected are updated by torch's multi-tensor operations. With `fused`, both
+            `False`: the reference, one tensor at a time, equal to the authors' package to the last bit.
+        fused (`bool`, *optional*):
+            Whether weights that are not projected are updated by torch's fused AdamW kernel. By default where it
+            exists: parameters and state of one dtype, float32 or float64, and no Nesterov momentum. `True` also
+            compiles kernels for the test and the projected update of float32 tensors on a CPU, at the first step, and
+            warns where there is no C compiler.
+        maximize (`bool`, *optional*, defaults to `False`):
+            Whether to ascend.
+        capturable (`bool`, *optional*, defaults to `False`):
+            Whether the step may be captured in a CUDA graph: it then never reads the host, and every weight takes the
+            two passes that projected ones need.
+        differentiable (`bool`, *optional*, defaults to `False`):
+            Whether autograd records the step. Whole parameters only.
+        projection (`str` or `dict[str, str]`, *optional*):
+            `None` or `"test"` tests each weight at each step, as the paper does. `"layer"` and `"channel"` state that
+            all weights of the group are scale-invariant in that view, and `"none"` that none is. A dict maps patterns,
+            searched for in the parameters' names, to one of these; weights that no pattern matches are not projected.
+            See [`scale_invariant_weights`].
+        state_dtype (`torch.dtype`, *optional*):
+            Dtype of the running averages, the parameter's by default. With bfloat16 parameters, `torch.float32` keeps
+            small gradients from vanishing in the second moment, and the arithmetic is float32.
+        stochastic_rounding (`bool`, *optional*, defaults to `False`):
+            Whether bfloat16 parameters are rounded at random, so that updates below half a unit in the last place
+            count on average. Under DDP each process must have the same random state.
+        on_unknown_shards (`str`, *optional*, defaults to `"raise"`):
+            What to do where the layout of sharded parameters can't be read: `"raise"`, or `"adamw"` to go on without
+            projection.
+
+    Raises:
+        ValueError: If a hyperparameter is out of its range.
+        RuntimeError: If two execution options exclude each other.
+
+    Example:
+
+    ```python
+    >>> from trl_ext.optim import AdamP
+
+    >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    ```
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        projection: str | dict[str, str] | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        on_unknown_shards: str = "raise",
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "delta": delta, "wd_ratio": wd_ratio,
+            "nesterov": nesterov, "foreach": foreach, "fused": fused, "maximize": maximize, "capturable": capturable,
+            "differentiable": differentiable, "projection": projection, "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding, "on_unknown_shards": on_unknown_shards,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
+        super()._initialise(state, param, group)
+        if "step" not in state:
+            on_device = group["capturable"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device) if on_device else 0
+        state["step"] += 1
+
+    def _decay(self, group: dict[str, Any]) -> Any:
+        return group["lr"] * group["weight_decay"]
+
+    def _kernels(self, local: LocalTensor) -> Any:
+        """Compiled passes for a tensor, or `None`."""
+        if local.flat.device.type == "cuda":
+            from . import adamp_triton  # Imports transformers
+
+            return adamp_triton if adamp_triton.is_usable(local) else None
+        return cpu_kernels if cpu_kernels.is_usable(local) else None
+
+    def _test_dots(self, weight: Weight) -> torch.Tensor:
+        kernels = self._kernels(weight.local)
+        return super()._test_dots(weight) if kernels is None else kernels.test_dots(weight)
+
+    def _measure(self, weight: Weight) -> None:
+        kernels = self._kernels(weight.local) if weight.numel else None
+        if kernels is None:
+            super()._measure(weight)
+        else:
+            kernels.measure(weight)
+
+    def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
+        kernels = self._kernels(weight.local)
+        if kernels is None:
+            super()._apply_blocks(weight, scale, coefficient)
+        else:
+            kernels.apply(weight, scale, coefficient)
+
+    def _displace(self, block: Block, out: torch.Tensor) -> None:
+        group = block.local.group
+        beta1, beta2 = group["betas"]
+        exp_avg, exp_avg_sq = block.moments
+        if self._has_kernel(block.local):
+            # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes minus the update
+            out.zero_()
+            self._fused_adamw([(block.local, out, block.grad, exp_avg, exp_avg_sq)], lr=1.0, weight_decay=0.0)
+            return
+        grad = block.grad.to(out.dtype)
+        grad = -grad if group["maximize"] else grad
+        first, second = exp_avg.to(out.dtype), exp_avg_sq.to(out.dtype)
+        first.mul_(beta1).add_(grad, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        self._write_displacement(block.local, first, second, grad, out)
+        for moment, value in ((exp_avg, first), (exp_avg_sq, second)):
+            if moment is not value:
+                moment.copy_(value)
+
+    def _displace_again(self, block: Block, out: torch.Tensor) -> None:
+        first, second = (moment.to(out.dtype) for moment in block.moments)
+        # Only Nesterov's momentum needs the gradient again; a report after it is gone shows the momentum's update
+        grad = None if block.local.grad is None else block.grad.to(out.dtype)
+        if grad is not None and block.local.group["maximize"]:
+            grad = -grad
+        self._write_displacement(block.local, first, second, grad, out)
+
+    def _write_displacement(
+        self,
+        local: LocalTensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        grad: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        beta1, beta2 = local.group["betas"]
+        correction1, correction2 = 1 - beta1**local.step, 1 - beta2**local.step
+        torch.sqrt(exp_avg_sq, out=out).div_(correction2**0.5).add_(local.group["eps"])
+        momentum = exp_avg
+        if local.group["nesterov"] and grad is not None:
+            momentum = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1)
+        torch.div(momentum, out, out=out).div_(-correction1)
+
+    def _has_kernel(self, local: LocalTensor) -> bool:
+        """Whether the stock fused kernel can take a tensor."""
+        tensors = (local.flat, local.grad, *local.moments)
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        group = local.group
+        return (
+            group["fused"] is not False
+            and not group["foreach"]
+            and not group["nesterov"]
+            and local.flat.device.type in ("cpu", "cuda")
+            and dtypes <= {local.compute_dtype}
+        )
+
+    def _fused_adamw(
+        self,
+        tensors: Sequence[tuple[LocalTensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+        **options: Any,
+    ) -> None:
+        """Runs the stock kernel on tensors of one group, device and dtype."""
+        group = tensors[0][0].group
+        torch._fused_adamw_(
+            [param for _, param, *_ in tensors],
+            [grad for _, _, grad, *_ in tensors],
+            [exp_avg for *_, exp_avg, _ in tensors],
+            [exp_avg_sq for *_, exp_avg_sq in tensors],
+            [],
+            [self._step_tensor(local) for local, *_ in tensors],
+            lr=options["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=options["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+        )  # fmt: skip
+
+    def _rounded_decay(self, group: dict[str, Any], dtype: torch.dtype) -> float:
+        """
+        Weight decay such that the kernel's `w - lr * decay * w` takes off what `w * (1 - lr * decay)` does when the
+        factor is rounded to the weight's dtype. The difference would be the same at each step, and add up.
+        """
+        lr, decay = group["lr"], group["weight_decay"]
+        if isinstance(lr, torch.Tensor) or dtype != torch.float32 or not lr * decay:
+            return decay
+        return (1 - float(numpy.float32(1 - lr * decay))) / lr
+
+    def _step_tensor(self, local: LocalTensor) -> torch.Tensor:
+        if isinstance(local.step, torch.Tensor):
+            return local.step
+        device = local.flat.device
+        if self._step_tensors.get(device, (0, None))[0] != local.step:
+            self._step_tensors[device] = (local.step, torch.full((), float(local.step), device=device))
+        return self._step_tensors[device][1]
+
+    def _plain_in_one_kernel(
+        self, ranges: Sequence[tuple[LocalTensor, int, int]]
+    ) -> Sequence[tuple[LocalTensor, int, int]]:
+        batches: dict[
+            tuple[Any, ...], list[tuple[LocalTensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+        ] = {}
+        rest = []
+        for local, start, stop in ranges:
+            if self._has_kernel(local):
+                assert local.grad is not None
+                exp_avg, exp_avg_sq = local.moments
+                tensors = (local.flat, local.grad, exp_avg, exp_avg_sq)
+                param, grad, first, second = (tensor[start:stop] for tensor in tensors)
+                key = (id(local.group), local.flat.device, local.flat.dtype)
+                batches.setdefault(key, []).append((local, param, grad, first, second))
+            else:
+                rest.append((local, start, stop))
+        for batch in batches.values():
+            group = batch[0][0].group
+            self._fused_adamw(batch, lr=group["lr"], weight_decay=self._rounded_decay(group, batch[0][0].flat.dtype))
+        return rest
+
+    def _single_tensor(self, local: LocalTensor, view: str | None) -> str | None:
+        assert local.grad is not None
+        group = local.group
+        grad = -local.grad if group["maximize"] else local.grad
+        exp_avg, exp_avg_sq = local.moments
+        return adamp_(
+            local.flat, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], beta1=group["betas"][0],
+            beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], delta=group["delta"],
+            wd_ratio=group["wd_ratio"], nesterov=group["nesterov"], view=view,
+        )  # fmt: skip
+
+
+def adamp_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    lr: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool,
+    view: str | None = "test",
+) -> str | None:
+    """
+    One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq (`torch.Tensor` of one shape):
+            Weight and moments, changed in their place, and the gradient.
+        step (`int` or `torch.Tensor`):
+            Number of this step, from 1.
+        view (`str`, *optional*, defaults to `"test"`):
+            `"channel"`, `"layer"` or `None` where it is known whether and where to project.
+
+    Returns:
+        `str`, *optional*: the view that was projected on.
+    """
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    momentum = beta1 * exp_avg + (1 - beta1) * grad if nesterov else exp_avg
+    update = momentum / denominator
+
+    if view == "test":
+        view = find_view(param, grad, delta, eps)
+    if view is not None:
+        project_(update, param, view, eps)
+    if weight_decay > 0:
+        param.mul_(1 - lr * weight_decay * (1 if view is None else wd_ratio))
+    step_size = lr / (1 - beta1**step)
+    if isinstance(step_size, torch.Tensor):
+        param.sub_(update * step_size)
+    else:
+        param.add_(update, alpha=-step_size)
+    return view

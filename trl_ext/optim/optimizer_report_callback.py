@@ -1,0 +1,101 @@
+"""Writes what the projection does to the log."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer, TrainerCallback
+
+from .. import _compat
+from .optimizer_check_callback import bottom_optimizer
+from .projected_optimizer import ProjectedOptimizer
+
+
+REPORT_FILE = "optimizer_report.json"
+# A weight that is projected on more than half of the steps is hit for its architecture's sake, not by chance
+OFTEN = 0.5
+
+
+class OptimizerReportCallback(TrainerCallback):
+    """
+    Adds what `report()` of [`AdamP`] or [`SGDP`] says to each training log, and writes the whole of it, weight by
+    weight, to `optimizer_report.json` in the output folder at the end. The metrics are those of [`report_metrics`].
+
+    With another optimizer it does nothing. A callback sees a log after those before it in the list; [`attach`] puts it
+    first, so that reporters and the progress bar have the numbers too.
+
+    Example:
+
+    ```python
+    from trl_ext.optim import OptimizerReportCallback
+
+    OptimizerReportCallback.attach(trainer)
+    ```
+    """
+
+    @classmethod
+    def attach(cls, trainer: Trainer) -> "OptimizerReportCallback":
+        """Adds the callback to a trainer, before all others."""
+        callback = cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any):
+        if logs and "loss" in logs:
+            metrics = report_metrics(_report(optimizer))
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        report = _report(optimizer)  # All processes call it, since sharded weights need an exchange
+        if report and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _report(optimizer: Any) -> dict[str, dict[str, Any]]:
+    bottom = None if optimizer is None else bottom_optimizer(optimizer)
+    return bottom.report() if isinstance(bottom, ProjectedOptimizer) else {}
+
+
+def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """
+    Sums a report up.
+
+    Args:
+        report (`dict[str, dict]`):
+            What `report()` of an optimizer returns.
+
+    Returns:
+        `dict[str, float]`: over the weights of at least two dimensions, `optimizer/projected/share`, the mean share of
+        steps that were projected, and `optimizer/projected/weights`, the number of weights that were on more than half
+        of their steps; of these and of the others the means `optimizer/projected/weight_norm`,
+        `optimizer/projected/effective_step_size` (radians), `optimizer/other/weight_norm` and
+        `optimizer/other/effective_step_size`. A mean over no weights is left out.
+    """
+    if not report:
+        return {}
+    shares = {name: row["channel"] + row["layer"] for name, row in report.items()}
+    often = [name for name, share in shares.items() if share > OFTEN]
+    metrics = {
+        "optimizer/projected/share": float(np.mean(list(shares.values()))),
+        "optimizer/projected/weights": float(len(often)),
+    }
+    for title, chosen in (("projected", often), ("other", [name for name in report if name not in often])):
+        for key in ("weight_norm", "effective_step_size"):
+            if chosen:
+                metrics[f"optimizer/{title}/{key}"] = float(np.mean([report[name][key] for name in chosen]))
+    return metrics
+
+
+@contextmanager
+def default_callback(callback: TrainerCallback) -> Iterator[None]:
+    """Gives the callback to every trainer made until the context ends, before its reporters."""
+    _compat.DEFAULT_CALLBACKS.append(callback)
+    try:
+        yield
+    finally:
+        _compat.DEFAULT_CALLBACKS.remove(callback)

@@ -1,0 +1,246 @@
+"""Which slice of which weight this process holds, whatever has cut the parameters.
+
+An optimizer sees whole parameters under DDP, local parts of distributed tensors under FSDP2, one-dimensional pieces
+under FSDP1, and one flat tensor for a whole group of parameters under DeepSpeed's ZeRO. Each becomes a list of
+[`Shard`].
+"""
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    A contiguous slice of a row-major weight inside a local tensor.
+
+    Args:
+        index (`int`):
+            The weight's place in its group, as the group was made.
+        shape (`tuple[int, ...]`):
+            Shape of the whole weight.
+        start (`int`):
+            First element in the local tensor, flat.
+        offset (`int`):
+            The same element's place in the whole weight, flat.
+        numel (`int`):
+            Elements held here; 0 where the weight lies on other processes.
+        borders (`tuple[int, ...]`):
+            Places inside the weight where its next holder begins, the same on all processes; empty where one process
+            holds it whole.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes that hold the weight together.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    start: int
+    offset: int
+    numel: int
+    borders: tuple[int, ...] = ()
+    process_group: Any = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the channel view."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_size(self) -> int:
+        """Elements in a row of the channel view."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def cut_rows(self) -> list[int]:
+        """Rows that more than one process holds a part of."""
+        return sorted({border // self.row_size for border in self.borders if border % self.row_size})
+
+
+class UnknownShardsError(RuntimeError):
+    """The layout of a parameter's shards can't be read."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A parameter as it was handed to the optimizer; wrappers may replace, flatten or free it afterwards."""
+
+    reference: weakref.ref
+    ndim: int
+
+    @classmethod
+    def of(cls, param: torch.Tensor) -> "Original":
+        return cls(weakref.ref(param), param.ndim)
+
+
+def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Sequence[Original]) -> list[Shard]:
+    """
+    Reads the layout of one tensor of a group.
+
+    Args:
+        param (`torch.Tensor`):
+            What the group holds at the time of a step.
+        place (`int`):
+            Its place in the group.
+        num_params (`int`):
+            Number of tensors in the group.
+        originals (`Sequence[Original]`):
+            The parameters that the group was made with.
+
+    Returns:
+        `list[Shard]`: the weights in the tensor, in the order of the originals. What no shard covers is padding.
+
+    Raises:
+        UnknownShardsError: If the layout can't be read.
+    """
+    if isinstance(param, DTensor):
+        return [_distributed_tensor_shard(param, place)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from .._compat import fsdp1_handle  # Imports TRL, which one process can do without
+
+        handle = fsdp1_handle(param)
+        if handle is not None:
+            return _fsdp1_shards(param, place, handle)
+    if any(original.reference() is param for original in originals):
+        if tuple(getattr(param, "ds_shape", param.shape)) != tuple(param.shape):
+            raise _unknown(param, "a ZeRO-3 parameter outside DeepSpeed's optimizer")
+        if param.ndim != originals[place].ndim and len(originals) == num_params:
+            raise _unknown(param, f"a parameter that had {originals[place].ndim} dimensions when it was added")
+        return [_whole(param, place)]
+    if param.ndim > 1:
+        return [_whole(param, place)]
+    alive = [(index, original.reference()) for index, original in enumerate(originals)]
+    trainable = [(index, original) for index, original in alive if original is not None and original.requires_grad]
+    shards = _zero3_shards(param, trainable) or _zero12_shards(param, trainable)
+    if shards is not None:
+        return shards
+    if len(originals) == num_params and param.ndim == originals[place].ndim:
+        return [_whole(param, place)]
+    raise _unknown(param, f"a tensor in place of {len(originals)} parameters, the first {_describe(trainable)}")
+
+
+def _whole(param: torch.Tensor, place: int) -> Shard:
+    return Shard(place, tuple(param.shape), 0, 0, param.numel())
+
+
+def _unknown(param: torch.Tensor, found: str) -> UnknownShardsError:
+    return UnknownShardsError(
+        f"The optimizer was handed {found}: a {type(param).__name__} of shape {tuple(param.shape)} and dtype "
+        f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant ones can't be found. Known "
+        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and FSDP2 sharded on the first dimension. Pass "
+        '`on_unknown_shards="adamw"` to go on without projection, as AdamW does.'
+    )
+
+
+def _describe(originals: Sequence[tuple[int, torch.Tensor]]) -> str:
+    if not originals:
+        return "of which is gone"
+    marks = sorted(name for name in vars(originals[0][1]) if name.startswith(("ds_", "_")))
+    return f"of which has shape {tuple(originals[0][1].shape)} and the attributes {marks[:12]}"
+
+
+def _borders(start: int, numel: int, size: int) -> tuple[int, ...]:
+    """Borders inside a weight that begins at `start` of a flat tensor cut into pieces of `size`."""
+    first = (start // size + 1) * size
+    return tuple(range(first - start, numel, size))
+
+
+def _overlap(index: int, shape: tuple[int, ...], start: int, size: int, rank: int, process_group: Any) -> Shard:
+    """Shard of a weight that begins at `start` of a flat tensor of which this process holds one piece of `size`."""
+    numel = math.prod(shape)
+    first, last = max(start, rank * size), min(start + numel, (rank + 1) * size)
+    held = max(0, last - first)
+    return Shard(
+        index, shape, start=first - rank * size if held else 0, offset=first - start if held else 0, numel=held,
+        borders=_borders(start, numel, size), process_group=process_group,
+    )  # fmt: skip
+
+
+def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
+    shape, mesh = tuple(param.shape), param.device_mesh
+    cut = [dim for dim, placement in enumerate(param.placements) if not isinstance(placement, Replicate)]
+    local = param.to_local()
+    if not cut:
+        return Shard(place, shape, 0, 0, param.numel())
+    placement = param.placements[cut[0]]
+    if len(cut) > 1 or type(placement) is not ShardPlacement or placement.dim != 0:
+        if len(shape) < 2:
+            return Shard(place, tuple(local.shape), 0, 0, local.numel())
+        raise _unknown(param, f"a distributed tensor with placements {param.placements}")
+    # As `torch.chunk` cuts
+    rows, row_size = math.ceil(shape[0] / mesh.size(cut[0])), math.prod(shape[1:])
+    first = min(mesh.get_local_rank(cut[0]) * rows, shape[0])
+    if local.numel() != min(rows, shape[0] - first) * row_size:
+        raise _unknown(param, f"a distributed tensor whose local part has shape {tuple(local.shape)}")
+    return Shard(
+        place, shape, start=0, offset=first * row_size, numel=local.numel(),
+        borders=tuple(range(rows * row_size, shape[0] * row_size, rows * row_size)) if row_size else (),
+        process_group=mesh.get_group(cut[0]),
+    )  # fmt: skip
+
+
+def _fsdp1_shards(param: torch.Tensor, place: int, handle: Any) -> list[Shard]:
+    flat = handle.flat_param
+    size = flat._sharded_size.numel() if handle.uses_sharded_strategy else sum(flat._numels_with_padding)
+    rank = handle.rank if handle.uses_sharded_strategy else 0
+    shards: list[Shard] = []
+    shapes, start = iter(flat._shapes), 0
+    for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+        if not is_padding:
+            shape = tuple(next(shapes))
+            shards.append(_overlap(len(shards), shape, start, size, rank, handle.process_group))
+        start += numel
+    if param is flat:
+        return shards
+    held = [shard for shard, own in zip(shards, flat._params, strict=True) if own is param][0]
+    if held.numel != param.numel():
+        raise _unknown(param, f"an FSDP1 parameter of which {held.numel} elements should be here")
+    return [Shard(place, held.shape, 0, held.offset, held.numel, held.borders, held.process_group)]
+
+
+def _zero12_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tensor]]) -> list[Shard] | None:
+    """ZeRO-1 and 2 and BF16_Optimizer: the parameters are views of one buffer, of which `param` is a piece."""
+    from .._compat import zero_process_group
+
+    process_group = zero_process_group(originals[0][1]) if originals else None
+    if process_group is None:
+        return None
+    world_size = torch.distributed.get_world_size(process_group)
+    buffer = originals[0][1].data.untyped_storage()
+    found = f"a flat tensor that is not one of {world_size} equal pieces of its parameters' buffer"
+    if buffer.nbytes() != param.numel() * world_size * originals[0][1].element_size():
+        raise _unknown(param, found)
+    rank, shards = torch.distributed.get_rank(process_group), []
+    for index, original in originals:
+        if original.data.untyped_storage().data_ptr() != buffer.data_ptr() or not original.is_contiguous():
+            raise _unknown(param, found)
+        start = int(original.data.storage_offset())
+        shards.append(_overlap(index, tuple(original.shape), start, param.numel(), rank, process_group))
+    return shards
+
+
+def _zero3_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tensor]]) -> list[Shard] | None:
+    """ZeRO-3: of every parameter this process has one piece, and `param` is those pieces one after the other."""
+    from .._compat import zero3_sub_group
+
+    members = zero3_sub_group(param, originals[0][1]) if originals else None
+    if members is None:
+        return None
+    places = {id(original): index for index, original in originals}
+    shards, start = [], 0
+    for member in members:
+        if id(member) not in places:
+            raise _unknown(param, "a ZeRO-3 sub-group with a parameter of another group")
+        size, shape = member.partition_numel(), tuple(member.ds_shape)
+        shard = _overlap(places[id(member)], shape, 0, size, member.ds_zero_partition_rank, member.ds_process_group)
+        shards.append(Shard(shard.index, shape, start, shard.offset, shard.numel, shard.borders, shard.process_group))
+        start += size
+    if start != param.numel():
+        raise _unknown(param, f"a ZeRO-3 sub-group of {start} elements in a tensor of another size")
+    return shards

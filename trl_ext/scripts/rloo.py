@@ -1,0 +1,16 @@
+"""
+RLOO: TRL's own script with this package's optimizers and strict recipes.
+
+python -m trl_ext.scripts.rloo --config RECIPE
+"""
+
+from functools import partial
+
+from . import trl_scripts
+
+
+main = partial(trl_scripts.main, "rloo")
+make_parser = partial(trl_scripts.make_parser, "rloo")
+
+if __name__ == "__main__":
+    trl_scripts.run("rloo")

@@ -1,0 +1,240 @@
+# /// script
+# dependencies = ["trl-ext"]
+# ///
+"""
+The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates the
+norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
+
+Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network with
+batch normalisation on images of digits.
+
+python -m trl_ext.scripts.scale_invariance --images_dir DATA/images --output_dir outputs/scale_invariance
+"""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..optim.adamp import AdamP
+from ..optim.sgdp import SGDP
+from ..optim.step_geometry import StepRecorder
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+console = Console(highlight=False)
+COLORS = {"SGD": "#6b6b6b", "SGDP": "#2f9e5b", "Adam": "#3b7dd8", "AdamP": "#c1272d"}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "SGDP": lambda params, lr: SGDP(params, lr=lr, momentum=0.9),
+    "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
+    "AdamP": lambda params, lr: AdamP(params, lr=lr),
+}
+
+
+@dataclass
+class ScaleInvarianceArguments:
+    """
+    Arguments of the experiment.
+
+    Args:
+        images_dir (`str`):
+            Folder with `mnist_t10k_images.gz` and `mnist_t10k_labels.gz` in the idx format; the first 8,000 images are
+            trained on, the rest is tested on.
+        seeds (`list[int]`):
+            Seeds of the network and of the order of its data; the toy problem uses the first.
+        epochs (`int`):
+            Passes over the images.
+        sgd_learning_rates, adam_learning_rates (`list[float]`):
+            Learning rates of the network, for SGD and SGDP and for Adam and AdamP.
+        toy_steps (`int`):
+            Steps of the toy problem.
+        output_dir (`str`):
+            Folder of the results.
+    """
+
+    images_dir: str = field(metadata={"help": "Folder with the idx files of MNIST's test images."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    epochs: int = field(default=8, metadata={"help": "Passes over the images."})
+    sgd_learning_rates: list[float] = field(
+        default_factory=lambda: [0.01, 0.05, 0.2, 1.0], metadata={"help": "Learning rates of SGD and SGDP."}
+    )
+    adam_learning_rates: list[float] = field(
+        default_factory=lambda: [0.001, 0.003, 0.01, 0.03], metadata={"help": "Learning rates of Adam and AdamP."}
+    )
+    toy_steps: int = field(default=300, metadata={"help": "Steps of the toy problem."})
+    output_dir: str = field(default="outputs/scale_invariance", metadata={"help": "Folder of the results."})
+
+
+def rayleigh_quotient(weight: torch.Tensor, eigenvalues: torch.Tensor) -> torch.Tensor:
+    """`w' A w / w' w` with a diagonal A: scale-invariant in w, smallest eigenvalue at its minimum. `(1, D)`, `(D,)`."""
+    return (eigenvalues * weight.square()).sum() / weight.square().sum()
+
+
+def run_toy(name: str, learning_rate: float, steps: int, seed: int, size: int = 64) -> dict[str, list[float]]:
+    """The distance to the minimum, the norm and the angle of each step."""
+    torch.manual_seed(seed)
+    eigenvalues = torch.logspace(-3, 0, size)
+    weight = nn.Parameter(nn.functional.normalize(torch.randn(1, size)))
+    optimizer, recorder = OPTIMIZERS[name]([weight], learning_rate), StepRecorder({"weight": weight})
+    trace: dict[str, list[float]] = {"gap": [], "norm": [], "angle": []}
+    for _ in range(steps):
+        loss = rayleigh_quotient(weight, eigenvalues)
+        optimizer.zero_grad()
+        loss.backward()
+        recorder.before()
+        optimizer.step()
+        step = recorder.after()["weight"]
+        trace["gap"].append(float(loss.detach() - eigenvalues.min()))
+        trace["norm"].append(step.norm)
+        trace["angle"].append(step.angle)
+    return trace
+
+
+def load_images(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `(N, 1, 28, 28)`, float32 in [0, 1], and labels `(N,)`."""
+    with gzip.open(Path(folder) / "mnist_t10k_images.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(Path(folder) / "mnist_t10k_labels.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.from_numpy(pixels / 255.0).float(), torch.from_numpy(labels.astype(np.int64))
+
+
+def normalised_network() -> nn.Sequential:
+    """Three convolutions with batch normalisation after each, which makes their channels scale-invariant; no biases."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 8), (8, 16), (16, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 10))
+
+
+def run_network(
+    name: str, learning_rate: float, epochs: int, seed: int, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, Any]:
+    """Accuracy on the held-out images, and norm and angle of the convolutions on every fifth step."""
+    torch.manual_seed(seed)
+    network = normalised_network()
+    convolutions = {key: p for key, p in network.named_parameters() if p.ndim == 4}
+    optimizer, recorder = OPTIMIZERS[name](network.parameters(), learning_rate), StepRecorder(convolutions)
+    start = float(np.mean([float(p.detach().norm()) for p in convolutions.values()]))
+    trace: dict[str, Any] = {"step": [], "growth": [], "angle": [], "passed": []}
+    steps = 0
+    for _ in range(epochs):
+        for batch in torch.randperm(8000).split(100):
+            loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            if steps % 5 == 0:
+                recorder.before()
+            optimizer.step()
+            if steps % 5 == 0:
+                geometry = recorder.after().values()
+                trace["step"].append(steps)
+                trace["growth"].append(float(np.mean([g.norm for g in geometry])) / start)
+                trace["angle"].append(float(np.mean([g.angle for g in geometry])))
+                trace["passed"].append(float(np.mean([g.view == "channel" for g in geometry])))
+            steps += 1
+    network.eval()
+    with torch.no_grad():
+        accuracy = float((network(images[8000:]).argmax(-1) == labels[8000:]).float().mean())
+    return {"name": name, "learning_rate": learning_rate, "seed": seed, "accuracy": accuracy, **trace}
+
+
+def network_table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy, norm growth and last effective step size of every optimizer and learning rate, as Markdown."""
+    lines = [
+        "| optimizer | learning rate | accuracy | norm, last / first | effective step, last tenth | channel test passed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rate in dict.fromkeys((row["name"], row["learning_rate"]) for row in rows):
+        own = [row for row in rows if (row["name"], row["learning_rate"]) == (name, rate)]
+        accuracy = [100 * row["accuracy"] for row in own]
+        tail = [np.mean(row["angle"][-len(row["angle"]) // 10 :]) for row in own]
+        lines.append(
+            f"| {name} | {rate:g} | {np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1) if len(own) > 1 else 0:.2f} | "
+            f"{np.mean([row['growth'][-1] for row in own]):.2f} | {np.mean(tail):.4f} | "
+            f"{np.mean([np.mean(row['passed']) for row in own]):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def toy_table(toys: dict[str, dict[str, list[float]]]) -> str:
+    """What is left of the distance to the minimum at a third of the steps and at the end, as Markdown."""
+    lines = ["| optimizer | gap at a third | gap at the end | norm at the end |", "|---|---|---|---|"]
+    for name, trace in toys.items():
+        third = trace["gap"][len(trace["gap"]) // 3]
+        lines.append(f"| {name} | {third:.5f} | {trace['gap'][-1]:.5f} | {trace['norm'][-1]:.2f} |")
+    return "\n".join(lines)
+
+
+def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], path: Path) -> None:
+    """Norm and effective step size of both problems; the network at the third of its learning rates."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
+    for name, trace in toys.items():
+        for axis, key in zip(axes[0], ("norm", "angle", "gap"), strict=True):
+            axis.plot(trace[key], color=COLORS[name], label=name)
+    for name, color in COLORS.items():
+        own = [row for row in rows if row["name"] == name]
+        rates = sorted({row["learning_rate"] for row in own})
+        chosen = [row for row in own if row["learning_rate"] == rates[len(rates) // 2]]
+        for axis, key in zip(axes[1], ("growth", "angle"), strict=False):
+            axis.plot(chosen[0]["step"], np.mean([row[key] for row in chosen], axis=0), color=color, label=name)
+        accuracy = [np.mean([row["accuracy"] for row in own if row["learning_rate"] == rate]) for rate in rates]
+        axes[1, 2].plot(rates, accuracy, color=color, marker="o", label=name)
+    for axis, label in zip(
+        axes.flat, ("norm", "effective step (radians)", "distance to the minimum") * 2, strict=True
+    ):
+        axis.set(xlabel="step", ylabel=label)
+    axes[0, 1].set(yscale="log")
+    axes[0, 2].set(yscale="log")
+    axes[1, 0].set(ylabel="norm / first norm")
+    axes[1, 1].set(yscale="log")
+    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log")
+    axes[0, 0].set(title="scale-invariant function")
+    axes[1, 0].set(title="network with batch normalisation")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: ScaleInvarianceArguments) -> None:
+    """Runs both problems and writes `results.md`, `results.png` and `runs.json`."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_rates = {"SGD": 0.2, "SGDP": 0.2, "Adam": 0.03, "AdamP": 0.03}
+    toys = {name: run_toy(name, rate, args.toy_steps, args.seeds[0]) for name, rate in toy_rates.items()}
+    console.print(toy_table(toys))
+    images, labels = load_images(args.images_dir)
+    rows = []
+    for name in OPTIMIZERS:
+        for rate in args.sgd_learning_rates if name.startswith("SGD") else args.adam_learning_rates:
+            rows += [run_network(name, rate, args.epochs, seed, images, labels) for seed in args.seeds]
+            console.print(name, rate, [row["accuracy"] for row in rows[-len(args.seeds) :]])
+    (folder / "results.md").write_text(toy_table(toys) + "\n\n" + network_table(rows) + "\n")
+    (folder / "runs.json").write_text(json.dumps({"toy": toys, "network": rows}))
+    plot(toys, rows, folder / "results.png")
+
+
+def make_parser(prog: str | None = None) -> "StrictParser":
+    """The strict parser of the script's arguments."""
+    from .strict_parser import StrictParser
+
+    return StrictParser((ScaleInvarianceArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(), main)

@@ -1,0 +1,66 @@
+"""TRL's own training scripts with this package's optimizers and strict recipes."""
+
+import importlib
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+
+@dataclass
+class OptimizerScriptArguments:
+    """
+    Arguments of the scripts beyond TRL's.
+
+    Args:
+        log_optimizer_report (`bool`, *optional*, defaults to `False`):
+            Whether to log what AdamP's or SGDP's projection does ([`OptimizerReportCallback`]).
+    """
+
+    log_optimizer_report: bool = field(
+        default=False, metadata={"help": "Log what the projection of AdamP or SGDP does, and write it to a file."}
+    )
+
+
+def trl_script(name: str) -> ModuleType:
+    """The script `trl.scripts.<name>`."""
+    return importlib.import_module(f"trl.scripts.{name}")
+
+
+def make_parser(name: str, prog: str | None = None) -> "StrictParser":
+    """The strict parser of a TRL script's arguments, with our optimizers among the choices of `optim`."""
+    from ..optim import register
+    from .strict_parser import StrictParser
+
+    register()
+    return StrictParser((*trl_script(name).make_parser().dataclass_types, OptimizerScriptArguments), prog=prog)
+
+
+def main(
+    name: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, optimizer_args: Any
+) -> None:
+    """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
+    from ..optim.factory import check_optim_args
+    from ..optim.optimizer_report_callback import OptimizerReportCallback, default_callback
+    from .loading import last_checkpoint, require_model_and_data, resolve_model
+
+    check_optim_args(training_args)
+    require_model_and_data(model_args, script_args, dataset_args)
+    model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
+    training_args.resume_from_checkpoint = last_checkpoint(training_args)
+    with ExitStack() as stack:
+        if optimizer_args.log_optimizer_report:
+            stack.enter_context(default_callback(OptimizerReportCallback()))
+        trl_script(name).main(script_args, training_args, model_args, dataset_args)
+
+
+def run(name: str) -> None:
+    """Runs a script on the process's arguments."""
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(name), partial(main, name))
