@@ -230,7 +230,7 @@ def compiled_sweep(rounds: int) -> list[str]:
     return lines
 
 
-def make_parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
@@ -241,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    options = argument_parser().parse_args()
     if "estimators" in options.parts:
         print(
             "| batch | threads | gradient | sweeps | CPU ms | wall ms | step / adjoint | backward / adjoint | error |"

@@ -124,7 +124,7 @@ def plot_cosines(tables: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", default=".", help="Where to draw the figures.")
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    options = argument_parser().parse_args()
     torch.set_num_threads(1)
     tables = {f"{name}, float64": errors_of(name, options.seeds) for name in ("tanh", "sigmoid", "dsilu")}
     tables["tanh, float32"] = errors_of("tanh", options.seeds, torch.float32)

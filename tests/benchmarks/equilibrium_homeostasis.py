@@ -124,7 +124,7 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", required=True, help="Images, idx format, gzipped.")
     parser.add_argument("--labels", required=True, help="Labels, idx format, gzipped.")
@@ -143,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    options = argument_parser().parse_args()
     torch.set_num_threads(1)
     images = read_idx(options.images).flatten(1).float() / 255
     labels = read_idx(options.labels).long()
