@@ -11,6 +11,7 @@ _EXPORTS = {
     "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
     "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
     "ConstraintDashboardCallback": "trl_ext.constrained_ppo.dashboard",
+    "EPHead": "trl_ext.equilibrium.head",
     "LearnedTokenMask": "trl_ext.sparse_po.masks",
     "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
     "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
     from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
     from .constrained_ppo.dashboard import ConstraintDashboardCallback as ConstraintDashboardCallback
+    from .equilibrium.head import EPHead as EPHead
     from .sparse_po.loss import sparse_po_loss as sparse_po_loss
     from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
     from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask

@@ -1,0 +1,1 @@
+"""Equilibrium propagation: a head whose gradient comes from nudged relaxations."""
