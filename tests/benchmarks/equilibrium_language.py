@@ -101,7 +101,7 @@ def build_model(path: str, head: str, num_labels: int) -> EPModelForSequenceClas
     """The backbone with one of `HEADS`."""
     settings = HEADS[head] or {}
     model = EPModelForSequenceClassification.from_pretrained(
-        path, num_labels=num_labels, hidden_features=WIDTHS, dtype=torch.float32, **settings
+        path, num_labels=num_labels, hidden_features=WIDTHS, spectral_cap=0.9, dtype=torch.float32, **settings
     )
     width = model.config.get_text_config().hidden_size
     if head == "linear":
