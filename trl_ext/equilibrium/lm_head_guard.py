@@ -39,7 +39,7 @@ def refuse_behind_lm_head(module: nn.Module, name: str, submodule: nn.Module | N
 
 
 def _is_output_embeddings(module: Any, name: str) -> bool:
-    current = dict(module.named_children()).get(name)
+    current = getattr(module, name, None)
     return current is not None and current is module.get_output_embeddings()
 
 
