@@ -2,38 +2,15 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 
-def register_config() -> None:
-    """Makes [`~transformers.AutoConfig`] know `EPConfig`."""
-    from transformers import AutoConfig
-
-    from .equilibrium.configuration import EPConfig
-
-    AutoConfig.register(EPConfig.model_type, EPConfig, exist_ok=True)
-
-
-def register_model() -> None:
-    """Makes [`~transformers.AutoModelForSequenceClassification`] know `EPModelForSequenceClassification`."""
-    modeling_auto: Any = importlib.import_module(_MODELS)
-
-    from .equilibrium.configuration import EPConfig
-    from .equilibrium.modeling import EPModelForSequenceClassification
-
-    modeling_auto.AutoModelForSequenceClassification.register(
-        EPConfig, EPModelForSequenceClassification, exist_ok=True
-    )
-
-
-_MODELS = "transformers.models.auto.modeling_auto"
-# Module of transformers: what to do once it is imported
-REGISTRATIONS: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": register_config,
-    _MODELS: register_model,
+# Module with transformers' auto classes: module of ours that registers a class with them when it is imported
+REGISTERED = {
+    "transformers.models.auto.configuration_auto": "trl_ext.equilibrium.configuration",
+    "transformers.models.auto.modeling_auto": "trl_ext.equilibrium.modeling",
 }
 
 
@@ -42,18 +19,17 @@ def register_on_import() -> None:
     Registers our classes where transformers' auto classes are imported already, and otherwise when they will be, so
     that `import trl_ext` imports neither transformers nor torch.
     """
-    pending = dict(REGISTRATIONS)
-    for name in REGISTRATIONS:
-        if name in sys.modules:
-            pending.pop(name)()
+    pending = {name: ours for name, ours in REGISTERED.items() if name not in sys.modules}
     if pending and not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisteringFinder(pending))
+    for name in REGISTERED.keys() - pending.keys():
+        importlib.import_module(REGISTERED[name])
 
 
 class _RegisteringFinder:
-    """Finds the modules of `pending` as Python would, and calls their function after they ran, once."""
+    """Finds the modules of `pending` as Python would, and after they ran imports ours, once."""
 
-    def __init__(self, pending: dict[str, Callable[[], None]]):
+    def __init__(self, pending: dict[str, str]):
         self.pending = pending
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -62,11 +38,12 @@ class _RegisteringFinder:
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
-        register, run = self.pending.pop(name), spec.loader.exec_module
+        ours, run = self.pending.pop(name), spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            register()
+            # Half imported where it is what imports transformers; it registers its class at its end
+            importlib.import_module(ours)
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

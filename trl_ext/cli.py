@@ -20,6 +20,8 @@ from . import __version__
 TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
+    "equilibrium-reward": "trl_ext.scripts.equilibrium_reward",
+    "equilibrium-classifier": "trl_ext.scripts.equilibrium_classifier",
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
@@ -28,6 +30,10 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
+  equilibrium-reward
+              Train a reward model with an equilibrium-propagation head, with the same options
+  equilibrium-classifier
+              Train a text classifier with such a head, with the same options
   demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 

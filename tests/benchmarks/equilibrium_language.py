@@ -36,6 +36,7 @@ HEADS: dict[str, dict | None] = {
 # The first seed's validation accuracy decides, where the backbone is frozen; with the backbone all heads train at 1e-3
 LEARNING_RATES = (1e-3, 5e-3)
 TRAINED_HEADS = ("linear", "perceptron", "EP", "EP, 90 degrees", "EP, 90 degrees, homeostasis")
+BACKBONES = {"frozen": True, "trained": False}
 
 
 @dataclass
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/equilibrium_language.json"))
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frozen_epochs", type=int, default=15)
     parser.add_argument("--trained_epochs", type=int, default=1)
@@ -214,9 +216,9 @@ def main() -> None:
     ]
     results = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for frozen in (True, False):
+    for backbone in options.backbones:
         for task in tasks:
-            results += compare(path, task, frozen, options)
+            results += compare(path, task, BACKBONES[backbone], options)
             options.output.write_text(json.dumps(results, indent=1))
 
 

@@ -66,7 +66,12 @@ def test_head_is_initialised_as_the_head_says_and_loaded_parts_are_kept(folder, 
 
 
 @pytest.mark.parametrize(
-    "imports", ["import trl_ext", "from transformers.models.auto import modeling_auto; import trl_ext"]
+    "imports",
+    [
+        "import trl_ext",
+        "from transformers.models.auto import modeling_auto; import trl_ext",
+        "from trl_ext import EPModelForSequenceClassification",
+    ],
 )
 def test_auto_classes_know_it_in_a_fresh_process(imports, folder, tmp_path):
     classifier(folder).save_pretrained(tmp_path)

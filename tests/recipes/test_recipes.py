@@ -8,11 +8,18 @@ import yaml
 
 import trl_ext
 from tests.tiny import save_tiny_model, tiny_pairs
-from trl_ext.scripts import constrained_ppo, sentiment_frontier, sparse_po
+from trl_ext.scripts import constrained_ppo, equilibrium_classifier, equilibrium_reward, sentiment_frontier, sparse_po
 from trl_ext.scripts.strict_parser import load_recipe
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
+# In recipes/equilibrium; the folder of another recipe names its script
+EQUILIBRIUM = {
+    "playground_reward.yaml": equilibrium_reward,
+    "hh_reward.yaml": equilibrium_reward,
+    "imdb_classifier.yaml": equilibrium_classifier,
+    "constrained_ppo_critic.yaml": constrained_ppo,
+}
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 EXPERIMENTS = {"imdb_stories260k.yaml"}
 TRAINING = [path for path in RECIPES if path.name not in EXPERIMENTS]
@@ -25,6 +32,8 @@ def ids(path):
 def script_of(path):
     if path.name in EXPERIMENTS:
         return sentiment_frontier
+    if path.parent.name == "equilibrium":
+        return EQUILIBRIUM[path.name]
     return {"sparse_po": sparse_po, "constrained_ppo": constrained_ppo}[path.parent.name]
 
 
@@ -65,7 +74,11 @@ def test_recipe_runs_two_steps(path, tmp_path):
     for key in ("datasets", "dataset_name", "test_split_size", "model_name_or_path", "attn_implementation"):
         recipe.pop(key, None)
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(12)))
+    rows = [{**row, "text": row["chosen"], "label": index % 2} for index, row in enumerate(tiny_pairs(12))]
+    script = script_of(path)
+    if script is not equilibrium_classifier:
+        rows = list(tiny_pairs(12))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": model,
         "datasets": [{"path": "json", "data_files": str(data)}],
@@ -84,19 +97,23 @@ def test_recipe_runs_two_steps(path, tmp_path):
         "save_strategy": "steps",
         "save_steps": 2,
     }
-    method = path.parent.name
     recipe |= {
-        "sparse_po": {"max_length": 64, "show_token_masks": 1},
-        "constrained_ppo": {"max_completion_length": 6, "per_device_eval_batch_size": 2},
-    }[method]
+        sparse_po: {"max_length": 64, "show_token_masks": 1},
+        constrained_ppo: {"max_completion_length": 6, "per_device_eval_batch_size": 2},
+        equilibrium_reward: {"max_length": 64, "head_hidden_features": [8, 8]},
+        equilibrium_classifier: {"max_length": 64, "head_hidden_features": [8, 8]},
+    }[script]
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
-    script = script_of(path)
     script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden)]))
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    if method == "sparse_po":
+    if script is sparse_po:
         assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
-    else:
+    elif script is constrained_ppo:
         assert (tmp_path / "out" / "critic.safetensors").is_file()
+    else:
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["hidden_features"] == [8, 8] and config["feedback"] == recipe["head_feedback"]
+        assert config["homeostasis_coef"] == recipe.get("homeostasis_coef", 0.0)
     assert (tmp_path / "out" / "README.md").is_file()

@@ -23,6 +23,22 @@ HEAD_FIELDS = (
 )
 
 
+def check_homeostasis(homeostasis_coef: float, feedback: str) -> None:
+    """
+    Refuses a weight of the homeostasis objective that cannot be used.
+
+    Raises:
+        ValueError: If it is negative, or above 0 with symmetric feedback.
+    """
+    if not homeostasis_coef >= 0:
+        raise ValueError(f"`homeostasis_coef` must not be negative, got {homeostasis_coef}.")
+    if homeostasis_coef > 0 and feedback == "symmetric":
+        raise ValueError(
+            f"`homeostasis_coef={homeostasis_coef}` has nothing to do where `feedback='symmetric'`. Leave it at 0, or "
+            "use `feedback='asymmetric'`."
+        )
+
+
 class EPConfig(PreTrainedConfig):
     r"""
     Configuration of [`EPModelForSequenceClassification`].
@@ -97,23 +113,8 @@ class EPConfig(PreTrainedConfig):
             self.hidden_features = [256, 256]
         elif not isinstance(self.hidden_features, int):
             self.hidden_features = list(self.hidden_features)
-        self.check_homeostasis()
+        check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
-
-    def check_homeostasis(self) -> None:
-        """
-        Refuses a weight of the homeostasis objective that cannot be used.
-
-        Raises:
-            ValueError: If it is negative, or above 0 with symmetric feedback.
-        """
-        if not self.homeostasis_coef >= 0:
-            raise ValueError(f"`homeostasis_coef` must not be negative, got {self.homeostasis_coef}.")
-        if self.homeostasis_coef > 0 and self.feedback == "symmetric":
-            raise ValueError(
-                f"`homeostasis_coef={self.homeostasis_coef}` has nothing to do where `feedback='symmetric'`. Leave it "
-                "at 0, or use `feedback='asymmetric'`."
-            )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration, which TRL's trainers and the pooling read `pad_token_id` from."""
@@ -128,3 +129,6 @@ class EPConfig(PreTrainedConfig):
     def head_settings(self) -> dict[str, Any]:
         """Keyword arguments of [`EPHead`], but for the numbers of features in and out."""
         return {name: getattr(self, name) for name in HEAD_FIELDS}
+
+
+AutoConfig.register(EPConfig.model_type, EPConfig, exist_ok=True)

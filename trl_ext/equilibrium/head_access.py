@@ -8,6 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from .._compat import gathered_state_dict
+from .configuration import check_homeostasis
 from .head import EPHead
 from .modeling import EPModelForSequenceClassification
 
@@ -61,8 +62,8 @@ def use_homeostasis_coef(model: EPModelForSequenceClassification, value: float |
     """
     if value is None:
         return
+    check_homeostasis(value, model.config.feedback)
     model.config.homeostasis_coef = value
-    model.config.check_homeostasis()
 
 
 class HeadMetrics:

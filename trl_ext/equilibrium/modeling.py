@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .configuration import HEAD_FIELDS, EPConfig
@@ -279,3 +286,6 @@ class EPModelForSequenceClassification(PreTrainedModel):
         for name, tensor in (("logits", logits), ("homeostasis_loss", homeostasis_loss)):
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient, name=name: passes.update([name]))
+
+
+AutoModelForSequenceClassification.register(EPConfig, EPModelForSequenceClassification, exist_ok=True)

@@ -75,18 +75,26 @@ class EPHeadArguments:
         return {name.removeprefix(PREFIX): getattr(self, name) for name in own}
 
 
-def check_head(head_args: EPHeadArguments) -> None:
+def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> None:
     """
     Refuses a head that cannot be built, before a model or data is loaded.
+
+    Args:
+        head_args ([`EPHeadArguments`]):
+            The head.
+        homeostasis_coef (`float`, *optional*):
+            Weight of the homeostasis objective.
 
     Raises:
         RecipeError: If an argument of the head is wrong.
     """
+    from ..equilibrium.configuration import check_homeostasis
     from ..equilibrium.head import EPHead
     from .strict_parser import RecipeError
 
     try:
         EPHead(1, out_features=1, **head_args.head_settings())
+        check_homeostasis(homeostasis_coef or 0.0, head_args.head_feedback)
     except ValueError as error:
         raise RecipeError(f"{error} (In a recipe, the head's arguments begin with `{PREFIX}`.)") from error
 

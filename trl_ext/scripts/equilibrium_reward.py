@@ -25,7 +25,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
 
     require_model_and_data(model_args, script_args, dataset_args)
-    check_head(head_args)
+    check_head(head_args, training_args.homeostasis_coef)
     checkpoint = last_checkpoint(training_args)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no"
