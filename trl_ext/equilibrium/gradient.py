@@ -2,8 +2,8 @@
 
 The nudge is the incoming gradient as a constant force, `beta n`. The fixed point is `r = phi(W r + drive + beta n)`,
 so `dr/dbeta = (D^-1 - W)^-1 n` with `D = diag(phi')`. For a symmetric `W` that is the error vector
-`(D^-1 - W^T)^-1 n` of the exact gradient. Responses are relaxed as deviations from the free state: their size then sets
-their precision, and a free state that has not quite converged adds no drift.
+`(D^-1 - W^T)^-1 n` of the exact gradient. Responses are relaxed as deviations from the free state: their size then
+sets their precision, and a free state that has not quite converged adds no drift.
 """
 
 import cmath
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from .network import Constants, LayeredNetwork
+from .network import Activation, Constants, LayeredNetwork
 from .relaxation import Relaxation, absolute_tolerance, free_relaxation, relax, select_rows
 
 
@@ -56,11 +56,11 @@ class Estimator:
 
     def points(self) -> list[tuple[complex, float]]:
         """
-        The nudges to relax, each with its weight in the mean: those with a negative imaginary part are left to
-        conjugate symmetry.
+        The points `beta_k / radius` on the unit circle, each with its weight in the mean. Those with a negative
+        imaginary part are left to conjugate symmetry.
         """
         if self.name == "one_sided":
-            return [(complex(self.radius), 1.0)]
+            return [(1 + 0j, 1.0)]
         num_points, rotated = (2, False) if self.name == "symmetric" else (self.num_points, self.rotated)
         points = []
         for k in range(num_points):
@@ -69,7 +69,7 @@ class Estimator:
                 continue
             # On the axes without rounding
             direction = {0.0: 1 + 0j, 0.5: 1j, 1.0: -1 + 0j}.get(turn, cmath.exp(1j * math.pi * turn))
-            points.append((self.radius * direction, (2 if 0 < turn < 1 else 1) / num_points))
+            points.append((direction, (2 if 0 < turn < 1 else 1) / num_points))
         return points
 
 
@@ -113,13 +113,44 @@ class TangentDynamics:
 
 
 @dataclass
-class NudgedDynamics:
+class PrincipalDynamics:
     """
-    Relaxation of the deviations from the free state under finite nudges, all points in one batch.
+    Relaxation of the Fourier mode that the estimate consists of.
 
-    Rows are blocks of samples: real points, the real parts of the complex points, their imaginary parts and, last,
-    the imaginary part of a purely imaginary point. The real part of that point's response is of second order in the
-    nudge and is held at zero here; `real_parts` are the largest ones that were met.
+    The responses at the points `beta_k` are `a_1 beta_k` plus terms of second and higher order in the nudge. Here the
+    latter are held at zero, which leaves one row for each sample, whatever the number of points; the activation is
+    still taken at every point.
+    """
+
+    network: LayeredNetwork
+    drives: list[torch.Tensor | None]
+    num_samples: int
+    constants: list[Constants]
+    points: list[tuple[complex, float]]
+    largest_currents: list[torch.Tensor] = field(default_factory=list)
+    bottom_up: bool = False
+
+    def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
+        if check:
+            self.largest_currents.append(current.abs().amax())
+        return principal_mode(self.network.activation, self.constants[layer], current, self.points)
+
+    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return relative_change(old, new, self.num_samples)
+
+    def select(self, samples: torch.Tensor) -> "PrincipalDynamics":
+        selected = _select(self.drives, self.constants, samples, self.num_samples)
+        return PrincipalDynamics(self.network, *selected, self.points, self.largest_currents)
+
+
+@dataclass
+class PointsDynamics:
+    """
+    Relaxation of the responses at all points in one batch.
+
+    Rows are blocks of samples: real points, the real parts of the others, and their imaginary parts. The tolerance is
+    relative for the mode that the estimate consists of. The others only move the state at which the response is taken,
+    as an error of the free state does, and have its absolute tolerance.
     """
 
     network: LayeredNetwork
@@ -127,63 +158,75 @@ class NudgedDynamics:
     num_samples: int
     constants: list[Constants]
     num_real: int
-    num_complex: int
-    real_parts: list[torch.Tensor] = field(default_factory=list)
+    mixer: torch.Tensor
     bottom_up: bool = False
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         activation, constants = self.network.activation, self.constants[layer]
-        blocks = current.view(-1, self.num_samples, current.shape[-1])
-        real, a, b, imaginary = blocks.split(
-            [self.num_real, self.num_complex, self.num_complex, len(blocks) - self.num_real - 2 * self.num_complex]
-        )
-        parts = []
-        if len(real):
-            parts.append(activation.difference(constants, real))
-        if len(a):
+        blocks = current.view(len(self.mixer), self.num_samples, current.shape[-1])
+        num_complex = (len(blocks) - self.num_real) // 2
+        real, a, b = blocks.split([self.num_real, num_complex, num_complex])
+        parts = [activation.difference(constants, real)] if self.num_real else []
+        if num_complex:
             parts += activation.complex_difference(constants, a, b)
-        if len(imaginary):
-            second_order, part = activation.imaginary_difference(constants, imaginary)
-            parts.append(part)
-            if check:
-                self.real_parts.append(second_order.abs_().amax())
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(0, 1)
+        return torch.cat(parts).flatten(0, 1)
 
     def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return relative_change(old, new, self.num_samples)
+        change = old.sub_(new)
+        largest = change.abs().view(-1, self.num_samples, change.shape[-1]).amax(dim=(0, 2))
+        principal = self.mix(change).abs_().amax(dim=-1)
+        size = self.mix(new).abs_().amax(dim=-1)
+        return torch.maximum(largest, principal.div_(size.clamp_min_(torch.finfo(size.dtype).tiny)))
 
-    def select(self, samples: torch.Tensor) -> "NudgedDynamics":
+    def mix(self, rows: torch.Tensor) -> torch.Tensor:
+        """The mode that the estimate consists of."""
+        return (self.mixer @ rows.view(len(self.mixer), -1)).view(self.num_samples, rows.shape[-1])
+
+    def select(self, samples: torch.Tensor) -> "PointsDynamics":
         selected = _select(self.drives, self.constants, samples, self.num_samples)
-        return NudgedDynamics(self.network, *selected, self.num_real, self.num_complex, self.real_parts)
+        return PointsDynamics(self.network, *selected, self.num_real, self.mixer)
 
 
-@dataclass
-class ImaginaryDynamics:
+def principal_mode(
+    activation: Activation, constants: Constants, current: torch.Tensor, points: list[tuple[complex, float]]
+) -> torch.Tensor:
     """
-    Relaxation under a purely imaginary nudge, real and imaginary parts as two blocks of rows.
+    Mean over the points `z_k` of the unit circle of `(phi(u + z_k v) - phi(u)) / z_k`.
 
-    Only the imaginary part enters the estimate. The real part moves the state at which the response is taken, as an
-    error of the free state does, and has the same absolute tolerance.
+    Args:
+        activation ([`Activation`]), constants (`tuple[torch.Tensor]`):
+            `phi`, and what it needs of `u`.
+        current (`torch.Tensor` of shape `(rows, n)`):
+            Real `v`.
+        points (`list[tuple[complex, float]]`):
+            [`Estimator.points`].
+
+    Returns:
+        `torch.Tensor` of shape `(rows, n)`, real by conjugate symmetry.
     """
-
-    network: LayeredNetwork
-    drives: list[torch.Tensor | None]
-    num_samples: int
-    constants: list[Constants]
-    bottom_up: bool = False
-
-    def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
-        real, imaginary = current.view(2, self.num_samples, -1)
-        parts = self.network.activation.complex_difference(self.constants[layer], real, imaginary)
-        return torch.cat(parts)
-
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        count = self.num_samples
-        real = (old[:count] - new[:count]).abs_().amax(dim=-1)
-        return torch.maximum(real, relative_change(old[count:], new[count:], count))
-
-    def select(self, samples: torch.Tensor) -> "ImaginaryDynamics":
-        return ImaginaryDynamics(self.network, *_select(self.drives, self.constants, samples, self.num_samples))
+    total: torch.Tensor | None = None
+    # The negative of a point is a point, or the conjugate of one: each pair has the odd part of the difference
+    has_negatives = all(any(abs(point + other.conjugate()) < 1e-9 for other, _ in points) for point, _ in points)
+    for point, weight in points:
+        if has_negatives and point.real < 0:
+            continue
+        if has_negatives and point.real > 0:
+            weight = 2 * weight
+        if point.imag == 0:
+            difference = activation.odd_difference if has_negatives else activation.difference
+            part, weight = difference(constants, current * point.real), weight * point.real
+        elif point.real == 0:
+            part = activation.odd_imaginary_difference(constants, current)
+        else:
+            complex_difference = activation.odd_complex_difference if has_negatives else activation.complex_difference
+            real, part = complex_difference(constants, current * point.real, current * point.imag)
+            part = part.mul_(point.imag).add_(real, alpha=point.real)
+        if total is None:
+            total = part if weight == 1 else part.mul_(weight)
+        else:
+            total.add_(part, alpha=weight)
+    assert total is not None
+    return total
 
 
 def relative_change(old: torch.Tensor, new: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -243,81 +286,76 @@ def error_vectors(
         return ErrorVectors(relaxation.activities, [relaxation])
 
     points = estimator.points()
-    real = [(point.real, weight) for point, weight in points if point.imag == 0]
-    imaginary = [(point.imag, weight) for point, weight in points if point.real == 0]
-    complex_points = [(point, weight) for point, weight in points if point.real != 0 and point.imag != 0]
-    sizes = [point for point, _ in real] + [point.real for point, _ in complex_points]
-    sizes += [point.imag for point, _ in complex_points] + [size for size, _ in imaginary]
-    drive = (nudge * nudge.new_tensor(sizes).view(-1, 1, 1)).flatten(0, 1)
-    dynamics = NudgedDynamics(network, [*silent, drive], num_samples, constants, len(real), len(complex_points))
-    relaxations = [relax(dynamics, tolerance, max_steps)]
-    responses = [rows.view(-1, num_samples, rows.shape[-1]) for rows in relaxations[0].activities]
-    if imaginary and torch.stack(dynamics.real_parts).max() > absolute_tolerance(tolerance, nudge.dtype):
-        start = [blocks[-1] for blocks in responses]
-        completed = complete_imaginary_point(network, constants, nudge * imaginary[0][0], start, tolerance, max_steps)
-        relaxations += completed.relaxations
-        responses = [
-            torch.cat([blocks[:-1], last[None]]) if len(blocks) > 1 else last[None]
-            for blocks, last in zip(responses, completed.layers, strict=True)
-        ]
-    weights = [weight / point for point, weight in real]
-    weights += [weight * point.real / abs(point) ** 2 for point, weight in complex_points]
-    weights += [weight * point.imag / abs(point) ** 2 for point, weight in complex_points]
-    weights += [weight / size for size, weight in imaginary]
-    mixer = nudge.new_tensor(weights)
-    if len(weights) == 1:
-        return ErrorVectors([blocks[0] * mixer for blocks in responses], relaxations)
-    return ErrorVectors([torch.einsum("p,pbn->bn", mixer, blocks) for blocks in responses], relaxations)
+    drive = nudge * estimator.radius
+    dynamics = PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
+    relaxation = relax(dynamics, tolerance, max_steps)
+    principal, relaxations = relaxation.activities, [relaxation]
+    largest = torch.stack(dynamics.largest_currents).max()
+    higher_modes = network.activation.max_curvature * largest.square()
+    if len(points) > 1 or points[0][0].imag != 0:
+        if not higher_modes <= absolute_tolerance(tolerance, nudge.dtype):
+            completed = relax_points(network, constants, drive, principal, points, tolerance, max_steps)
+            principal = completed.layers
+            relaxations += completed.relaxations
+    return ErrorVectors([mode / estimator.radius for mode in principal], relaxations)
 
 
-def complete_imaginary_point(
+def relax_points(
     network: LayeredNetwork,
     constants: list[Constants],
     drive: torch.Tensor,
-    start: list[torch.Tensor],
+    principal: list[torch.Tensor],
+    points: list[tuple[complex, float]],
     tolerance: float,
     max_steps: int,
 ) -> ErrorVectors:
     """
-    Relaxes a purely imaginary nudge from a state whose imaginary part has converged with the real part held at zero.
-
-    Samples whose real part is stationary there, within the absolute tolerance, have converged already: small nudges
-    need no second relaxation.
+    Relaxes the responses at all points, from a state in which all but the principal mode is zero. Samples for which
+    that state is stationary, within the absolute tolerance, are left as they are.
 
     Args:
-        network ([`LayeredNetwork`]):
-            Weights.
-        constants (`list` of [`Activation.constants`]):
-            The free state.
-        drive (`torch.Tensor` of shape `(rows, n_L)`):
-            Imaginary part of the nudge.
-        start (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-            Imaginary parts of the response.
-        tolerance (`float`), max_steps (`int`):
+        network, constants, tolerance, max_steps:
             See [`error_vectors`].
+        drive (`torch.Tensor` of shape `(rows, n_L)`):
+            The nudge at the point 1.
+        principal (`list[torch.Tensor]` of shapes `(rows, n_l)`):
+            The mode, as a response to `drive`.
+        points (`list[tuple[complex, float]]`):
+            [`Estimator.points`].
 
     Returns:
-        [`ErrorVectors`]: the imaginary parts of the response, and the relaxation if there was one.
+        [`ErrorVectors`]: the mode, and the relaxation if there was one.
     """
-    real_parts, largest = [], drive.new_zeros(len(drive))
-    for layer in range(len(start)):
-        current = network.current(layer, list(start), drive if layer == len(start) - 1 else None)
-        real, _ = network.activation.imaginary_difference(constants[layer], current)
-        real_parts.append(real)
-        largest = torch.maximum(largest, real.abs().amax(dim=-1))
+    # Block `p` of the rows is `parts[p]` times the mode; the mode is the mean of the blocks weighted with `mixer`
+    real = [(point.real, weight) for point, weight in points if point.imag == 0]
+    others = [(point, weight) for point, weight in points if point.imag != 0]
+    parts = [sign for sign, _ in real] + [point.real for point, _ in others] + [point.imag for point, _ in others]
+    mixer = [sign * weight for sign, weight in real]
+    mixer += [point.real * weight for point, weight in others] + [point.imag * weight for point, weight in others]
+    scale = drive.new_tensor(parts).view(-1, 1, 1)
+
+    def dynamics(samples: torch.Tensor | slice) -> PointsDynamics:
+        rows = (drive[samples] * scale).flatten(0, 1)
+        chosen = [tuple(constant[samples] for constant in layer) for layer in constants]
+        silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
+        return PointsDynamics(
+            network, [*silent, rows], len(drive[samples]), chosen, len(real), drive.new_tensor(mixer)
+        )
+
+    everything, start, largest = dynamics(slice(None)), [], drive.new_zeros(len(drive))
+    for layer, mode in enumerate(principal):
+        current = network.current(layer, list(principal), drive if layer == len(principal) - 1 else None)
+        state = everything.activate(layer, (current * scale).flatten(0, 1), False).view(len(parts), *mode.shape)
+        largest = torch.maximum(largest, (state - mode * scale).abs_().amax(dim=(0, 2)))
+        start.append(state)
     samples = (largest > absolute_tolerance(tolerance, drive.dtype)).nonzero().squeeze(1)
     if len(samples) == 0:
-        return ErrorVectors(start, [])
-    silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
-    both = torch.cat([torch.zeros_like(drive[samples]), drive[samples]])
-    dynamics = ImaginaryDynamics(
-        network, [*silent, both], len(samples), [tuple(c[samples] for c in layer) for layer in constants]
-    )
-    state = [torch.cat([real[samples], part[samples]]) for real, part in zip(real_parts, start, strict=True)]
-    relaxation = relax(dynamics, tolerance, max_steps, state)
+        return ErrorVectors(principal, [])
+    chosen = dynamics(samples)
+    relaxation = relax(chosen, tolerance, max_steps, [state[:, samples].flatten(0, 1) for state in start])
     layers = [
-        part.index_copy(0, samples, rows[len(samples) :])
-        for part, rows in zip(start, relaxation.activities, strict=True)
+        mode.index_copy(0, samples, chosen.mix(rows))
+        for mode, rows in zip(principal, relaxation.activities, strict=True)
     ]
     return ErrorVectors(layers, [relaxation])
 

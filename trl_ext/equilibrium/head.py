@@ -373,9 +373,9 @@ class EPHead(nn.Module):
         dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
         rows = hidden.reshape(-1, self.in_features).to(dtype)
         settings = self._settings(trains_backbone=False)
-        biases, _, _ = self.recurrent_parameters()
+        parameters, _, _ = self.recurrent_parameters()
         forward, backward = self._recurrent_weights(dtype)
-        biases, network = settings.unpack((*biases, *forward, *backward), dtype)
+        biases, network = settings.unpack((*parameters, *forward, *backward), dtype)
         drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
         if output_gradient is None:
             output_gradient = torch.ones(len(rows), self.out_features, dtype=dtype, device=rows.device)

@@ -22,11 +22,13 @@ class Activation(Protocol):
     """
     A complex-differentiable activation `phi`.
 
-    `difference` is `phi(u + v) - phi(u)` without the cancellation that subtraction would bring for small `v`; what it
-    needs of `u` comes from `constants`, which need `u` itself only where `needs_membrane` says so, else `phi(u)`.
+    `difference` is `phi(u + v) - phi(u)` without the cancellation that subtraction would bring for small `v`, and
+    `odd_difference` half of `phi(u + v) - phi(u - v)`. What they need of `u` comes from `constants`, which need `u`
+    itself only where `needs_membrane` says so, else `phi(u)`. Complex values are pairs of real and imaginary part.
     """
 
     max_slope: float
+    max_curvature: float
     needs_membrane: bool
 
     def value(self, membrane: torch.Tensor) -> torch.Tensor: ...
@@ -41,8 +43,12 @@ class Activation(Protocol):
         self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def imaginary_difference(
-        self, constants: Constants, imaginary: torch.Tensor
+    def odd_difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor: ...
+
+    def odd_imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> torch.Tensor: ...
+
+    def odd_complex_difference(
+        self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -67,21 +73,45 @@ def complex_tanh_difference(
     return real_part, imaginary_part
 
 
-def imaginary_tanh_difference(
-    tanh: torch.Tensor, slope: torch.Tensor, imaginary: torch.Tensor
+def odd_tanh_difference(tanh: torch.Tensor, slope: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`(tanh(u + v) - tanh(u - v)) / 2`."""
+    moved = torch.tanh(shift)
+    scale = torch.mul(tanh, moved).square_().neg_().add_(1)
+    return torch.div(slope, scale, out=scale).mul_(moved)
+
+
+def odd_imaginary_tanh_difference(tanh: torch.Tensor, slope: torch.Tensor, imaginary: torch.Tensor) -> torch.Tensor:
+    """`(tanh(u + ib) - tanh(u - ib)) / 2i`."""
+    moved = torch.tan(imaginary)
+    scale = torch.mul(tanh, moved).square_().add_(1)
+    return torch.div(slope, scale, out=scale).mul_(moved)
+
+
+def odd_complex_tanh_difference(
+    tanh: torch.Tensor, slope: torch.Tensor, real: torch.Tensor, imaginary: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`complex_tanh_difference`] for `a = 0`."""
-    q = torch.tan(imaginary)
-    turned = torch.mul(tanh, q)
-    scale = torch.mul(turned, turned).add_(1)
-    part = torch.div(slope, scale, out=scale).mul_(q)
-    return turned.mul_(part), part
+    """`(tanh(u + v) - tanh(u - v)) / 2` for `v = a + ib`, as real and imaginary part."""
+    p, q = torch.tanh(real), torch.tan(imaginary)
+    p_squared, q_squared = p.square(), q.square()
+    scale = torch.mul(p_squared, q_squared).add_(1)
+    # x + iy = tanh(v)
+    x = q_squared.add_(1).mul_(p).div_(scale)
+    y = p_squared.neg_().add_(1).mul_(q).div_(scale)
+    squared = tanh.square()
+    turned = torch.mul(x, y).mul_(squared).mul_(2)
+    shifted = squared.mul_(y.square().addcmul_(x, x, value=-1)).add_(1)
+    scale = shifted.square().addcmul_(turned, turned)
+    torch.div(slope, scale, out=scale)
+    real_part = torch.mul(x, shifted).addcmul_(y, turned, value=-1).mul_(scale)
+    imaginary_part = y.mul_(shifted).addcmul_(x, turned).mul_(scale)
+    return real_part, imaginary_part
 
 
 class Tanh:
     """`tanh(u)`; poles at `+-i pi/2`."""
 
     max_slope = 1.0
+    max_curvature = 4 / math.sqrt(27)
     needs_membrane = False
 
     def value(self, membrane: torch.Tensor) -> torch.Tensor:
@@ -103,15 +133,26 @@ class Tanh:
         tanh, slope = constants
         return complex_tanh_difference(tanh, slope, real, imaginary)
 
-    def imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def odd_difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
         tanh, slope = constants
-        return imaginary_tanh_difference(tanh, slope, imaginary)
+        return odd_tanh_difference(tanh, slope, shift)
+
+    def odd_imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> torch.Tensor:
+        tanh, slope = constants
+        return odd_imaginary_tanh_difference(tanh, slope, imaginary)
+
+    def odd_complex_difference(
+        self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tanh, slope = constants
+        return odd_complex_tanh_difference(tanh, slope, real, imaginary)
 
 
 class Sigmoid:
     """The paper's sigmoid `1 / (1 + exp(2 - 4u)) = (1 + tanh(2u - 1)) / 2`; poles at `1/2 +- i pi/4`."""
 
     max_slope = 1.0
+    max_curvature = 8 / math.sqrt(27)
     needs_membrane = False
 
     def value(self, membrane: torch.Tensor) -> torch.Tensor:
@@ -134,16 +175,27 @@ class Sigmoid:
         real_part, imaginary_part = complex_tanh_difference(tanh, slope, 2 * real, 2 * imaginary)
         return 0.5 * real_part, 0.5 * imaginary_part
 
-    def imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def odd_difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
         tanh, slope = constants
-        real_part, imaginary_part = imaginary_tanh_difference(tanh, slope, 2 * imaginary)
-        return 0.5 * real_part, 0.5 * imaginary_part
+        return odd_tanh_difference(tanh, slope, 2 * shift).mul_(0.5)
+
+    def odd_imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> torch.Tensor:
+        tanh, slope = constants
+        return odd_imaginary_tanh_difference(tanh, slope, 2 * imaginary).mul_(0.5)
+
+    def odd_complex_difference(
+        self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tanh, slope = constants
+        real_part, imaginary_part = odd_complex_tanh_difference(tanh, slope, 2 * real, 2 * imaginary)
+        return real_part.mul_(0.5), imaginary_part.mul_(0.5)
 
 
 class DSiLU:
     """The paper's `(silu(u) - silu(u - 2)) / 2`, a smooth step from 0 to 1; poles at `+-i pi` and `2 +- i pi`."""
 
     max_slope = 0.5 * math.tanh(0.5) + 0.25 / math.cosh(0.5) ** 2
+    max_curvature = 0.25
     needs_membrane = True
 
     def value(self, membrane: torch.Tensor) -> torch.Tensor:
@@ -177,8 +229,18 @@ class DSiLU:
         imaginary_part = imaginary * (lower - upper) + moved * b + imaginary * a - (moved - 2) * d - imaginary * c
         return 0.25 * real_part, 0.25 * imaginary_part
 
-    def imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.complex_difference(constants, torch.zeros_like(imaginary), imaginary)
+    def odd_difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
+        return (self.difference(constants, shift) - self.difference(constants, -shift)).mul_(0.5)
+
+    def odd_imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> torch.Tensor:
+        return self.complex_difference(constants, torch.zeros_like(imaginary), imaginary)[1]
+
+    def odd_complex_difference(
+        self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ahead, ahead_imaginary = self.complex_difference(constants, real, imaginary)
+        back, back_imaginary = self.complex_difference(constants, -real, -imaginary)
+        return (ahead - back).mul_(0.5), (ahead_imaginary - back_imaginary).mul_(0.5)
 
 
 ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "dsilu": DSiLU(), "sigmoid": Sigmoid()}

@@ -134,7 +134,7 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
     second_half = range(1 - first_half.start, last + 1, 2)
     left = _Left(dynamics, state)
     for sweep in range(1, max_steps + 1):
-        check = sweep % CHECK_EVERY == 0 or sweep == max_steps
+        check = sweep % CHECK_EVERY == 0 or sweep == max_steps or start is not None
         change: torch.Tensor | None = None
         for layer in (*first_half, *second_half):
             current = left.dynamics.network.current(layer, list(left.state), left.dynamics.drives[layer])
