@@ -21,6 +21,8 @@ __all__ = [
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
+    "open_rollout",
+    "restore_rollout",
     "use_adapter",
 ]
 
@@ -57,6 +59,20 @@ def keep_from_vllm(vllm_generation: Any, part: str) -> None:
         return ((name, parameter) for name, parameter in every_parameter() if part not in name)
 
     vllm_generation._iter_named_params = kept_parameters
+
+
+def open_rollout(trainer: Any) -> tuple[int, list[dict[str, Any]] | None]:
+    """
+    Where a `GRPOTrainer` stands: its number of training steps, micro-batches counted, and the batches of the rollout
+    on which updates are still to come, or `None` where the next step generates.
+    """
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    return trainer._step, trainer._buffered_inputs if trainer._step % generate_every else None
+
+
+def restore_rollout(trainer: Any, step: int, batches: list[dict[str, Any]] | None) -> None:
+    """Sets what [`open_rollout`] gave."""
+    trainer._step, trainer._buffered_inputs = step, batches
 
 
 def gathered_state_dict(module: Any) -> dict[str, Any]:

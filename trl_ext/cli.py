@@ -34,6 +34,9 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               Train a reward model with an equilibrium-propagation head, with the same options
   equilibrium-classifier
               Train a text classifier with such a head, with the same options
+  proxy-points
+              Find the values of rewards beyond which a gold metric falls, from the logs of runs:
+              trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
   demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 
@@ -60,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         Console(highlight=False).print(__version__)
         return 0
     command, *rest = arguments
-    commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "recipes": _recipes}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "demo": _demo,
+        "proxy-points": _proxy_points,
+        "recipes": _recipes,
+    }
     commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
         errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
@@ -142,6 +149,15 @@ def _demo(arguments: list[str]) -> int:
     from .playground.demo import main as demo
 
     return demo(arguments)
+
+
+def _proxy_points(arguments: list[str]) -> int:
+    from .scripts.proxy_points import main as proxy_points
+
+    try:
+        return proxy_points(arguments, prog="trl-ext proxy-points")
+    except ImportError as error:
+        raise ValueError(error) from error
 
 
 def _recipes(arguments: list[str]) -> int:
