@@ -16,6 +16,8 @@ from .network import LayeredNetwork
 
 CHECK_EVERY = 2
 DECAY_OF_A_SLOW_STATE = 0.98
+# A state can rest a while near a fixed point that is about to appear, so the suspicion is tested with more sweeps
+PATIENCE = 10
 
 
 class EquilibriumError(RuntimeError):
@@ -106,7 +108,8 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
     """
     Sweeps until every sample's change in a sweep is within the tolerance.
 
-    Samples that have converged are dropped when at least half of those left have.
+    Samples that have converged are dropped when at least half of those left have. Samples that have not after
+    `max_steps`, and whose change no longer falls, are swept ten times as long before they are given up.
 
     Args:
         dynamics ([`Dynamics`]):
@@ -122,30 +125,40 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
         [`Relaxation`].
 
     Raises:
-        EquilibriumError: If a state is not finite, or a sample that has not converged no longer approaches a fixed
-            point.
+        EquilibriumError: If a state is not finite, or a sample oscillates or diverges.
     """
     state = start if start is not None else one_pass(dynamics)
     if dynamics.num_samples == 0:
         return Relaxation(state, 0, state[0].new_zeros(0), 0)
     tolerance = absolute_tolerance(tolerance, state[0].dtype)
-    last = dynamics.network.num_layers - 1
-    first_half = range(0 if dynamics.bottom_up else last % 2, last + 1, 2)
-    second_half = range(1 - first_half.start, last + 1, 2)
     left = _Left(dynamics, state)
-    for sweep in range(1, max_steps + 1):
-        check = sweep % CHECK_EVERY == 0 or sweep == max_steps or start is not None
-        change: torch.Tensor | None = None
-        for layer in (*first_half, *second_half):
-            current = left.dynamics.network.current(layer, list(left.state), left.dynamics.drives[layer])
-            new = left.dynamics.activate(layer, current, check)
-            if check and layer in first_half:
-                layer_change = left.dynamics.change(left.state[layer], new)
-                change = layer_change if change is None else torch.maximum(change, layer_change)
-            left.state[layer] = new
-        if change is not None and left.record(change, tolerance, sweep, max_steps):
-            return left.finish(sweep, 0)
-    return left.finish(max_steps, left.diagnose(tolerance))
+    sweeps = left.sweep(tolerance, max_steps, 1 if start is not None else CHECK_EVERY)
+    if sweeps is not None:
+        return left.finish(sweeps, 0)
+    waiting = left.residuals > tolerance
+    stuck = (waiting & left.stuck()).nonzero().squeeze(1)
+    if len(stuck):
+        left.replace(stuck, _last_chance(left, stuck, tolerance, PATIENCE * max_steps))
+    return left.finish(max_steps, int(waiting.sum().item()))
+
+
+def _last_chance(left: "_Left", samples: torch.Tensor, tolerance: float, max_steps: int) -> "_Left":
+    """Sweeps the given samples alone; raises if one still does not approach a fixed point."""
+    alone = _Left(
+        left.dynamics.select(samples), [select_rows(rows, samples, left.dynamics.num_samples) for rows in left.state]
+    )
+    if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
+        stuck = (alone.residuals > tolerance) & alone.stuck()
+        if stuck.any():
+            rows = samples if left.samples is None else left.samples[samples]
+            rows = rows if alone.samples is None else rows[alone.samples]
+            raise EquilibriumError(
+                f"{int(stuck.sum())} of {left.num_samples} samples (first: row {rows[stuck][0].item()}) oscillate or "
+                f"diverge: the change of an activity in a sweep is {alone.residuals[stuck].max().item():.2g} and does "
+                f"not fall. {remedy(left.dynamics.network)}"
+            )
+    alone.keep()
+    return alone
 
 
 def absolute_tolerance(tolerance: float, dtype: torch.dtype) -> float:
@@ -175,6 +188,25 @@ class _Left:
         self.kept_residuals: torch.Tensor | None = None
         self.residuals = state[0].new_full((self.num_samples,), math.inf)
         self.envelopes = [torch.zeros_like(self.residuals), torch.zeros_like(self.residuals)]
+
+    def sweep(self, tolerance: float, max_steps: int, check_every: int) -> int | None:
+        """Sweeps until all have converged and returns the number of sweeps, or `None` after `max_steps`."""
+        last = self.dynamics.network.num_layers - 1
+        first_half = range(0 if self.dynamics.bottom_up else last % 2, last + 1, 2)
+        order = (*first_half, *range(1 - first_half.start, last + 1, 2))
+        for sweep in range(1, max_steps + 1):
+            check = sweep % check_every == 0 or sweep == max_steps
+            change: torch.Tensor | None = None
+            for layer in order:
+                current = self.dynamics.network.current(layer, list(self.state), self.dynamics.drives[layer])
+                new = self.dynamics.activate(layer, current, check)
+                if check and layer in first_half:
+                    layer_change = self.dynamics.change(self.state[layer], new)
+                    change = layer_change if change is None else torch.maximum(change, layer_change)
+                self.state[layer] = new
+            if change is not None and self.record(change, tolerance, sweep, max_steps):
+                return sweep
+        return None
 
     def record(self, change: torch.Tensor, tolerance: float, sweep: int, max_steps: int) -> bool:
         """Whether all have converged; drops those that have if they are many."""
@@ -217,21 +249,18 @@ class _Left:
         self.keep()
         return Relaxation(self.kept, sweeps, self.kept_residuals, unconverged)
 
-    def diagnose(self, tolerance: float) -> int:
-        """Counts the samples that are only slow; raises if one is not."""
-        waiting = self.residuals > tolerance
+    def stuck(self) -> torch.Tensor:
+        """For each sample left, whether its change has not fallen from the third quarter of the sweeps to the last."""
         earlier, later = self.envelopes
-        stuck = waiting & (earlier > 0) & (later > DECAY_OF_A_SLOW_STATE * earlier)
-        if stuck.any():
-            samples = stuck.nonzero().squeeze(1)
-            samples = samples if self.samples is None else self.samples[samples]
-            residual = later[stuck].max().item()
-            raise EquilibriumError(
-                f"{len(samples)} of {self.num_samples} samples (first: row {samples[0].item()}) oscillate or diverge: "
-                f"the change of an activity in a sweep is {residual:.2g} and no longer falls. "
-                + remedy(self.dynamics.network)
-            )
-        return int(waiting.sum().item())
+        return (earlier > 0) & (later > DECAY_OF_A_SLOW_STATE * earlier)
+
+    def replace(self, samples: torch.Tensor, others: "_Left") -> None:
+        """Takes over the state of samples that went on alone."""
+        assert others.kept_residuals is not None
+        for rows, kept in zip(self.state, others.kept, strict=True):
+            blocks = rows.view(-1, self.dynamics.num_samples, rows.shape[-1])
+            blocks.index_copy_(1, samples, kept.view(-1, len(samples), rows.shape[-1]))
+        self.residuals = self.residuals.index_copy(0, samples, others.kept_residuals)
 
 
 def remedy(network: LayeredNetwork) -> str:
