@@ -39,9 +39,9 @@ def assert_same_weights(folder, expected, file="model.safetensors"):
     found, wanted = load_file(folder / file), load_file(expected / file)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        if name.endswith("_subspace"):  # a basis, whose signs are arbitrary
-            continue
-        torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-3, msg=name)
+        # The signs of a basis are arbitrary, and the bias of a reward cancels in every pair: its gradient is rounding
+        if not name.endswith(("_subspace", "readout_bias")):
+            torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-3, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3"])
