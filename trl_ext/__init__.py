@@ -12,6 +12,8 @@ _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",
     "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
     "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
+    "ConstraintDashboardCallback": "trl_ext.constrained_ppo.dashboard",
+    "EPAlignmentCallback": "trl_ext.equilibrium.alignment_callback",
     "EPConfig": "trl_ext.equilibrium.configuration",
     "EPHead": "trl_ext.equilibrium.head",
     "EPModelForSequenceClassification": "trl_ext.equilibrium.modeling",
@@ -32,6 +34,8 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
     from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
+    from .constrained_ppo.dashboard import ConstraintDashboardCallback as ConstraintDashboardCallback
+    from .equilibrium.alignment_callback import EPAlignmentCallback as EPAlignmentCallback
     from .equilibrium.configuration import EPConfig as EPConfig
     from .equilibrium.ep_reward_config import EPRewardConfig as EPRewardConfig
     from .equilibrium.ep_reward_trainer import EPRewardTrainer as EPRewardTrainer

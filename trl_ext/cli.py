@@ -37,7 +37,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   proxy-points
               Find the values of rewards beyond which a gold metric falls, from the logs of runs:
               trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
-  demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
+  demo        Compare the methods on the playground:
+              trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 
 --accelerate_config takes the path of a file, or one of: {configs}."""

@@ -50,6 +50,7 @@ def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, tra
         "calibration_samples": 0,
         "report_to": "none",
         "disable_tqdm": True,
+        "dashboard": False,
         **settings,
     }
     return ConstrainedPPOTrainer(

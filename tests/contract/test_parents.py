@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -35,6 +35,11 @@ USED = {
     "GRPOTrainer._get_per_token_logps_and_entropies": GRPOTrainer._get_per_token_logps_and_entropies,
     "GRPOTrainer._compute_loss": GRPOTrainer._compute_loss,
     "GRPOTrainer._load_optimizer_and_scheduler": GRPOTrainer._load_optimizer_and_scheduler,
+    "GRPOTrainer._get_train_sampler": GRPOTrainer._get_train_sampler,
+    "GRPOTrainer.log": GRPOTrainer.log,
+    "GRPOTrainer.training_step": GRPOTrainer.training_step,
+    "Trainer.evaluate": Trainer.evaluate,
+    "Trainer.train": Trainer.train,
     "VLLMGeneration._iter_named_params": VLLMGeneration._iter_named_params,
     "Trainer.create_optimizer": Trainer.create_optimizer,
     "Trainer.save_model": Trainer.save_model,
@@ -59,6 +64,7 @@ CALLED = {
     "create_model_card": DPOTrainer,
     "_calculate_rewards": GRPOTrainer,
     "_generate_and_score_completions": GRPOTrainer,
+    "_get_per_token_logps_and_entropies": GRPOTrainer,
     "_iter_named_params": VLLMGeneration,
     "_load_optimizer_and_scheduler": Trainer,
     "create_optimizer": Trainer,
@@ -127,6 +133,21 @@ def test_policy_loss_reads_what_we_hand_it():
     for text in ('"advantages": advantages', 'output["ref_per_token_logps"]', 'output["old_per_token_logps"]'):
         assert text in source, text
     assert "num_generations < 2" in inspect.getsource(GRPOConfig.__post_init__)
+
+
+def test_rollouts_are_kept_and_counted_as_we_restore_them():
+    source = inspect.getsource(GRPOTrainer)
+    for text in (
+        "self._step = 0", "self._buffered_inputs = None", "self._step += 1", "sampler_fn=self._get_train_sampler",
+        "self._step % generate_every == 0 or self._buffered_inputs is None", "logs.update(metrics)", "self._logs = {",
+        "self.args.gradient_accumulation_steps % generate_every != 0", "self.eos_token_ids",
+        "self.num_generations_eval",
+    ):  # fmt: skip
+        assert text in source, text
+    loop = inspect.getsource(Trainer)
+    assert loop.count("self.control.should_training_stop") >= 3
+    assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in loop
+    assert "randperm(self.num_samples, generator=self.generator)" in inspect.getsource(RepeatSampler.__iter__)
 
 
 def test_saving_leaves_out_ignored_keys():

@@ -13,12 +13,15 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from .._compat import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
+from ..model_card import MethodCardMixin
 from ..parameter_groups import move_to_own_groups
 from .advantages import gae, reward_streams
 from .calibration import CalibrationCallback
+from .card import PAPER, run_section
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .controller import RolloutController
 from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss
+from .dashboard import ConstraintDashboardCallback
 from .kl_controller import token_divergence
 from .lagrangian import LagrangeMultipliers
 from .rollout_metrics import mean_divergences, record_critic
@@ -45,7 +48,7 @@ _MULTIMODAL = (
 )  # fmt: skip
 
 
-class ConstrainedPPOTrainer(GRPOTrainer):
+class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -91,7 +94,7 @@ class ConstrainedPPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "trl_ext", "constrained-ppo"]
     _name = "Constrained PPO"
-    _paper = {"title": "Confronting Reward Model Overoptimization with Constrained RLHF", "id": "2310.04373"}
+    _paper = PAPER
 
     args: ConstrainedPPOConfig
     beta: float
@@ -129,6 +132,8 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         self._attach_critic(critic_model)
         self.add_callback(CalibrationCallback(self))
         self.threshold_search = add_threshold_search(self)
+        if args.dashboard:
+            self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
 
     @property
     def num_gold_evaluations(self) -> int:
@@ -422,7 +427,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, float("nan"), {})
         if self.stop_reason is not None and self.args.should_save:
-            write_json(Path(self.args.output_dir), STOP_FILE, self._stop_record())
+            best = self.state.best_model_checkpoint
+            record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
+            write_json(Path(self.args.output_dir), STOP_FILE, record)
         return output
 
     def end_training(self, reason: str) -> None:
@@ -437,10 +444,6 @@ class ConstrainedPPOTrainer(GRPOTrainer):
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
 
-    def _stop_record(self) -> dict[str, Any]:
-        return {"step": self.state.global_step, "reason": self.stop_reason,
-                "best_model_checkpoint": self.state.best_model_checkpoint}  # fmt: skip
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         if self.is_in_train and "eval_gold" in metrics:
@@ -448,6 +451,9 @@ class ConstrainedPPOTrainer(GRPOTrainer):
             if reason is not None:
                 self.end_training(reason)
         return metrics
+
+    def _method_section(self, model_id: str) -> str:
+        return run_section(self, model_id)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

@@ -63,6 +63,7 @@ def record_violations(
             metrics[f"weight/{name}"].append(float(weights[position]))
             metrics[f"saturation/{name}"].append(float(saturated[position]))
             metrics[f"oscillation/{name}"].append(statistics.oscillation(name))
+            metrics[f"threshold/{name}"].append(float(constraint.threshold or 0.0))
 
 
 def record_critic(

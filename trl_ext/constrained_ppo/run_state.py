@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
 
 from .._compat import gathered_state_dict
+from .critic import SeparateCritic, ValueHeads
 
 
 CRITIC_FILE = "critic.safetensors"
@@ -36,7 +40,45 @@ def save_critic(critic: nn.Module, folder: Path, reward_names: list[str], write:
     state = gathered_state_dict(critic)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / CRITIC_FILE, metadata={"rewards": json.dumps(reward_names)})
+        metadata = {"rewards": json.dumps(reward_names)}
+        if isinstance(critic, SeparateCritic):
+            metadata["backbone"] = json.dumps(critic.backbone.config.to_dict(), default=str)
+        save_file(state, folder / CRITIC_FILE, metadata=metadata)
+
+
+def critic_from_pretrained(name_or_path: str) -> nn.Module:
+    """
+    The critic that a [`ConstrainedPPOTrainer`] saved beside a policy.
+
+    Args:
+        name_or_path (`str`):
+            Folder or Hub id of the policy.
+
+    Returns:
+        [`ValueHeads`], to be called with the policy's last hidden states, or [`SeparateCritic`], to be called with
+        token ids and their attention mask. In evaluation mode, float32.
+
+    Raises:
+        ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it.
+    """
+    path = str(cached_file(name_or_path, CRITIC_FILE))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    state = load_file(path)
+    critic: nn.Module
+    if "backbone" in metadata:
+        config = json.loads(metadata["backbone"])
+        backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        critic = SeparateCritic(backbone.float(), len(state["heads.bias"]))
+    elif state.keys() == {"weight", "bias"}:
+        critic = ValueHeads(state["weight"].size(1), state["weight"].size(0))
+    else:
+        raise ValueError(
+            f"{path} holds a module of the author's own, with {sorted(state)[:3]}. Build that module and call "
+            "`load_state_dict` with the file's content."
+        )
+    critic.load_state_dict(state, strict=False)
+    return critic.eval()
 
 
 def load_critic(critic: nn.Module, folder: str | Path) -> None:
