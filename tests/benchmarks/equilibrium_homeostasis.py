@@ -25,7 +25,6 @@ ARMS = {
     "EP, 5 probes a sample": {"homeostasis_coef": True, "probes_per_sample": 5},
     "EP, AsymEP correction": {"correction": "asymep"},
     "exact adjoint, no objective": {"estimator": "exact"},
-    "EP, symmetric feedback": {"feedback": "symmetric", "feedback_angle": 0.0},
 }
 MEASURES = ("accuracy", "loss", "angle", "symmetry", "cosine_1", "cosine_2", "input_cosine", "sweeps", "unconverged")
 
@@ -78,7 +77,7 @@ def train(arm: dict, seed: int, data: tuple[torch.Tensor, ...], options: argpars
     probes = arm.pop("probes_per_sample", 0) * options.batch_size or None
     settings = {"feedback": "asymmetric", "feedback_angle": 90.0, "activation": options.activation, **arm}
     images, labels, test_images, test_labels = data
-    head = EPHead(images.shape[1], [256, 256], 10, max_steps=200, **settings)
+    head = EPHead(images.shape[1], [256, 256], 10, tolerance=options.tolerance, max_steps=200, **settings)
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     history = [evaluate(head, test_images, test_labels)]
     for _ in range(options.epochs):
@@ -131,10 +130,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", required=True, help="Labels, idx format, gzipped.")
     parser.add_argument("--num_train", type=int, default=8000)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--homeostasis_coef", type=float, default=10.0)
+    parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--activation", default="sigmoid")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--json", help="Where to write every measurement.")

@@ -156,8 +156,8 @@ def _gradients(
     drive_gradient = errors[0]
     if not all_rows:
         # A row whose gradient overflowed makes the result NaN, so that a loss scaler sees it
-        drive_gradient = torch.where(finite, 0.0, torch.nan).expand(-1, errors[0].shape[-1]).contiguous()
-        drive_gradient.index_copy_(0, rows, errors[0])
+        drive_gradient = errors[0].new_zeros(len(grad_output), errors[0].shape[-1])
+        drive_gradient.masked_fill_(~finite, torch.nan).index_copy_(0, rows, errors[0])
     biases = [error.sum(dim=0) for error in errors[1:]]
     forward = [errors[layer + 1].T @ activities[layer] for layer in range(count)]
     backward = [errors[layer].T @ activities[layer + 1] for layer in range(count)]

@@ -287,6 +287,9 @@ def error_vectors(
         relaxation = relax(TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)
         return ErrorVectors(relaxation.activities, [relaxation])
 
+    if num_samples == 0:
+        return ErrorVectors([layer[0] for layer in constants], [])
+
     points = estimator.points()
     drive = nudge * estimator.radius
     dynamics = PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)

@@ -115,7 +115,7 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
         dynamics ([`Dynamics`]):
             What to relax.
         tolerance (`float`):
-            Bound on [`Dynamics.change`]. It is at least ten times the machine epsilon.
+            Bound on [`Dynamics.change`]. It is at least four times the machine epsilon.
         max_steps (`int`):
             Most sweeps.
         start (`list[torch.Tensor]`, *optional*):
@@ -163,7 +163,7 @@ def _last_chance(left: "_Left", samples: torch.Tensor, tolerance: float, max_ste
 
 def absolute_tolerance(tolerance: float, dtype: torch.dtype) -> float:
     """The tolerance, or what the dtype can resolve of an activity of size one."""
-    return max(tolerance, 10 * torch.finfo(dtype).eps)
+    return max(tolerance, 4 * torch.finfo(dtype).eps)
 
 
 def one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
