@@ -39,6 +39,9 @@ class EPHeadArguments:
             Bound on the spectral norm of every recurrent block.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether only the head trains.
+        show_alignment (`int`, *optional*, defaults to `0`):
+            Number of evaluation examples on which estimated and exact gradients are compared through training, as a
+            picture ([`~trl_ext.EPAlignmentCallback`]).
     """
 
     head_hidden_features: list[int] = field(
@@ -68,6 +71,9 @@ class EPHeadArguments:
         default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
+    show_alignment: int = field(
+        default=0, metadata={"help": "Evaluation examples on which the gradient is compared with the exact one."}
+    )
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""

@@ -117,6 +117,7 @@ def main(
     from transformers import AutoTokenizer, DataCollatorWithPadding
     from trl import get_peft_config
 
+    from ..equilibrium.alignment_callback import EPAlignmentCallback
     from ..equilibrium.ep_trainer import EPTrainer
     from .equilibrium_arguments import check_head, load_model
     from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
@@ -151,6 +152,8 @@ def main(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=score,
     )
+    if head_args.show_alignment > 0:
+        trainer.add_callback(EPAlignmentCallback(trainer, head_args.show_alignment))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset=script_args.dataset_name)

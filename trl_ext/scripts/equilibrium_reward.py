@@ -20,6 +20,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from transformers import AutoTokenizer
     from trl import get_peft_config
 
+    from ..equilibrium.alignment_callback import EPAlignmentCallback
     from ..equilibrium.ep_reward_trainer import EPRewardTrainer
     from .equilibrium_arguments import check_head, load_model
     from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
@@ -44,6 +45,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    if head_args.show_alignment > 0:
+        trainer.add_callback(EPAlignmentCallback(trainer, head_args.show_alignment))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Reward model saved to {training_args.output_dir}.")
