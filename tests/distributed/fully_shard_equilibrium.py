@@ -20,8 +20,8 @@ def sharded(model, **options):
     return fully_shard(model, **options)
 
 
-def step(model, ids):
-    output = model(ids, attention_mask=torch.ones_like(ids), labels=torch.arange(len(ids)) % 3)
+def step(model, ids, labels):
+    output = model(ids, attention_mask=torch.ones_like(ids), labels=labels)
     output.loss.backward()
     return output
 
@@ -34,11 +34,12 @@ def main() -> None:
         sys.argv[1], num_labels=3, hidden_features=[8, 8, 8], feedback="asymmetric", feedback_angle=60.0,
         homeostasis_coef=5.0, spectral_cap=0.6, tolerance=1e-6,
     ).train()  # fmt: skip
-    ids = torch.randint(3, 30, (4, 6))
+    ids, labels = torch.randint(3, 30, (4, 6)), torch.tensor([0, 1, 2, 0])
+    mine = slice(2 * rank, 2 * rank + 2)
     model = sharded(whole)
     asymmetry = gathered_asymmetry(model.score)
     assert asymmetry == whole.score.asymmetry(), asymmetry
-    expected, found = step(whole, ids), step(model, ids[2 * rank : 2 * rank + 2])
+    expected, found = step(whole, ids, labels), step(model, ids[mine], labels[mine])
     torch.testing.assert_close(found.homeostasis_loss, expected.homeostasis_loss)
     for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert type(one.grad).__name__ == "DTensor", name
@@ -52,8 +53,8 @@ def main() -> None:
     half = sharded(whole, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     for each in (whole, half):
         each.zero_grad()
-    step(whole, ids)
-    assert step(half, ids[2 * rank : 2 * rank + 2]).loss.isfinite()
+    step(whole, ids, labels)
+    assert step(half, ids[mine], labels[mine]).loss.isfinite()
     for (name, one), other in zip(half.named_parameters(), whole.parameters(), strict=True):
         similarity = torch.nn.functional.cosine_similarity(one.grad.full_tensor().flatten(), other.grad.flatten(), 0)
         assert similarity > 0.95, (name, similarity)
