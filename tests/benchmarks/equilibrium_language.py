@@ -37,6 +37,7 @@ HEADS: dict[str, dict | None] = {
 LEARNING_RATES = (1e-3, 5e-3)
 TRAINED_HEADS = ("linear", "perceptron", "EP", "EP, 90 degrees", "EP, 90 degrees, homeostasis")
 BACKBONES = {"frozen": True, "trained": False}
+TASKS = ("IMDB", "playground", "HH harmless")
 
 
 @dataclass
@@ -199,6 +200,8 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frozen_epochs", type=int, default=15)
     parser.add_argument("--trained_epochs", type=int, default=1)
@@ -217,7 +220,7 @@ def main() -> None:
     results = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for backbone in options.backbones:
-        for task in tasks:
+        for task in (task for task in tasks if task.name in options.tasks):
             results += compare(path, task, BACKBONES[backbone], options)
             options.output.write_text(json.dumps(results, indent=1))
 
@@ -236,7 +239,7 @@ def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) ->
         return run(build_model(path, head, task.num_labels), task, frozen, rate, seed, epochs, cache, split)
 
     results = []
-    for head in HEADS if frozen else TRAINED_HEADS:
+    for head in options.heads or (HEADS if frozen else TRAINED_HEADS):
         start = time.process_time()
         tried = {rate: attempt(head, rate, options.seeds[0], "validation") for rate in LEARNING_RATES if frozen}
         rate = max(tried, key=tried.__getitem__, default=1e-3)

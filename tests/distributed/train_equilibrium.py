@@ -1,4 +1,4 @@
-"""Trains a reward model with an equilibrium head and writes what happened; started by the tests in several processes."""
+"""Trains a reward model with an equilibrium head and writes what happened; started by the tests."""
 
 import argparse
 import json

@@ -174,10 +174,16 @@ def test_bf16_mixed_precision_and_weights(folder, tmp_path):
 
 def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):
     settings = {"homeostasis_coef": 10.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    finished = trainer_of(EPRewardTrainer, folder, tmp_path, reward_model(folder, spectral_cap=0.5, **ASYMMETRIC), **settings)
+    finished = trainer_of(
+        EPRewardTrainer, folder, tmp_path, reward_model(folder, spectral_cap=0.5, **ASYMMETRIC), **settings
+    )
     finished.train()
     resumed = trainer_of(
-        EPRewardTrainer, folder, tmp_path / "again", reward_model(folder, seed=5, spectral_cap=0.5, **ASYMMETRIC), **settings
+        EPRewardTrainer,
+        folder,
+        tmp_path / "again",
+        reward_model(folder, seed=5, spectral_cap=0.5, **ASYMMETRIC),
+        **settings,
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, tensor in finished.model.state_dict().items():
@@ -209,21 +215,45 @@ def test_model_from_a_name(folder, tmp_path):
     assert len(trainer.processing_class) == len(tiny_tokenizer())
 
 
+def classes(folder, num_labels):
+    return EPModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels)
+
+
+def linear(folder):
+    return LlamaForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda f, o: trainer_of(EPRewardTrainer, f, o, homeostasis_coef=1.0), ValueError, "homeostasis_coef=1.0.*asymmetric"),
-        (lambda f, o: EPRewardConfig(output_dir=str(o), homeostasis_coef=-1.0, **COMMON), ValueError, "homeostasis_coef.*-1"),
-        (lambda f, o: EPTrainingArguments(output_dir=str(o), homeostasis_coef=float("nan"), **COMMON), ValueError, "homeostasis_coef.*nan"),
-        (lambda f, o: EPRewardTrainer(reward_model(f), RewardConfig(output_dir=str(o), **COMMON)), TypeError, "EPRewardConfig.*RewardConfig"),
-        (lambda f, o: EPTrainer(reward_model(f), TrainingArguments(str(o), use_cpu=True)), TypeError, "EPTrainingArguments"),
-        (lambda f, o: trainer_of(EPRewardTrainer, f, o, LlamaForSequenceClassification.from_pretrained(f, num_labels=1)), TypeError, "LlamaForSequenceClassification.*from_backbone"),
-        (lambda f, o: trainer_of(EPRewardTrainer, f, o, EPModelForSequenceClassification.from_pretrained(f, num_labels=2)), ValueError, "num_labels=2"),
+        (
+            lambda f, o: trainer_of(EPRewardTrainer, f, o, homeostasis_coef=1.0),
+            ValueError,
+            "homeostasis_coef=1.0.*asymmetric",
+        ),
+        (lambda f, o: EPRewardConfig(o, homeostasis_coef=-1.0, **COMMON), ValueError, "homeostasis_coef.*-1"),
+        (
+            lambda f, o: EPTrainingArguments(o, homeostasis_coef=math.nan, **COMMON),
+            ValueError,
+            "homeostasis_coef.*nan",
+        ),
+        (lambda f, o: EPRewardTrainer(reward_model(f), RewardConfig(o, **COMMON)), TypeError, "EPRewardConfig"),
+        (
+            lambda f, o: EPTrainer(reward_model(f), TrainingArguments(o, use_cpu=True)),
+            TypeError,
+            "EPTrainingArguments",
+        ),
+        (
+            lambda f, o: trainer_of(EPRewardTrainer, f, o, linear(f)),
+            TypeError,
+            "LlamaForSequenceClassification.*from_backbone",
+        ),
+        (lambda f, o: trainer_of(EPRewardTrainer, f, o, classes(f, 2)), ValueError, "num_labels=2"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input(call, error, message, folder, tmp_path):
     with pytest.raises(error, match=message):
-        call(folder, tmp_path)
+        call(folder, str(tmp_path))
 
 
 @pytest.fixture(scope="module")

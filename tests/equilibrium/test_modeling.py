@@ -112,7 +112,9 @@ def test_pools_as_transformers_does(folder):
 def test_only_the_pooled_rows_relax(folder, monkeypatch):
     seen = []
     original = EPHead.forward
-    monkeypatch.setattr(EPHead, "forward", lambda self, hidden, **kw: seen.append(hidden.shape) or original(self, hidden, **kw))
+    monkeypatch.setattr(
+        EPHead, "forward", lambda self, hidden, **kw: seen.append(hidden.shape) or original(self, hidden, **kw)
+    )
     classifier(folder)(IDS, attention_mask=MASK)
     assert seen == [(3, 32)]
 
@@ -205,7 +207,9 @@ def test_pipeline_and_push_to_hub(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         EPModelForSequenceClassification,
         "_upload_modified_files",
-        lambda self, working_dir, repo_id, *args, **kw: uploads.update({repo_id: sorted(map(str, __import__("os").listdir(working_dir)))}),
+        lambda self, working_dir, repo_id, *args, **kw: uploads.update(
+            {repo_id: sorted(map(str, __import__("os").listdir(working_dir)))}
+        ),
     )
     model = classifier(folder, num_labels=2)
     model.push_to_hub("user/model")
@@ -225,19 +229,31 @@ def test_from_a_model_in_memory():
     assert model.model is language_model.model and not model.training
 
 
+def of_config(config):
+    return EPModelForSequenceClassification(config)
+
+
+def t5():
+    return EPConfig(text_config=AutoConfig.for_model("t5", d_model=8))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda folder: EPConfig(), ValueError, "`text_config` is missing"),
-        (lambda folder: classifier(folder, homeostasis_coef=-1.0, feedback="asymmetric"), ValueError, "homeostasis_coef.*-1"),
-        (lambda folder: classifier(folder, homeostasis_coef=1.0), ValueError, "homeostasis_coef=1.0.*feedback='asymmetric'"),
-        (lambda folder: classifier(folder, hidden_features=[0, 8]), ValueError, "hidden_features.*0"),
-        (lambda folder: classifier(folder, radius=0.0), ValueError, "radius.*0.0"),
-        (lambda folder: EPModelForSequenceClassification(AutoConfig.from_pretrained(folder)), TypeError, "EPConfig.*LlamaConfig"),
-        (lambda folder: EPModelForSequenceClassification.from_backbone(tiny_model(), hidden=8), ValueError, r"\['hidden'\].*hidden_features"),
-        (lambda folder: EPModelForSequenceClassification(EPConfig(text_config=AutoConfig.for_model("t5", d_model=8))), ValueError, "t5.*encoder and a decoder"),
+        (lambda f: EPConfig(), ValueError, "`text_config` is missing"),
+        (lambda f: classifier(f, homeostasis_coef=-1.0, feedback="asymmetric"), ValueError, "homeostasis_coef.*-1"),
+        (lambda f: classifier(f, homeostasis_coef=1.0), ValueError, "homeostasis_coef=1.0.*feedback='asymmetric'"),
+        (lambda f: classifier(f, hidden_features=[0, 8]), ValueError, "hidden_features.*0"),
+        (lambda f: classifier(f, radius=0.0), ValueError, "radius.*0.0"),
+        (lambda f: of_config(AutoConfig.from_pretrained(f)), TypeError, "EPConfig.*LlamaConfig"),
+        (
+            lambda f: EPModelForSequenceClassification.from_backbone(tiny_model(), hidden=8),
+            ValueError,
+            r"\['hidden'\].*hidden_features",
+        ),
+        (lambda f: of_config(t5()), ValueError, "t5.*encoder and a decoder"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input(call, error, message, folder):
     with pytest.raises(error, match=message):
         call(folder)

@@ -33,7 +33,9 @@ def run(script, folder, tmp_path, rows, **settings):
 
 
 def texts(labels):
-    return [{"text": row["chosen"], "label": label} for row, label in zip(tiny_pairs(len(labels)), labels, strict=True)]
+    return [
+        {"text": row["chosen"], "label": label} for row, label in zip(tiny_pairs(len(labels)), labels, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ class EPAlignmentCallback(TrainerCallback):
         if trainer.eval_dataset is None:
             raise ValueError("`EPAlignmentCallback` measures on evaluation data. Give the trainer an `eval_dataset`.")
         if trainer.is_fsdp_enabled or getattr(trainer.args.deepspeed_plugin, "zero_stage", 0) == 3:
-            raise ValueError("`EPAlignmentCallback` reads the head's weights, which ZeRO-3 and FSDP shard. Use ZeRO-2.")
+            raise ValueError(
+                "`EPAlignmentCallback` reads the head's weights, which ZeRO-3 and FSDP shard. Use ZeRO-2."
+            )
         self.trainer = trainer
         self.num_examples = num_examples
         self.history: list[dict[str, Any]] = []
@@ -62,7 +64,9 @@ class EPAlignmentCallback(TrainerCallback):
         if self.history and self.history[-1]["step"] == step:
             return
         model, head = equilibrium_model(self.trainer.model), active_head(self.trainer.model)
-        examples = [self.trainer.eval_dataset[i] for i in range(min(self.num_examples, len(self.trainer.eval_dataset)))]
+        examples = [
+            self.trainer.eval_dataset[i] for i in range(min(self.num_examples, len(self.trainer.eval_dataset)))
+        ]
         batch = {name: tensor.to(model.device) for name, tensor in self.trainer.data_collator(examples).items()}
         training = model.training
         with torch.no_grad():

@@ -91,7 +91,7 @@ class EPConfig(PreTrainedConfig):
     # The model type is that of a saved configuration without one; `text_config` itself has no default
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
     hidden_features: int | list[int] | None = None
     feedback: str = "symmetric"
     feedback_angle: float = 0.0

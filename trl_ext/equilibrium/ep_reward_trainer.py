@@ -75,9 +75,7 @@ class EPRewardTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if outputs.homeostasis_loss is not None:
             loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
         self._head_metrics.record(outputs)

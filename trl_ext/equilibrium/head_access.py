@@ -24,7 +24,9 @@ def equilibrium_model(model: nn.Module) -> EPModelForSequenceClassification:
     Raises:
         TypeError: If it has no equilibrium head.
     """
-    found = model.get_base_model() if is_peft_model(model) else model
+    found: Any = model
+    if is_peft_model(model):
+        found = found.get_base_model()
     if not isinstance(found, EPModelForSequenceClassification):
         raise TypeError(
             f"`model` is a `{type(found).__name__}`, which has no equilibrium head. Give an "

@@ -7,9 +7,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 
 _MESSAGE = (
-    "An `EPHead` must not stand in `{name}`, where the output embeddings are: TRL's trainers read that module's weight "
-    "and never call it, so the head would be bypassed without a word. Put it before the output embeddings, or use it "
-    "as `EPModelForSequenceClassification`, or as critic of `ConstrainedPPOTrainer` (`critic_head='equilibrium'`)."
+    "An `EPHead` must not stand in `{name}`, where the output embeddings are: TRL's trainers read the weight of that "
+    "module and never call it, so the head would be bypassed without a word. Put it before the output embeddings, or "
+    "use it as `EPModelForSequenceClassification`, or as critic of `ConstrainedPPOTrainer` "
+    "(`critic_head='equilibrium'`)."
 )
 
 

@@ -32,16 +32,14 @@ class EPSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     transformers' output with the homeostasis objective.
 
     Attributes:
-        homeostasis_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        homeostasis_loss (`torch.Tensor` of shape `(1,)`, float32, *optional*):
             The objective, in training and where `homeostasis_coef` is above 0. `loss` has it already, weighted.
     """
 
-    homeostasis_loss: torch.FloatTensor | None = None
+    homeostasis_loss: torch.Tensor | None = None
 
 
-def last_token_states(
-    hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None
-) -> torch.Tensor:
+def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
     """
     The state of the last token of each row that is not padding, left or right, as transformers' classifiers pool.
 

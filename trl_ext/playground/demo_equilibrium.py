@@ -85,16 +85,17 @@ def reward_quality(folder: Path) -> dict[str, float]:
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = preference_dataset(NUM_PAIRS, split="test")
-    rewards, truth = {}, {}
+    rewards: dict[str, np.ndarray] = {}
+    truth: dict[str, np.ndarray] = {}
     for side in ("chosen", "rejected"):
         texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in rows]
         inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         rewards[side] = model(**inputs).logits[:, 0].numpy()
         truth[side] = np.array([sentiment(row[side]) for row in rows])
-    both = [np.concatenate([values["chosen"], values["rejected"]]) for values in (rewards, truth)]
+    all_rewards, all_truth = (np.concatenate([values["chosen"], values["rejected"]]) for values in (rewards, truth))
     return {
         "accuracy": float((rewards["chosen"] > rewards["rejected"]).mean()),
-        "correlation": float(np.corrcoef(*both)[0, 1]),
+        "correlation": float(np.corrcoef(all_rewards, all_truth)[0, 1]),
     }
 
 

@@ -10,7 +10,7 @@ PREFIX = "head_"
 @dataclass
 class EPHeadArguments:
     """
-    The head, and whether the backbone trains. Every `head_*` is the argument of [`~trl_ext.EPHead`] without the prefix.
+    The head, and whether the backbone trains. Every `head_*` is an argument of [`~trl_ext.EPHead`] with a prefix.
 
     Args:
         head_hidden_features (`list[int]`, *optional*, defaults to `[256, 256]`):

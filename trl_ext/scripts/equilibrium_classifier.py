@@ -72,7 +72,8 @@ def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArgument
     for name in ("text_column", "label_column"):
         if getattr(task_args, name) not in dataset.column_names:
             raise RecipeError(
-                f"`{name}: {getattr(task_args, name)}` is not among the dataset's columns {sorted(dataset.column_names)}."
+                f"`{name}: {getattr(task_args, name)}` is not among the dataset's columns "
+                f"{sorted(dataset.column_names)}. Set it to one of them."
             )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
