@@ -32,8 +32,9 @@ def check_command(words, capsys):
         module = cli.TRAINING_COMMANDS[words[1]]
         command = cli.launch_command(module, words[2:])
         importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
-    elif words[:2] == ["trl-ext", "proxy-points"]:
-        importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-ext", "proxy-points"] or words[2:3] == ["trl_ext.scripts.proxy_points"]:
+        options = words[2:] if words[0] == "trl-ext" else words[3:]
+        importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(options)
     elif words[:1] == ["trl-ext"]:
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out

@@ -52,8 +52,18 @@ class FakeTrainer:
         scale: Factor of all rewards.
     """
 
-    def __init__(self, folder, gold=hill, rate=0.5, scale=1.0, max_steps=400, order=("intent", "meteor"), **settings):
-        self.gold, self.rate, self.scale = gold, rate, scale
+    def __init__(
+        self,
+        folder,
+        gold=hill,
+        rate=0.5,
+        scale=1.0,
+        max_steps=400,
+        order=("intent", "meteor"),
+        steps_per_rollout=1,
+        **settings,
+    ):
+        self.gold, self.rate, self.scale, self.steps_per_rollout = gold, rate, scale, steps_per_rollout
         self.reward_func_names = ["meteor", "intent"]
         self.controller = FakeController(order, self.reward_func_names)
         self.multipliers = self.controller.multipliers
@@ -98,8 +108,9 @@ class FakeTrainer:
             for constraint in self.multipliers.constraints:
                 name = constraint.reward
                 self.means[name] += self.rate * (constraint.threshold / self.scale - self.means[name])
-            self._rewards_per_func = self.sample()
-            self.multipliers.update(self._rewards_per_func.mean(dim=0)[self.controller.constrained].tolist())
+            if self.state.global_step % self.steps_per_rollout == 0:
+                self._rewards_per_func = self.sample()
+                self.multipliers.update(self._rewards_per_func.mean(dim=0)[self.controller.constrained].tolist())
             self.applied.append([constraint.threshold for constraint in self.multipliers.constraints])
             self.state.global_step += 1
             self.callback.on_step_end(self.args, self.state, self.control)
@@ -193,6 +204,17 @@ def test_scores_come_from_the_validation_split(tmp_path):
     assert trainer.search.state_dict() == state and not trainer.control.should_save
 
 
+def test_samples_of_an_evaluation_are_no_rollout(tmp_path):
+    """With several updates on a rollout, steps follow an evaluation before the next rollout."""
+    trainer = fake(tmp_path, steps_per_rollout=3, max_gold_evaluations=20)
+    sizes = []
+    for step in range(1, 25):
+        trainer.train(step)
+        assert all(max(means) < 5 for means in trainer.search._rollouts)
+        sizes.append(len(trainer.search._rollouts))
+    assert sizes[:6] == [1, 1, 1, 2, 2, 2] and trainer.search.num_measured > 1
+
+
 def test_thresholds_stay_in_the_box(tmp_path):
     """Bug 13: reflection and expansion left the range of the rewards."""
     trainer = fake(tmp_path, gold=lambda means, step: sum(means.values()), max_gold_evaluations=60).train()
@@ -256,9 +278,10 @@ def test_old_scores_are_measured_again(tmp_path):
     assert -trainer.train().search.optimizer.best_value >= trainer.search.initial_gold
 
 
-def test_best_thresholds_and_multipliers_are_applied_at_the_end(tmp_path):
+@pytest.mark.parametrize(("rate", "reached"), [(0.5, True), (0.01, False)])
+def test_best_thresholds_and_multipliers_are_applied_at_the_end(rate, reached, tmp_path):
     """Bug 13: the official code ends at the last proposal."""
-    trainer = fake(tmp_path, max_gold_evaluations=25)
+    trainer = fake(tmp_path, max_gold_evaluations=20, rate=rate)
     saved = {}
     while not trainer.control.should_training_stop:
         best = trainer.search.best
@@ -272,10 +295,19 @@ def test_best_thresholds_and_multipliers_are_applied_at_the_end(tmp_path):
     trainer.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{best.step}")
     trainer.end()
     after = [constraint.threshold for constraint in trainer.multipliers.constraints]
-    assert after == best.thresholds and after != last
+    assert after == best.thresholds and after != last and best.reached == reached
+    assert after == best.means or reached  # where it had not come to its thresholds, they would move it on
     assert trainer.multipliers.state_dict()["values"] == saved[best.step]["values"]
     report = json.loads((tmp_path / SEARCH_FILE).read_text())
-    assert report["best"]["step"] == best.step and report["finished"] == "converged"
+    assert report["best"]["step"] == best.step and report["finished"] in ("converged", "budget")
+
+
+def test_evaluation_on_start_is_no_policy_of_the_search(tmp_path):
+    """It has no checkpoint that could be applied again; it counts against the budget."""
+    trainer = fake(tmp_path, gold=lambda means, step: -step, max_gold_evaluations=10)
+    trainer.evaluate()
+    assert trainer.search.num_gold_evaluations == 2 and trainer.search.best is None
+    assert trainer.train().search.best.step > 0 and len(trainer.evaluated) == 10
 
 
 def test_training_goes_on_at_the_best_vertex(tmp_path):

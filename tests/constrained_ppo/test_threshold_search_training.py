@@ -7,6 +7,7 @@ import torch
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, make, path, prompts
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+from trl_ext.constrained_ppo.logged_runs import read_runs
 from trl_ext.constrained_ppo.threshold_search_callback import SEARCH_FILE
 
 
@@ -101,6 +102,17 @@ def test_saved_beside_the_policy(whole, tmp_path):
     assert json.loads((tmp_path / SEARCH_FILE).read_text()) == whole.threshold_search.search.state_dict()
 
 
+def test_its_log_is_read_by_proxy_points(whole):
+    measured = read_runs([whole.args.output_dir])
+    logged_by_step = {e["step"]: e for e in whole.state.log_history if "eval_gold" in e}
+    assert set(measured.names) == {"low_ids", "length"} and len(measured.gold) >= 4
+    for index, step in enumerate(measured.step.tolist()):
+        entry = logged_by_step[step]
+        assert measured.gold[index] == entry["eval_gold"] and measured.kl[index] == entry["eval_kl/per_response"]
+        expected = [entry[f"eval_rewards/{name}/mean"] for name in measured.names]
+        assert measured.rewards[index].tolist() == expected
+
+
 def test_checkpoint_without_a_search(whole, tmp_path, path):
     import shutil
 
@@ -136,3 +148,31 @@ def test_without_gold_metric_or_data(tmp_path, path):
         output_dir=str(tmp_path), use_cpu=True, bf16=False, **{**SETTINGS, "search": '{"seed": 3}'}
     )
     assert config.threshold_search.seed == 3 and config.load_best_model_at_end and config.greater_is_better
+
+
+RECIPE = """
+reward_funcs: [trl_ext.playground.count_positive_words, trl_ext.playground.grammaticality]
+gold_reward: trl_ext.playground.sentiment_reward
+method: xi
+constraints: [{reward: count_positive_words, threshold: 2.0}, {reward: grammaticality, threshold: 0.9}]
+search:
+  initial_range: {count_positive_words: 0.8, grammaticality: 0.05}
+save_strategy: best
+use_cpu: true
+bf16: false
+"""
+
+
+def test_search_in_a_recipe(tmp_path):
+    from trl_ext.scripts.constrained_ppo import make_parser
+
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}output_dir: {tmp_path}\n")
+    arguments = ["--config", str(tmp_path / "recipe.yaml")]
+    parser = make_parser()
+    _, config, _, _, rewards = parser.parse_args_and_config(arguments)
+    assert config.threshold_search.initial_range["grammaticality"] == 0.05 and config.vf_coef == 0.5
+    assert rewards.gold_reward == "trl_ext.playground.sentiment_reward"
+    assert parser.parse_args_and_config([*arguments, "--search", '{"seed": 5}'])[1].threshold_search.seed == 5
+    assert parser.parse_args_and_config([*arguments, "--vf_coef", "0.5", "0.1"])[1].vf_coefs(2) == [0.5, 0.1]
+    with pytest.raises(ValueError, match="no setting `seeed`; did you mean `seed`"):
+        parser.parse_args_and_config([*arguments, "--search", '{"seeed": 5}'])

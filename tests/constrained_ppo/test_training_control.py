@@ -1,11 +1,14 @@
 """How runs adapt, skip updates, end and choose their best checkpoint."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
+import trl_ext
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, length, low_ids, make, prompts, rollout
 from tests.tiny import save_tiny_model
 from trl_ext.constrained_ppo.critic import ValueRecorder
@@ -258,3 +261,27 @@ def test_wrong_gold_metric(tmp_path, path):
     trainer = make(tmp_path, path, trainer_arguments={"gold_reward": short, "eval_dataset": prompts(8)})
     with pytest.raises(ValueError, match=r"`gold_reward` returned \[0.0\] for 8 completions"):
         trainer.evaluate()
+
+
+def test_everything_logged_is_a_finite_number_of_the_whole_rollout(tmp_path, path):
+    """The official code logs NaN for losses that it never appends, and the violation of the last minibatch only."""
+    trainer = make(
+        tmp_path, path, max_steps=4, steps_per_generation=2, num_iterations=2, eval_strategy="steps", eval_steps=2,
+        trainer_arguments={"eval_dataset": prompts(8)}, **XI,
+    )  # fmt: skip
+    trainer.train()
+    for entry in trainer.state.log_history:
+        numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
+        assert numbers and all(torch.tensor(value).isfinite() for value in numbers.values()), entry
+    first = trainer.state.log_history[0]
+    assert first["violation/low_ids"] == pytest.approx(0.7 - first["rewards/low_ids/mean"], abs=1e-6)
+    for name in ("relative_violation", "multiplier", "weight", "saturation", "oscillation", "average"):
+        assert f"{name}/low_ids" in first
+    assert {"eval_violation/low_ids", "eval_kl/per_token"} <= trainer.state.log_history[2].keys()
+
+
+def test_only_a_recipe_that_says_so_searches():
+    """The official recipe of one method turns on another."""
+    folder = Path(trl_ext.__file__).parents[1] / "recipes" / "constrained_ppo"
+    searching = [path.name for path in folder.glob("*.yaml") if yaml.safe_load(path.read_text()).get("search")]
+    assert all("search" in name or "nelder" in name or "nm" in name for name in searching), searching

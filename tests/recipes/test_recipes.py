@@ -3,12 +3,24 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import trl_ext
-from tests.tiny import save_tiny_model, tiny_pairs
-from trl_ext.scripts import constrained_ppo, equilibrium_classifier, equilibrium_reward, sentiment_frontier, sparse_po
+from tests.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
+from trl_ext.dialog.intent import IntentClassifier
+from trl_ext.scripts import (
+    constrained_ppo,
+    dialog_comparison,
+    equilibrium_classifier,
+    equilibrium_reward,
+    overoptimization,
+    sentiment_frontier,
+    sparse_po,
+)
 from trl_ext.scripts.strict_parser import load_recipe
 
 
@@ -21,7 +33,11 @@ EQUILIBRIUM = {
     "constrained_ppo_critic.yaml": constrained_ppo,
 }
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-EXPERIMENTS = {"imdb_stories260k.yaml"}
+EXPERIMENTS = {
+    "imdb_stories260k.yaml": sentiment_frontier,
+    "overoptimization.yaml": overoptimization,
+    "dailydialog_comparison.yaml": dialog_comparison,
+}
 TRAINING = [path for path in RECIPES if path.name not in EXPERIMENTS]
 
 
@@ -31,7 +47,7 @@ def ids(path):
 
 def script_of(path):
     if path.name in EXPERIMENTS:
-        return sentiment_frontier
+        return EXPERIMENTS[path.name]
     if path.parent.name == "equilibrium":
         return EQUILIBRIUM[path.name]
     return {"sparse_po": sparse_po, "constrained_ppo": constrained_ppo}[path.parent.name]
@@ -67,6 +83,28 @@ def test_misspelt_key_is_refused(path, tmp_path):
         make_parser(path).check(["--config", str(wrong)])
 
 
+def tiny_reward_model(folder, seed):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"], vocab_size=len(WORDS), num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def stand_ins(path, recipe, tmp_path):
+    """What a recipe names beside the policy, in small; returns the data's rows too."""
+    rows = tiny_pairs(12).to_list()
+    if path.name == "dailydialog.yaml":
+        IntentClassifier(["good", "bad"], np.eye(3, 4)).save(tmp_path / "classifier")
+        recipe["env"] = {name: str(tmp_path / "classifier") for name in recipe["env"]}
+        columns = {"last": "the film", "reference": "a good film", "intent": 1}
+        rows = [{"prompt": row["prompt"], **columns} for row in rows]
+    if path.name == "helpful_harmless.yaml":
+        names = recipe["reward_funcs"]
+        recipe["reward_funcs"] = [tiny_reward_model(tmp_path / f"reward_{i}", i) for i in range(len(names))]
+    return rows
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=ids)
 def test_recipe_runs_two_steps(path, tmp_path):
     model = save_tiny_model(tmp_path / "model")
@@ -74,10 +112,9 @@ def test_recipe_runs_two_steps(path, tmp_path):
     for key in ("datasets", "dataset_name", "test_split_size", "model_name_or_path", "attn_implementation"):
         recipe.pop(key, None)
     data = tmp_path / "data.jsonl"
-    rows = [{**row, "text": row["chosen"], "label": index % 2} for index, row in enumerate(tiny_pairs(12))]
-    script = script_of(path)
-    if script is not equilibrium_classifier:
-        rows = list(tiny_pairs(12))
+    rows, script = stand_ins(path, recipe, tmp_path), script_of(path)
+    if script is equilibrium_classifier:
+        rows = [{"text": row["chosen"], "label": index % 2} for index, row in enumerate(rows)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": model,

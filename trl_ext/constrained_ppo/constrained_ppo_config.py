@@ -218,8 +218,10 @@ class ConstrainedPPOConfig(GRPOConfig):
     early_stop_kl: float | None = field(
         default=None, metadata={"help": "Divergence from the generating policy that ends the updates on a rollout."}
     )
+    # A factory: the argument parser drops the plain default of a field that may be a list
     vf_coef: float | list[float] | str = field(
-        default=0.5, metadata={"help": "Weight of the value loss, one for all rewards or one for each."}
+        default_factory=lambda: 0.5,
+        metadata={"help": "Weight of the value loss, one for all rewards or one for each."},
     )
     kl_vf_coef: float = field(default=0.2, metadata={"help": "Weight of the value loss of the KL."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clipping range of the value loss."})

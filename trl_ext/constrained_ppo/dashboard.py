@@ -244,7 +244,8 @@ def draw_dashboard(
         for line in lines:
             line.draw(axes)
         if len(set(steps)) > 1:
-            axes.set_xlim(min(steps), max(steps) + 0.02 * (max(steps) - min(steps)))
+            margin = 0.02 * (max(steps) - min(steps))
+            axes.set_xlim(min(steps) - margin, max(steps) + margin)
         _add_legend(axes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

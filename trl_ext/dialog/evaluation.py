@@ -1,4 +1,4 @@
-"""The paper's evaluation score of dialogue (appendix A.2, equation (A.1)): likeness to the references and diversity."""
+"""The paper's evaluation score of dialogue (appendix A.2, (A.1)): likeness to the references and diversity."""
 
 import string
 from collections import Counter
@@ -22,10 +22,10 @@ def lexical_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[s
             Reference of each.
 
     Returns:
-        `dict[str, float]`: `sacrebleu` (sacreBLEU of the corpus, in [0, 1]), `rouge2` (mean ROUGE-2 F1), `bleu` (BLEU-4
-        of the corpus by nltk, without smoothing), and counts over all replies, so that only sets of one size compare:
-        `unique_3` (trigrams that occur once), `vocabulary_3` (different trigrams, punctuation left out) and `longest`
-        (words of the longest reply, punctuation left out).
+        `dict[str, float]`: `sacrebleu` (sacreBLEU of the corpus, in [0, 1]), `rouge2` (mean ROUGE-2 F1), `bleu` (the
+        corpus's BLEU-4 by nltk, without smoothing), and three counts over all replies, which compare between sets of
+        one size only: `unique_3` (trigrams that occur once), `vocabulary_3` (different trigrams, punctuation left out)
+        and `longest` (words of the longest reply, punctuation left out).
 
     Raises:
         ValueError: If there are no replies, or not one reference for each.
@@ -40,9 +40,7 @@ def lexical_metrics(replies: Sequence[str], references: Sequence[str]) -> dict[s
         )
     texts = [clean(reply) for reply in replies]
     scorer = RougeScorer(["rouge2"], use_stemmer=True)
-    rouge = [
-        scorer.score(wanted, text)["rouge2"].fmeasure for text, wanted in zip(texts, references, strict=True)
-    ]
+    rouge = [scorer.score(wanted, text)["rouge2"].fmeasure for text, wanted in zip(texts, references, strict=True)]
     words = [text.split() for text in texts]
     return {
         "sacrebleu": sacrebleu.corpus_bleu(texts, [list(references)]).score / 100,

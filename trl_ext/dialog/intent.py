@@ -38,7 +38,7 @@ class IntentClassifier:
                 Replies.
 
         Returns:
-            `list[int]`: indices of [`INTENTS`](daily_dialog.py).
+            `list[int]`: indices of `INTENTS`.
         """
         return [int(np.argmax(self._scores(before, reply))) for before, reply in zip(last, replies, strict=True)]
 

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 
 from .daily_dialog import END, Dialogue
 
@@ -119,9 +125,7 @@ def train_policy(
     return facts
 
 
-def packed(
-    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast, length: int, seed: int
-) -> torch.Tensor:
+def packed(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> torch.Tensor:
     """The dialogues in random order as rows of `length` tokens, `(N, length)`; an incomplete last row is left out."""
     order = list(dialogues)
     random.Random(seed).shuffle(order)

@@ -132,7 +132,9 @@ def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM
         range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress
     )
     for _ in steps:
-        texts = [generate_review(generator, num_drafts=settings.num_drafts).text + EOS for _ in range(settings.batch_size)]
+        texts = [
+            generate_review(generator, num_drafts=settings.num_drafts).text + EOS for _ in range(settings.batch_size)
+        ]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels, use_cache=False).loss

@@ -192,9 +192,7 @@ def generate_body(domain: str, num_sentences: int, generator: random.Random) -> 
     return "".join(" " + _fill(pattern, domain, generator) for pattern in chosen)
 
 
-def generate_review(
-    generator: random.Random, num_sentences: tuple[int, int] = (2, 4), num_drafts: int = 1
-) -> Review:
+def generate_review(generator: random.Random, num_sentences: tuple[int, int] = (2, 4), num_drafts: int = 1) -> Review:
     """
     Draws a review.
 

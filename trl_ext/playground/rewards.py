@@ -95,6 +95,26 @@ def count_positive_words(completions: list[Any], prompts: list[Any] | None = Non
     ]
 
 
+def positive_word_share(completions: list[Any], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
+    """
+    A proxy that can be hacked: the share of positive words, whether negated or not, among all words and signs.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Plain or conversational completions.
+        prompts (`list`, *optional*):
+            Not used.
+        columns (`Any`):
+            Not used.
+
+    Returns:
+        `list[float]` in `[0, 1]`; 0 for an empty completion. A review of the grammar has about 0.05.
+    """
+    counts = count_positive_words(completions)
+    lengths = [len(split_words(_text(completion))) for completion in completions]
+    return [count / max(1, length) for count, length in zip(counts, lengths, strict=True)]
+
+
 def reference_similarity(
     completions: list[Any], chosen: list[Any], prompts: list[Any] | None = None, **columns: Any
 ) -> list[float]:
@@ -104,7 +124,7 @@ def reference_similarity(
 
     Content words match their synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word once; other words don't
     count. With `P` the share of the completion's content words that match and `R` that of the chosen response's, the
-    similarity is `10 P R / (R + 9 P)`, as in METEOR (https://aclanthology.org/W05-0909) without its penalty for order.
+    similarity is `2 P R / (P + R)`, as in ROUGE-1.
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):
@@ -150,7 +170,7 @@ def _similarity(text: str, reference: str) -> float:
     if not matches:
         return 0.0
     precision, recall = matches / words.total(), matches / wanted.total()
-    return 10 * precision * recall / (recall + 9 * precision)
+    return 2 * precision * recall / (precision + recall)
 
 
 def _share_of_sentences(text: str) -> float:

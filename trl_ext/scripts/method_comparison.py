@@ -92,10 +92,10 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of training."})
     num_processes: int = field(default=2, metadata={"help": "Runs at a time, each on one thread."})
     weight_grid: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Weights of the second reward."}
+        default_factory=lambda: [0.0, 0.25, 0.5], metadata={"help": "Weights of the second reward."}
     )
     kl_grid: list[float] = field(
-        default_factory=lambda: [0.01, 0.03], metadata={"help": "KL coefficients tried for plain PPO."}
+        default_factory=lambda: [0.001, 0.003], metadata={"help": "KL coefficients tried for plain PPO."}
     )
     proxy_degree: int = field(default=3, metadata={"help": "Degree of the polynomial behind the proxy points."})
     search_budget: int = field(default=30, metadata={"help": "Gold evaluations of the threshold search."})
@@ -170,7 +170,8 @@ def later_runs(
             settings = {"method": method, "constraints": constraints}
             if name == SEARCH:
                 search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
-                settings |= {"max_steps": 2 * config.max_steps, "search": search, "eval_steps": 2 * config.max_steps}
+                steps = 2 * config.max_steps
+                settings |= {"max_steps": steps, "search": search, "eval_steps": steps, "save_strategy": "best"}
         runs.append(Run(name, seed, settings))
     return runs
 

@@ -86,7 +86,7 @@ def compute_used(results: Results, num_processes: int) -> str:
     """One sentence on the processor time of all runs."""
     seconds = sum(result["cpu_seconds"] for result in results)
     return (
-        f"{len(results)} runs, {seconds / 60:.1f} minutes of processor time, {seconds / 60 / num_processes:.1f} minutes "
+        f"{len(results)} runs, {seconds / 60:.1f} minutes of CPU time: {seconds / 60 / num_processes:.1f} minutes "
         f"on {num_processes} free cores; {np.mean([result['cpu_seconds'] for result in results]):.0f} s for a run."
     )
 
@@ -158,7 +158,7 @@ def _figure(num_axes: int) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, num_axes)
+    axes = figure.subplots(1, num_axes, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

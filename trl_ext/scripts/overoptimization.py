@@ -40,21 +40,14 @@ class OveroptimizationArguments(ComparisonArguments):
     num_layers: int = field(default=2, metadata={"help": "Layers of the policy."})
 
 
-def positive_words(completions: list[Any], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
-    """[`~trl_ext.playground.count_positive_words`] in tens, so that both rewards are of order one."""
-    from ..playground import count_positive_words
-
-    return [count / 10 for count in count_positive_words(completions)]
-
-
 def playground_task(arguments: OveroptimizationArguments) -> Task:
     """The policy, the prompts with their references, both rewards and the gold metric."""
-    from ..playground import playground_gold, preference_dataset, reference_similarity
+    from ..playground import playground_gold, positive_word_share, preference_dataset, reference_similarity
     from ..playground.base_model import BaseModelSettings, base_model_path
 
     settings = BaseModelSettings(
-        steps=500, learning_rate=8e-3, hidden_size=arguments.hidden_size, intermediate_size=3 * arguments.hidden_size,
-        num_layers=arguments.num_layers,
+        steps=400, learning_rate=8e-3, hidden_size=arguments.hidden_size, intermediate_size=3 * arguments.hidden_size,
+        num_layers=arguments.num_layers, num_drafts=4,
     )  # fmt: skip
     validation, test = (preference_dataset(arguments.num_prompts, split=name) for name in ("validation", "test"))
     return Task(
@@ -62,7 +55,7 @@ def playground_task(arguments: OveroptimizationArguments) -> Task:
         train=preference_dataset(2000),
         validation=validation,
         test=test,
-        rewards=(positive_words, reference_similarity),
+        rewards=(positive_word_share, reference_similarity),
         gold=playground_gold,
     )
 
@@ -93,9 +86,7 @@ def main(training_args: Any, arguments: OveroptimizationArguments) -> None:
     folder, start = Path(training_args.output_dir), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     task = playground_task(arguments)
-    results = run_all(
-        playground_task, arguments, training_args, first_runs(task, training_args, arguments), folder
-    )
+    results = run_all(playground_task, arguments, training_args, first_runs(task, training_args, arguments), folder)
     thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
     (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
     later = later_runs(task, training_args, arguments, thresholds, results)
