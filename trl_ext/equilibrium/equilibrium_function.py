@@ -101,7 +101,7 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         settings = ctx.settings
         settings.before_backward()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients = _gradients(settings, ctx.saved_tensors, grad_output, ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
             gradients = _RefuseDoubleBackward.apply(grad_output, *gradients)
@@ -171,6 +171,8 @@ def _gradients(
     return tuple(gradient if need else None for gradient, need in zip([drive_gradient, *cast], needed, strict=True))
 
 
+# How many sweeps are needed is known only from the values
+@torch.compiler.disable
 def equilibrium(settings: EquilibriumSettings, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """
     Activity of the last layer at the free fixed point.

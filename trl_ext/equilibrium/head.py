@@ -65,7 +65,8 @@ class EPHead(nn.Module):
         max_steps (`int`, *optional*, defaults to `100`):
             Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
         spectral_cap (`float`, *optional*):
-            Bound on the largest singular value of each recurrent weight.
+            Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
+            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
 
     Attributes:
         statistics ([`RelaxationStatistics`]):
@@ -217,6 +218,10 @@ class EPHead(nn.Module):
             if self.feedback == "asymmetric":
                 values[f"backward_weight_{layer}"] = at_angle(forward.T, self.feedback_angle, generator)
             values[f"bias_{layer + 1}"] = torch.zeros(above)
+        if self.spectral_cap is not None:
+            for name in self._capped_weights():
+                left, singular, right = torch.linalg.svd(values[name], full_matrices=False)
+                values[name] = (left * singular.clamp_max(self.spectral_cap)) @ right
         values["readout_weight"] = draw(self.out_features, widths[-1])
         values["readout_bias"] = torch.zeros(self.out_features)
         for name, buffer in self.named_buffers():

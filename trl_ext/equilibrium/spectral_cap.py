@@ -47,7 +47,8 @@ def cap_singular_values(weight: torch.Tensor, start: torch.Tensor, cap: float) -
 
     Args:
         weight (`torch.Tensor` of shape `(m, n)`, float32 or float64):
-            `W`. The singular vectors are held fixed in its gradient, which then has no part along a capped direction.
+            `W`. The singular vectors are held fixed in its gradient, which then has no part along a capped direction:
+            what is above the cap does not grow, and for an excess that is small the gradient is exact.
         start (`torch.Tensor` of shape `(n, k)`):
             Right vectors of an earlier call, or random ones.
         cap (`float`):
