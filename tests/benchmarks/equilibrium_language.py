@@ -1,7 +1,8 @@
 """Equilibrium-propagation, linear and perceptron heads on text: IMDB sentiment and two sets of preference pairs.
 
 python -m tests.benchmarks.equilibrium_language --imdb_dir DATA/imdb --hh_file DATA/hh_harmless_test.jsonl.gz \
-    --model_name_or_path DATA/stories260k
+    --model_name_or_path DATA/stories260k > results.jsonl
+python -m tests.benchmarks.equilibrium_language --table results.jsonl
 """
 
 import argparse
@@ -193,10 +194,10 @@ def run(model, task: Task, frozen: bool, rate: float, seed: int, epochs: int, ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--imdb_dir", type=Path, required=True)
-    parser.add_argument("--hh_file", required=True)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--output", type=Path, default=Path("outputs/equilibrium_language.json"))
+    parser.add_argument("--imdb_dir", type=Path)
+    parser.add_argument("--hh_file")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--table", nargs="+", help="print what earlier runs wrote as tables, and run nothing")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
@@ -206,6 +207,9 @@ def main() -> None:
     parser.add_argument("--frozen_epochs", type=int, default=15)
     parser.add_argument("--trained_epochs", type=int, default=1)
     options = parser.parse_args()
+    if options.table:
+        print(tables([json.loads(line) for file in options.table for line in open(file) if line.startswith("{")]))
+        return
     torch.set_num_threads(1)
     path = options.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -217,16 +221,13 @@ def main() -> None:
         pairs_task("playground", preference_dataset(sum(halves)), tokenizer, options.max_length, halves),
         pairs_task("HH harmless", hh, tokenizer, options.max_length, halves),
     ]
-    results = []
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for backbone in options.backbones:
         for task in (task for task in tasks if task.name in options.tasks):
-            results += compare(path, task, BACKBONES[backbone], options)
-            options.output.write_text(json.dumps(results, indent=1))
+            compare(path, task, BACKBONES[backbone], options)
 
 
-def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) -> list[dict]:
-    """Every head on one task: accuracy on the test split for every seed."""
+def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) -> None:
+    """Every head on one task: accuracy on the test split for every seed, printed as one line of JSON each."""
     epochs = options.frozen_epochs if frozen else options.trained_epochs
     cache: dict[str, torch.Tensor] = {}
     if frozen:
@@ -238,19 +239,47 @@ def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) ->
         set_seed(seed)
         return run(build_model(path, head, task.num_labels), task, frozen, rate, seed, epochs, cache, split)
 
-    results = []
     for head in options.heads or (HEADS if frozen else TRAINED_HEADS):
         start = time.process_time()
         tried = {rate: attempt(head, rate, options.seeds[0], "validation") for rate in LEARNING_RATES if frozen}
         rate = max(tried, key=tried.__getitem__, default=1e-3)
         scores = [attempt(head, rate, seed, "test") for seed in options.seeds]
-        results.append({
-            "task": task.name, "frozen": frozen, "head": head, "learning_rate": rate, "accuracy": scores,
+        result = {
+            "task": task.name,
+            "frozen": frozen,
+            "head": head,
+            "learning_rate": rate,
+            "accuracy": scores,
             "parameters": count(build_model(path, head, task.num_labels).score),
             "seconds_per_run": (time.process_time() - start) / (len(tried) + len(scores)),
-        })  # fmt: skip
-        print(json.dumps(results[-1]), flush=True)
-    return results
+        }
+        print(json.dumps(result), flush=True)
+
+
+def tables(results: list[dict]) -> str:
+    """Markdown: one table for frozen and one for trained backbones, mean accuracy and standard deviation over seeds."""
+    parts = []
+    for name, frozen in BACKBONES.items():
+        rows = [result for result in results if result["frozen"] is frozen]
+        tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+        if not rows:
+            continue
+        lines = [
+            f"| {name} backbone | parameters | {' | '.join(tasks)} | s per run |",
+            "|---|" + "---|" * (len(tasks) + 2),
+        ]
+        for head in HEADS:
+            own = {row["task"]: row for row in rows if row["head"] == head}
+            if own:
+                cells = [
+                    f"{np.mean(own[task]['accuracy']):.3f} ± {np.std(own[task]['accuracy'], ddof=1):.3f}"
+                    if task in own else "not run" for task in tasks
+                ]  # fmt: skip
+                seconds = np.mean([row["seconds_per_run"] for row in own.values()])
+                parameters = " / ".join(str(n) for n in sorted({row["parameters"] for row in own.values()}))
+                lines.append(f"| {head} | {parameters} | {' | '.join(cells)} | {seconds:.1f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
