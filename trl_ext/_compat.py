@@ -90,14 +90,15 @@ def restore_rollout(trainer: Any, step: int, batches: list[dict[str, Any]] | Non
 
 def gathered_state_dict(module: Any) -> dict[str, Any]:
     """
-    Whole float32 copies of a module's parameters on the CPU, gathered under ZeRO-3 and FSDP2, where all processes must
-    call it.
+    Whole float32 copies of a module's parameters and saved buffers on the CPU, gathered under ZeRO-3 and FSDP2, where
+    all processes must call it.
     """
     from torch.distributed.tensor import DTensor
 
     parameters = dict(module.named_parameters())
     with maybe_gather_lm_head_ctx(*parameters.values()):
         whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        whole |= {name: buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return {name: p.detach().float().cpu().clone() for name, p in whole.items()}
 
 

@@ -22,6 +22,8 @@ TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
     **{name: f"trl_ext.scripts.{name}" for name in TRL_COMMANDS},
+    "equilibrium-reward": "trl_ext.scripts.equilibrium_reward",
+    "equilibrium-classifier": "trl_ext.scripts.equilibrium_classifier",
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
@@ -30,6 +32,10 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
+  equilibrium-reward
+              Train a reward model with an equilibrium-propagation head, with the same options
+  equilibrium-classifier
+              Train a text classifier with such a head, with the same options
   proxy-points
               Find the values of rewards beyond which a gold metric falls, from the logs of runs:
               trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]

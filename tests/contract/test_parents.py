@@ -15,7 +15,7 @@ import transformers
 from transformers import Trainer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, TrlParser
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
@@ -42,6 +42,10 @@ USED = {
     "Trainer.evaluate": Trainer.evaluate,
     "Trainer.train": Trainer.train,
     "VLLMGeneration._iter_named_params": VLLMGeneration._iter_named_params,
+    "RewardTrainer.__init__": RewardTrainer.__init__,
+    "RewardTrainer.compute_loss": RewardTrainer.compute_loss,
+    "RewardTrainer.log": RewardTrainer.log,
+    "RewardTrainer.create_model_card": RewardTrainer.create_model_card,
     "Trainer.create_optimizer": Trainer.create_optimizer,
     "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
     "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
@@ -156,6 +160,38 @@ def test_rollouts_are_kept_and_counted_as_we_restore_them():
     assert loop.count("self.control.should_training_stop") >= 3
     assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in loop
     assert "randperm(self.num_samples, generator=self.generator)" in inspect.getsource(RepeatSampler.__iter__)
+
+
+def test_reward_trainer_leaves_its_loss_to_the_logits_and_returns_the_outputs():
+    """Where `EPRewardTrainer` adds the homeostasis objective, and why the stock trainer leaves it out."""
+    source = inspect.getsource(RewardTrainer.compute_loss)
+    for text in ("outputs.logits", "return (loss, outputs) if return_outputs else loss"):
+        assert text in source, text
+    assert "outputs.loss" not in source
+    assert "self.create_model_card(" in inspect.getsource(RewardTrainer._save_checkpoint)
+    assert {"compute_loss", "log"} <= calls_on_self(Trainer)
+    source = inspect.getsource(RewardTrainer.__init__)
+    for text in ('model.config, "num_labels"', "config.get_text_config().pad_token_id ="):
+        assert text in source, text
+
+
+def test_fused_head_reads_the_weight_of_the_output_embeddings_and_does_not_call_them():
+    """Why an `EPHead` is refused there."""
+    source = inspect.getsource(add_fused_lm_head)
+    assert "lm_head = self.get_output_embeddings()" in source and "lm_head.weight" in source
+    assert "lm_head(" not in source.replace("add_fused_lm_head(", "").replace("fused_lm_head(", "")
+
+
+def test_transformers_initialises_and_composes_as_the_classifier_expects():
+    from transformers import initialization
+    from transformers.configuration_utils import SubConfigSpec
+
+    assert list(inspect.signature(initialization.copy_).parameters) == ["tensor", "other"]
+    assert {"config_class", "model_type"} <= set(inspect.signature(SubConfigSpec).parameters)
+    source = inspect.getsource(PreTrainedModel)
+    for text in ("_keep_in_fp32_modules_strict", "supports_gradient_checkpointing", "def _init_weights(self, module)"):
+        assert text in source, text
+    assert "accepts_loss_kwargs" in inspect.getsource(Trainer)
 
 
 def test_saving_leaves_out_ignored_keys():

@@ -111,6 +111,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
     rows = stand_ins(path, recipe, tmp_path)
     if method == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    if method == "equilibrium_classifier":
+        rows = [{"text": row["chosen"], "label": index % 2} for index, row in enumerate(rows)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": model,
@@ -134,6 +136,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
     recipe |= {
         "sparse_po": {"max_length": 64, "show_token_masks": 1},
         "constrained_ppo": {"max_completion_length": 6, "per_device_eval_batch_size": 2},
+        "equilibrium_reward": {"max_length": 64, "head_hidden_features": [8, 8]},
+        "equilibrium_classifier": {"max_length": 64, "head_hidden_features": [8, 8]},
     }.get(method, {"max_length": 64})
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
@@ -145,6 +149,10 @@ def test_recipe_runs_two_steps(path, tmp_path):
         assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
     elif method == "constrained_ppo":
         assert (tmp_path / "out" / "critic.safetensors").is_file()
+    elif method.startswith("equilibrium"):
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["hidden_features"] == [8, 8] and config["feedback"] == recipe["head_feedback"]
+        assert config["homeostasis_coef"] == recipe.get("homeostasis_coef", 0.0)
     if recipe.get("log_optimizer_report"):
         assert any("optimizer/projected/share" in entry for entry in state["log_history"])
     assert (tmp_path / "out" / "README.md").is_file()

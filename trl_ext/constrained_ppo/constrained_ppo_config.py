@@ -144,6 +144,11 @@ class ConstrainedPPOConfig(GRPOConfig):
         critic_model_name_or_path (`str`, *optional*):
             Model that a separate critic's backbone starts from, such as a reward model with the policy's
             tokenizer. Defaults to a copy of the policy's.
+        critic_head (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, or `"equilibrium"`: values relax to a fixed point and learn by equilibrium propagation
+            ([`EPValueHeads`]).
+        critic_hidden_features (`list[int]`, *optional*, defaults to `[64, 64]`):
+            Widths of the relaxing layers of equilibrium heads.
         critic_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
@@ -229,6 +234,12 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model that a separate critic's backbone starts from."}
+    )
+    critic_head: Literal["linear", "equilibrium"] = field(
+        default="linear", metadata={"help": "Value heads: 'linear', or 'equilibrium', which relax to a fixed point."}
+    )
+    critic_hidden_features: list[int] = field(
+        default_factory=lambda: [64, 64], metadata={"help": "Widths of the relaxing layers of equilibrium heads."}
     )
     critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
     critic_detach: bool = field(
@@ -351,6 +362,10 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"value heads "
                 "on the policy have no backbone of their own."
             )
+        if self.critic_head not in ("linear", "equilibrium"):
+            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
+        if self.critic_head == "equilibrium" and not all(width >= 1 for width in self.critic_hidden_features or [0]):
+            raise ValueError(f"`critic_hidden_features` must be positive, got {self.critic_hidden_features}.")
         if self.method == "ppo" and self.constraints:
             others = sorted(set(PRESETS) - {"ppo"})
             raise ValueError(f"`method='ppo'` takes no `constraints`. Remove them, or choose one of {others}.")

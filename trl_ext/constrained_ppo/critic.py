@@ -69,12 +69,14 @@ class SeparateCritic(nn.Module):
             Decoder without language-model head, such as `AutoModel` gives it.
         num_heads (`int`):
             Number of streams: rewards, and one for the KL.
+        heads (`torch.nn.Module`, *optional*):
+            Module from hidden states to values. Defaults to [`ValueHeads`].
     """
 
-    def __init__(self, backbone: PreTrainedModel, num_heads: int):
+    def __init__(self, backbone: PreTrainedModel, num_heads: int, heads: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
-        self.heads = ValueHeads(backbone.config.get_text_config().hidden_size, num_heads)
+        self.heads = heads or ValueHeads(backbone.config.get_text_config().hidden_size, num_heads)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -89,6 +91,15 @@ class SeparateCritic(nn.Module):
         """
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self.heads(output.last_hidden_state)
+
+
+def build_value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
+    """The heads that `critic_head` names, for hidden states of a width."""
+    if args.critic_head == "linear":
+        return ValueHeads(hidden_size, num_heads)
+    from ..equilibrium.value_heads import EPValueHeads
+
+    return EPValueHeads(hidden_size, num_heads, args.critic_hidden_features)
 
 
 def build_critic(
@@ -115,9 +126,12 @@ def build_critic(
     """
     if args.critic == "separate":
         if critic_model is None or isinstance(critic_model, str):
-            return build_separate_critic(policy, num_heads, critic_model or args.critic_model_name_or_path)
+            critic = build_separate_critic(policy, num_heads, critic_model or args.critic_model_name_or_path)
+            critic.heads = build_value_heads(critic.backbone.config.get_text_config().hidden_size, num_heads, args)
+            return critic
         if isinstance(critic_model, PreTrainedModel):
-            return SeparateCritic(critic_model.base_model, num_heads)
+            heads = build_value_heads(critic_model.config.get_text_config().hidden_size, num_heads, args)
+            return SeparateCritic(critic_model.base_model, num_heads, heads)
         raise ValueError(
             f"`critic='separate'` takes a model or its name as `critic_model`, got "
             f"`{type(critic_model).__name__}`. For "
@@ -125,7 +139,7 @@ def build_critic(
         )
     hidden_size = policy.config.get_text_config().hidden_size
     if critic_model is None:
-        return ValueHeads(hidden_size, num_heads)
+        return build_value_heads(hidden_size, num_heads, args)
     if isinstance(critic_model, (str, PreTrainedModel)):
         raise ValueError(
             f"`critic_model` is a model and `critic='shared'` takes a module from hidden states `(B, T, "

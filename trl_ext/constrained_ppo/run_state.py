@@ -95,7 +95,7 @@ def load_critic(critic: nn.Module, folder: str | Path) -> None:
             "train from its weights without `resume_from_checkpoint`."
         )
     state = load_file(path)
-    expected = {name: tuple(parameter.shape) for name, parameter in critic.named_parameters()}
+    expected = {name: tuple(tensor.shape) for name, tensor in critic.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

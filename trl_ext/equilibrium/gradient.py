@@ -280,6 +280,8 @@ def error_vectors(
     if estimator.transposes:
         network = network.transposed()
     num_samples = len(nudge)
+    if num_samples == 0:
+        return ErrorVectors([nudge.new_empty(0, layer[0].shape[-1]) for layer in constants], [])
     silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
     if estimator.name in ("tangent", "exact"):
         relaxation = relax(TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)

@@ -225,7 +225,7 @@ class EPHead(nn.Module):
         values["readout_weight"] = draw(self.out_features, widths[-1])
         values["readout_bias"] = torch.zeros(self.out_features)
         for name, buffer in self.named_buffers():
-            values[name] = torch.randn(buffer.shape, generator=generator)
+            values[name] = torch.randn(buffer.shape, generator=generator, device="cpu")
         return values
 
     def recurrent_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -435,7 +435,7 @@ def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | 
     Returns:
         `torch.Tensor` of the same shape.
     """
-    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
     noise -= weight * ((noise * weight).sum() / weight.square().sum())
     noise *= weight.norm() / noise.norm()
     angle = math.radians(degrees)

@@ -1,5 +1,5 @@
-"""The demo on the playground, where what matters in a response is known: SparsePO against its relatives, and
-constrained PPO against plain PPO."""
+"""The demo on the playground, where what matters in a response is known: SparsePO against its relatives,
+constrained PPO against plain PPO, and a reward model that learns by equilibrium propagation."""
 
 import argparse
 import json
@@ -115,10 +115,18 @@ def demonstrate_constrained_ppo(options: argparse.Namespace, console: Console) -
     demonstrate(Path(options.output_dir) / "constrained_ppo", console, options.max_steps)
 
 
+def demonstrate_equilibrium(options: argparse.Namespace, console: Console) -> None:
+    """Reward models with an equilibrium-propagation head."""
+    from .demo_equilibrium import demonstrate_equilibrium as demonstrate
+
+    demonstrate(Path(options.output_dir) / "equilibrium", console, options.max_steps)
+
+
 # In the order in which they run
 PARTS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
     "sparse_po": demonstrate_sparse_po,
     "constrained_ppo": demonstrate_constrained_ppo,
+    "equilibrium": demonstrate_equilibrium,
 }
 
 
