@@ -302,6 +302,14 @@ def test_best_thresholds_and_multipliers_are_applied_at_the_end(rate, reached, t
     assert report["best"]["step"] == best.step and report["finished"] in ("converged", "budget")
 
 
+def test_evaluation_on_start_is_no_policy_of_the_search(tmp_path):
+    """It has no checkpoint that could be applied again; it counts against the budget."""
+    trainer = fake(tmp_path, gold=lambda means, step: -step, max_gold_evaluations=10)
+    trainer.evaluate()
+    assert trainer.search.num_gold_evaluations == 2 and trainer.search.best is None
+    assert trainer.train().search.best.step > 0 and len(trainer.evaluated) == 10
+
+
 def test_training_goes_on_at_the_best_vertex(tmp_path):
     trainer = fake(tmp_path, max_gold_evaluations=12, after_search="train", max_steps=300).train()
     assert trainer.state.global_step == 300 and trainer.search.finished == "budget"

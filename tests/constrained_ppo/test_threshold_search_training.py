@@ -7,6 +7,7 @@ import torch
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, make, path, prompts
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+from trl_ext.constrained_ppo.logged_runs import read_runs
 from trl_ext.constrained_ppo.threshold_search_callback import SEARCH_FILE
 
 
@@ -99,6 +100,17 @@ def test_resumed_in_mid_search_equals_uninterrupted(step, whole, tmp_path, path)
 def test_saved_beside_the_policy(whole, tmp_path):
     whole.save_model(str(tmp_path))
     assert json.loads((tmp_path / SEARCH_FILE).read_text()) == whole.threshold_search.search.state_dict()
+
+
+def test_its_log_is_read_by_proxy_points(whole):
+    measured = read_runs([whole.args.output_dir])
+    logged_by_step = {e["step"]: e for e in whole.state.log_history if "eval_gold" in e}
+    assert set(measured.names) == {"low_ids", "length"} and len(measured.gold) >= 4
+    for index, step in enumerate(measured.step.tolist()):
+        entry = logged_by_step[step]
+        assert measured.gold[index] == entry["eval_gold"] and measured.kl[index] == entry["eval_kl/per_response"]
+        expected = [entry[f"eval_rewards/{name}/mean"] for name in measured.names]
+        assert measured.rewards[index].tolist() == expected
 
 
 def test_checkpoint_without_a_search(whole, tmp_path, path):

@@ -248,7 +248,7 @@ class ThresholdSearch:
         self._rollouts.clear()
         means = [float(mean) for mean in means]
         reached = self.trial is not None and self._is_reached(means, self.trial.thresholds)
-        if self.best is None or gold > self.best.gold:
+        if step > 0 and (self.best is None or gold > self.best.gold):
             thresholds = self.trial.thresholds if reached and self.trial is not None else means
             self.best = BestPolicy(step, float(gold), list(thresholds), means, reached)
         if self.trial is None or not (reached or self._out_of_steps(step) or self._budget_spent()):
