@@ -263,8 +263,9 @@ def evaluation(entry: dict[str, Any], reward_names: Sequence[str]) -> dict[str, 
 
 def proxy_points(results: list[dict], reward_names: list[str], folder: Path, degree: int) -> dict[str, float]:
     """
-    Thresholds from the runs on each reward alone, as `trl-ext proxy-points` finds them; its report and pictures go
-    into `folder`.
+    Thresholds from the runs on each reward alone, as `trl-ext proxy-points` finds them: the joint peak or, where that
+    lies at the edge of the data and so can't be trusted, the peak of each reward's own curve. The report and its
+    pictures go into `folder`.
 
     Args:
         results (`list[dict]`):
@@ -279,8 +280,6 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     Returns:
         `dict[str, float]`: threshold of each reward.
     """
-    import yaml
-
     from ..constrained_ppo.logged_runs import Measurements
     from .proxy_points import analyse, make_parser, write
 
@@ -297,7 +296,10 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     options = make_parser().parse_args(["--runs", "", "--degree", str(degree)])
     report = analyse(measurements, [name for name, _ in own], options)
     write(report, measurements, folder)
-    return {entry["reward"]: entry["threshold"] for entry in yaml.safe_load(report["block"])["constraints"]}
+    joint = report["joint"]
+    own_peaks = [float(report["independent"][name].point[0]) for name in reward_names]
+    peaks = own_peaks if joint is None or joint.at_edge else joint.point.tolist()
+    return {name: float(f"{peak:.4g}") for name, peak in zip(reward_names, peaks, strict=True)}
 
 
 def run_all(
