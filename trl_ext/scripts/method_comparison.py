@@ -84,6 +84,9 @@ class ComparisonArguments:
             Degree of the polynomial that proxy points are read from.
         search_budget (`int`):
             Evaluations of the gold metric of the threshold search.
+        search_range (`list[float]`, *optional*):
+            For each reward, how far above the base model's the search starts, as a fraction of it. Defaults to the
+            search's own.
     """
 
     methods: list[str] = field(
@@ -99,6 +102,9 @@ class ComparisonArguments:
     )
     proxy_degree: int = field(default=3, metadata={"help": "Degree of the polynomial behind the proxy points."})
     search_budget: int = field(default=30, metadata={"help": "Gold evaluations of the threshold search."})
+    search_range: list[float] | None = field(
+        default=None, metadata={"help": "For each reward, how far above the base model's the search starts."}
+    )
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,18 @@ def later_runs(
             constraints = [{"reward": reward, "threshold": value, **kind} for reward, value in thresholds.items()]
             settings = {"method": method, "constraints": constraints}
             if name == SEARCH:
-                search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
                 steps = 2 * config.max_steps
+                search = _search(task, arguments, seed)
                 settings |= {"max_steps": steps, "search": search, "eval_steps": steps, "save_strategy": "best"}
         runs.append(Run(name, seed, settings))
     return runs
+
+
+def _search(task: Task, arguments: ComparisonArguments, seed: int) -> dict[str, Any]:
+    search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
+    if arguments.search_range is not None:
+        search["initial_range"] = dict(zip(task.reward_names, arguments.search_range, strict=True))
+    return search
 
 
 def best_tuning(finished: list[dict]) -> dict[str, Any]:
