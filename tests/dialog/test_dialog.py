@@ -62,6 +62,9 @@ def test_replies_follow_their_context(files):
     assert next(row for row in longer if row["intent"] == 0 and row["last"] == "ok , i'll .")["prompt"] == (
         "bring it , please .</s>ok , i'll .</s>"
     )
+    # The words of "bring it , please ." and "ok , i'll ." are 5 and 4: together too many, and of the first alone too
+    short = replies(read_dialogues(files), num_words=4).to_list()
+    assert [row["prompt"] for row in short] == ["ok , i'll .</s>"]
     assert clean("It ’ s 5 o'clock ... isn ' t it ?") == "it's 5 o'clock . . . isn't it ?"
 
 

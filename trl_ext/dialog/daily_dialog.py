@@ -106,15 +106,24 @@ def split_dialogues(
     return shuffled[2 * size :], shuffled[:size], shuffled[size : 2 * size]
 
 
-def replies(dialogues: Sequence[Dialogue], num_context: int = 5, num_replies: int | None = None, seed: int = 0):
+def replies(
+    dialogues: Sequence[Dialogue],
+    num_context: int = 5,
+    num_words: int = 40,
+    num_replies: int | None = None,
+    seed: int = 0,
+) -> Dataset:
     """
-    One row for each utterance but the first of its dialogue.
+    One row for each utterance but the first of its dialogue. Replies to an utterance of more than `num_words` are left
+    out.
 
     Args:
         dialogues (`Sequence[Dialogue]`):
             Dialogues.
         num_context (`int`, *optional*, defaults to `5`):
             Most utterances before the reply.
+        num_words (`int`, *optional*, defaults to `40`):
+            Most words of them together: the earliest are dropped first.
         num_replies (`int`, *optional*):
             Rows to draw. Defaults to all.
         seed (`int`, *optional*, defaults to `0`):
@@ -124,15 +133,14 @@ def replies(dialogues: Sequence[Dialogue], num_context: int = 5, num_replies: in
         [`~datasets.Dataset`] with the columns `prompt` (the context, `</s>` after each utterance), `last` (its last
         utterance), `reference` and `intent` (of the reference).
     """
-    rows = [
-        {
-            "prompt": "".join(utterance + END for utterance in dialogue.utterances[max(0, turn - num_context) : turn]),
-            "last": dialogue.utterances[turn - 1],
-            "reference": dialogue.utterances[turn],
-            "intent": dialogue.intents[turn],
-        }
-        for dialogue in dialogues
-        for turn in range(1, len(dialogue.utterances))
-    ]
+    rows = []
+    for dialogue in dialogues:
+        for turn in range(1, len(dialogue.utterances)):
+            context = list(dialogue.utterances[max(0, turn - num_context) : turn])
+            while sum(len(utterance.split()) for utterance in context) > num_words:
+                context.pop(0)
+            if context:
+                reply = {"reference": dialogue.utterances[turn], "intent": dialogue.intents[turn]}
+                rows.append({"prompt": "".join(text + END for text in context), "last": context[-1], **reply})
     random.Random(seed).shuffle(rows)
     return Dataset.from_list(rows[:num_replies])

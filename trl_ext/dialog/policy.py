@@ -20,14 +20,14 @@ from .daily_dialog import END, Dialogue
 PAD = "<pad>"
 
 
-def build_tokenizer(dialogues: Sequence[Dialogue], vocabulary_size: int = 2500) -> PreTrainedTokenizerFast:
+def build_tokenizer(dialogues: Sequence[Dialogue], vocabulary_size: int = 1500) -> PreTrainedTokenizerFast:
     """
     Byte-pair encoding of the dialogues' words.
 
     Args:
         dialogues (`Sequence[Dialogue]`):
             Training dialogues.
-        vocabulary_size (`int`, *optional*, defaults to `2500`):
+        vocabulary_size (`int`, *optional*, defaults to `1500`):
             Tokens, `<pad>` and `</s>` included.
 
     Returns:

@@ -84,6 +84,9 @@ class ComparisonArguments:
             Degree of the polynomial that proxy points are read from.
         search_budget (`int`):
             Evaluations of the gold metric of the threshold search.
+        search_range (`list[float]`, *optional*):
+            For each reward, how far above the base model's the search starts, as a fraction of it. Defaults to the
+            search's own.
     """
 
     methods: list[str] = field(
@@ -99,6 +102,9 @@ class ComparisonArguments:
     )
     proxy_degree: int = field(default=3, metadata={"help": "Degree of the polynomial behind the proxy points."})
     search_budget: int = field(default=30, metadata={"help": "Gold evaluations of the threshold search."})
+    search_range: list[float] | None = field(
+        default=None, metadata={"help": "For each reward, how far above the base model's the search starts."}
+    )
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,18 @@ def later_runs(
             constraints = [{"reward": reward, "threshold": value, **kind} for reward, value in thresholds.items()]
             settings = {"method": method, "constraints": constraints}
             if name == SEARCH:
-                search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
                 steps = 2 * config.max_steps
+                search = _search(task, arguments, seed)
                 settings |= {"max_steps": steps, "search": search, "eval_steps": steps, "save_strategy": "best"}
         runs.append(Run(name, seed, settings))
     return runs
+
+
+def _search(task: Task, arguments: ComparisonArguments, seed: int) -> dict[str, Any]:
+    search = {"max_gold_evaluations": arguments.search_budget, "seed": seed, "after_search": "train"}
+    if arguments.search_range is not None:
+        search["initial_range"] = dict(zip(task.reward_names, arguments.search_range, strict=True))
+    return search
 
 
 def best_tuning(finished: list[dict]) -> dict[str, Any]:
@@ -263,8 +276,9 @@ def evaluation(entry: dict[str, Any], reward_names: Sequence[str]) -> dict[str, 
 
 def proxy_points(results: list[dict], reward_names: list[str], folder: Path, degree: int) -> dict[str, float]:
     """
-    Thresholds from the runs on each reward alone, as `trl-ext proxy-points` finds them; its report and pictures go
-    into `folder`.
+    Thresholds from the runs on each reward alone, as `trl-ext proxy-points` finds them: the joint peak or, where that
+    lies at the edge of the data and so can't be trusted, the peak of each reward's own curve. The report and its
+    pictures go into `folder`.
 
     Args:
         results (`list[dict]`):
@@ -279,8 +293,6 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     Returns:
         `dict[str, float]`: threshold of each reward.
     """
-    import yaml
-
     from ..constrained_ppo.logged_runs import Measurements
     from .proxy_points import analyse, make_parser, write
 
@@ -297,7 +309,10 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     options = make_parser().parse_args(["--runs", "", "--degree", str(degree)])
     report = analyse(measurements, [name for name, _ in own], options)
     write(report, measurements, folder)
-    return {entry["reward"]: entry["threshold"] for entry in yaml.safe_load(report["block"])["constraints"]}
+    joint = report["joint"]
+    own_peaks = [float(report["independent"][name].point[0]) for name in reward_names]
+    peaks = own_peaks if joint is None or joint.at_edge else joint.point.tolist()
+    return {name: float(f"{peak:.4g}") for name, peak in zip(reward_names, peaks, strict=True)}
 
 
 def run_all(
