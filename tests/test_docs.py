@@ -74,6 +74,8 @@ def test_code_compiles_and_its_imports_exist(block):
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert imports
     for node in imports:
+        if node.module.split(".")[0] == "axolotl":  # Not a dependency, not even of the tests
+            continue
         module = importlib.import_module(node.module)
         for name in node.names:
             assert hasattr(module, name.name), name.name

@@ -91,7 +91,7 @@ def optimizer_names() -> set[str]:
 
 
 def add_optimizer_name(name: str, handler: Callable[[Any], tuple[Any, dict[str, Any]]]) -> None:
-    """Makes `name` a member of transformers' closed enum of optimizers, built by `handler` in [`~transformers.Trainer`]."""
+    """Makes `name` a member of transformers' closed enum of optimizers; a trainer builds it by `handler`."""
     member = str.__new__(OptimizerNames, name)
     member._name_, member._value_ = name.upper(), name
     type.__setattr__(OptimizerNames, member._name_, member)

@@ -101,6 +101,15 @@ def test_lora_under_zero3(model, tmp_path):
     assert_same_training(found, expected, "zero3")
 
 
+def test_adamp_under_zero2(model, tmp_path):
+    """Policy and masks in groups of their own, cut by shard borders."""
+    settings = {"optim": "adamp", "optim_args": "delta=0.5", "weight_decay": 0.1}
+    expected = launch("single", model, tmp_path / "single", settings=settings)
+    found = launch("zero2", model, tmp_path / "zero2", settings=settings)
+    assert expected["chain"][-1] == "AdamP" and found["chain"] == [*CHAINS["zero2"][:-1], "AdamP"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
+
+
 def test_activation_masks_under_zero3(model, tmp_path):
     settings = {"mask_type": "activation"}
     expected = launch("single", model, tmp_path / "single", settings=settings)

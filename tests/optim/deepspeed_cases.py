@@ -47,8 +47,9 @@ def config(stage: int, zero: dict, **top) -> dict:
 
 def settings(folder: str, deepspeed: dict, **options) -> dict:
     return {
-        "output_dir": folder, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "deepspeed": deepspeed,
-        "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2, "logging_steps": 1, **options,
+        "output_dir": folder, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none",
+        "deepspeed": deepspeed, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2,
+        "logging_steps": 1, **options,
     }  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def sft(folder: str, deepspeed: dict, trainer_options: dict | None = None, **opt
 def dpo(folder: str, deepspeed: dict) -> MixedDPOTrainer:
     args = DPOConfig(**settings(folder, deepspeed))
     return MixedDPOTrainer(
-        save_tiny_model(Path(folder) / "model"), args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
-        optimizer_cls_and_kwargs=optimizer_factory("adamp", args),
+        save_tiny_model(Path(folder) / "model"), args=args, train_dataset=tiny_pairs(4),
+        processing_class=tiny_tokenizer(), optimizer_cls_and_kwargs=optimizer_factory("adamp", args),
     )  # fmt: skip
 
 

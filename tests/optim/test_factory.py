@@ -17,7 +17,7 @@ from trl_ext.optim import (
     unregister,
 )
 from trl_ext.optim import factory as factory_module
-from trl_ext.optim.factory import parse_optim_args
+from trl_ext.optim.factory import check_optim_args, parse_optim_args
 from trl_ext.parameter_groups import decay_groups
 
 
@@ -141,6 +141,7 @@ def test_factory_refuses_what_it_does_not_know():
         ("weight_decay=0.1", "set by the field `weight_decay`"),
         ("eps=1e-6", "set by the field `adam_epsilon`"),
         ("params=3", "no option `params`"),
+        ("state_dtype=float99", "`state_dtype` must be a dtype of torch such as float32, got 'float99'"),
     ],
 )
 def test_wrong_optim_args(text, message):
@@ -149,11 +150,56 @@ def test_wrong_optim_args(text, message):
     assert f"`optim_args: {text}`" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim_args": "delta=-0.1"}, "`delta` must be finite and at least 0, got -0.1"),
+        ({"optim_args": "delta=nan"}, "`delta` must be a number, got 'nan'"),
+        ({"optim_args": "wd_ratio=1e999"}, "`wd_ratio` must be finite"),
+        ({"optim_args": "projection=rows"}, "`projection` must be one of"),
+        ({"optim_args": "projection=(:layer"}, "pattern"),
+        ({"learning_rate": -1.0}, "`lr` must be finite and at least 0, got -1.0"),
+        ({"learning_rate": float("nan")}, "`lr` must be finite and at least 0, got nan"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be finite and at least 0, got -0.1"),
+        ({"adam_beta1": 1.0}, "`betas\\[0\\]` must lie in"),
+        ({"optim": "sgdp", "optim_args": "momentum=1.0"}, "`momentum`"),
+    ],
+)
+def test_values_that_no_optimizer_takes_are_refused_before_a_model_is_loaded(settings, message, registered, tmp_path):
+    args = arguments(tmp_path, **{"optim": "adamp", **settings})
+    with pytest.raises(ValueError, match=message):
+        check_optim_args(args)
+
+
+def test_right_values_pass(registered, tmp_path):
+    check_optim_args(arguments(tmp_path))
+    check_optim_args(arguments(tmp_path, optim="adamp", optim_args="projection=auto,delta=0.2"))
+    check_optim_args(arguments(tmp_path, optim="sgdp", optim_args="projection=q_proj:layer,momentum=0.9"))
+
+
 def test_optim_args_have_types():
     parsed = parse_optim_args("delta=1e-1, wd_ratio=1,nesterov=True,foreach=false,fused=none", AdamP)
     assert parsed == {"delta": 0.1, "wd_ratio": 1, "nesterov": True, "foreach": False, "fused": None}
     assert parse_optim_args(None, AdamP) == parse_optim_args("", AdamP) == {}
     assert parse_optim_args("momentum=0.9,eps=1e-6", SGDP) == {"momentum": 0.9, "eps": 1e-6}
+
+
+def test_named_projection(registered, tmp_path):
+    model = tiny_model("qwen3")
+    options = {"auto": r"\.(q_proj|k_proj)\.weight$", "q_proj|k_proj:layer": "q_proj|k_proj"}
+    for value, pattern in options.items():
+        args = arguments(tmp_path, optim="adamp", optim_args=f"projection={value},state_dtype=float32")
+        optimizer = Trainer(model, args).create_optimizer()
+        assert optimizer.param_groups[0]["projection"] == {pattern: "layer"}
+        assert optimizer.param_groups[0]["state_dtype"] is torch.float32
+        optimizer.zero_grad()
+        ids = torch.arange(3, 11).view(1, -1)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="projection='auto'` needs the parameters' names.*weight_decay"):
+        optimizer_factory("adamp", lr=1e-3, projection="auto")
+    with pytest.raises(ValueError, match="'llama' are known to be scale-invariant"):
+        optimizer_factory("adamp", lr=1e-3, weight_decay=0.0, projection="auto")(tiny_model("llama"))
 
 
 class Own(torch.optim.SGD):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -50,8 +51,8 @@ class OptimizerFactory(NamedTuple):
 
 class GroupedOptimizer:
     """
-    Builds an optimizer from a model, grouping its parameters by the rule of [`~transformers.Trainer`]: weight decay for
-    all but biases and norms. Those of [`AdamP`] and [`SGDP`] get their names, for `projection` and `report()`.
+    Builds an optimizer from a model, grouping its parameters by the rule of [`~transformers.Trainer`]: weight decay
+    for all but biases and norms. Those of [`AdamP`] and [`SGDP`] get their names, for `projection` and `report()`.
     """
 
     def __call__(
@@ -72,8 +73,8 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
             `"adamp"`, `"sgdp"`, or a name given to [`register_optimizer`].
         args ([`~transformers.TrainingArguments`], *optional*):
             Configuration that `learning_rate`, `weight_decay` and, for an optimizer with `betas`, `adam_beta1`,
-            `adam_beta2` and `adam_epsilon` are taken from. Without it they must stand in `kwargs`, since a trainer does
-            not add them.
+            `adam_beta2` and `adam_epsilon` are taken from. Without it they must stand in `kwargs`, since a trainer
+            does not add them.
         kwargs:
             Options of the optimizer; they win over `args`. `projection="auto"` names the scale-invariant weights of a
             known architecture ([`scale_invariant_weights`]). Without `args` and `weight_decay`, the trainer's own
@@ -103,16 +104,16 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
         kwargs = {**_options_of(args, options), **kwargs}
     elif "lr" in options and "lr" not in kwargs:
         warnings.warn(
-            f"optimizer_factory({name!r}) got no `lr`, and a trainer does not add its `learning_rate`: the optimizer's "
-            f"own default is used. Write optimizer_factory({name!r}, args) or give `lr`.",
+            f"optimizer_factory({name!r}) got no `lr`, and a trainer does not add its `learning_rate`: the optimizer "
+            f"uses its own default. Write optimizer_factory({name!r}, args) or give `lr`.",
             stacklevel=2,
         )
     if "weight_decay" in kwargs:
         return OptimizerFactory(GroupedOptimizer, {"optimizer_cls": optimizer_cls, **kwargs})
     if kwargs.get("projection") == "auto" or isinstance(kwargs.get("projection"), dict):
         raise ValueError(
-            f"`projection={kwargs['projection']!r}` needs the parameters' names, which the trainer's groups lack. Write "
-            f"optimizer_factory({name!r}, args, ...) or give `weight_decay`."
+            f"`projection={kwargs['projection']!r}` needs the parameters' names, which the trainer's groups lack. "
+            f"Write optimizer_factory({name!r}, args, ...) or give `weight_decay`."
         )
     return OptimizerFactory(optimizer_cls, kwargs)
 
@@ -229,23 +230,31 @@ def named_optimizer(optim: Any) -> type[Optimizer] | None:
 
 def check_optim_args(args: Any) -> None:
     """
-    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, before a model is loaded.
+    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, and values that [`AdamP`] and [`SGDP`]
+    refuse, before a model is loaded.
 
     Raises:
-        ValueError: As [`parse_optim_args`] does.
+        ValueError: As [`parse_optim_args`] and the optimizer do.
     """
     optimizer_cls = named_optimizer(args.optim)
-    if optimizer_cls is not None:
-        parse_optim_args(args.optim_args, optimizer_cls)
+    if optimizer_cls is None:
+        return
+    options = _parsed(args.optim_args, optimizer_cls)
+    if issubclass(optimizer_cls, ProjectedOptimizer):
+        options = {key: value for key, value in options.items() if value != "auto"}
+        accepted = set(inspect.signature(optimizer_cls).parameters)
+        optimizer_cls([nn.Parameter(torch.zeros(1))], **{**_options_of(args, accepted), **options})
 
 
 def _build(context: Any) -> OptimizerFactory:
     name = context.args.optim.value
-    options = parse_optim_args(context.args.optim_args, _OPTIMIZERS[name])
+    return optimizer_factory(name, context.args, **_parsed(context.args.optim_args, _OPTIMIZERS[name]))
+
+
+def _parsed(text: str | None, optimizer_cls: type[Optimizer]) -> dict[str, Any]:
+    options = parse_optim_args(text, optimizer_cls)
     pattern, colon, view = str(options.get("projection", "")).rpartition(":")
-    if colon:
-        options["projection"] = {pattern: view}
-    return optimizer_factory(name, context.args, **options)
+    return {**options, "projection": {pattern: view}} if colon else options
 
 
 def _options_of(args: Any, options: set[str]) -> dict[str, Any]:
@@ -261,6 +270,10 @@ def _typed(name: str, value: str, parameters: Any, where: str) -> Any:
         typed: Any = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
     except (SyntaxError, ValueError):
         typed = value
+    if name.endswith("dtype") and typed is not None:
+        typed = getattr(torch, value, None)
+        if not isinstance(typed, torch.dtype):
+            raise ValueError(f"{where}: `{name}` must be a dtype of torch such as float32, got {value!r}.")
     is_number = isinstance(typed, int | float) and not isinstance(typed, bool)
     if isinstance(default, bool) and not isinstance(typed, bool):
         raise ValueError(f"{where}: `{name}` must be true or false, got {value!r}.")

@@ -9,16 +9,16 @@ from transformers import TrainerCallback
 class OptimizerCheckCallback(TrainerCallback):
     """
     Raises at the start of training if the optimizer under all wrappers is not the one asked for. Three replacements
-    happen without a word: accelerate's by `DeepSpeedCPUAdam` where DeepSpeed offloads the optimizer, Trainer's by AdamW
-    of what was passed as `optimizers=` under DeepSpeed, and that of any optimizer by an `optimizer` block in a DeepSpeed
-    config.
+    happen without a word: where DeepSpeed offloads the optimizer, accelerate puts `DeepSpeedCPUAdam` in its place;
+    under DeepSpeed, Trainer puts AdamW in the place of what was passed as `optimizers=`; and an `optimizer` block in a
+    DeepSpeed config wins over everything.
 
     [`register`] adds it to every trainer made afterwards, and [`OptimizerMixin`] to its own.
 
     Args:
         expected (`type`, *optional*):
-            Class asked for. Defaults to the one that `args.optim` names, if it is one of ours, or else the class of the
-            trainer's `optimizers=`; for the latter the callback must be among the `callbacks` of the constructor.
+            Class asked for. Defaults to the class of the trainer's `optimizers=`, for which the callback must be among
+            the constructor's `callbacks`, or else to the one that `args.optim` names, if it is one of ours.
 
     Example:
 

@@ -40,7 +40,7 @@ class OptimizerMixin:
         super().__init__(*args, **kwargs)
         if optimizer_cls_and_kwargs is None:
             return
-        if self.optimizer is not None:  # type: ignore[has-type]
+        if self.optimizer is not None:  # type: ignore[attr-defined]
             raise ValueError("`optimizers` and `optimizer_cls_and_kwargs` both give an optimizer. Remove one of them.")
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         optimizer_cls, options = optimizer_cls_and_kwargs

@@ -43,22 +43,40 @@ class OptimizerReportCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
+    def __init__(self) -> None:
+        self._learning_rates: list[Any] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._learning_rates = [group["lr"] for group in bottom_optimizer(optimizer).param_groups]
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any):
         if logs and "loss" in logs:
-            metrics = report_metrics(_report(optimizer))
+            metrics = report_metrics(self._report(optimizer))
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        report = _report(optimizer)  # All processes call it, since sharded weights need an exchange
+        report = self._report(optimizer)  # All processes call it, since sharded weights need an exchange
         if report and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
 
+    def _report(self, optimizer: Any) -> dict[str, dict[str, Any]]:
+        bottom = None if optimizer is None else bottom_optimizer(optimizer)
+        if not isinstance(bottom, ProjectedOptimizer):
+            return {}
+        # The schedule has moved on since the step
+        next_rates = [group["lr"] for group in bottom.param_groups]
+        _set_learning_rates(bottom, self._learning_rates)
+        try:
+            return bottom.report()
+        finally:
+            _set_learning_rates(bottom, next_rates)
 
-def _report(optimizer: Any) -> dict[str, dict[str, Any]]:
-    bottom = None if optimizer is None else bottom_optimizer(optimizer)
-    return bottom.report() if isinstance(bottom, ProjectedOptimizer) else {}
+
+def _set_learning_rates(optimizer: ProjectedOptimizer, learning_rates: list[Any]) -> None:
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=False):
+        group["lr"] = learning_rate
 
 
 def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -74,7 +92,8 @@ def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
         steps that were projected, and `optimizer/projected/weights`, the number of weights that were on more than half
         of their steps; of these and of the others the means `optimizer/projected/weight_norm`,
         `optimizer/projected/effective_step_size` (radians), `optimizer/other/weight_norm` and
-        `optimizer/other/effective_step_size`. A mean over no weights is left out.
+        `optimizer/other/effective_step_size`. Weights of norm 0 are left out of the means,
+        and a mean over no weights is left out.
     """
     if not report:
         return {}
@@ -86,8 +105,9 @@ def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
     for title, chosen in (("projected", often), ("other", [name for name in report if name not in often])):
         for key in ("weight_norm", "effective_step_size"):
-            if chosen:
-                metrics[f"optimizer/{title}/{key}"] = float(np.mean([report[name][key] for name in chosen]))
+            values = [report[name][key] for name in chosen if report[name]["weight_norm"] > 0]
+            if values:
+                metrics[f"optimizer/{title}/{key}"] = float(np.mean(values))
     return metrics
 
 

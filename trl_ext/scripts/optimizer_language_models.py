@@ -5,8 +5,8 @@
 AdamW against AdamP in language modelling at equal tuning budget, on small models with and without scale-invariant
 weights: Llama (none), Qwen3 (norms on queries and keys) and Gemma 3 (norms around every block).
 
-Every optimizer trains every model from scratch at every learning rate and seed; the learning rate is chosen on one half
-of the held-out text and the loss reported on the other. Finished runs are kept in `runs.jsonl`, so an interrupted
+Every optimizer trains every model from scratch at every learning rate and seed; the learning rate is chosen on one
+half of the held-out text and the loss reported on the other. Finished runs are kept in `runs.jsonl`, so an interrupted
 experiment goes on where it stopped.
 
 python -m trl_ext.scripts.optimizer_language_models --config recipes/optim/imdb_language_models.yaml \
@@ -190,10 +190,11 @@ def train(
                 }
             )
     growth = float(np.mean([float(p.detach().norm()) / first_norms[name] for name, p in watched.items()]))
-    losses = [_loss(model, half) for half in (held_out[:128], held_out[128:])]
+    tuning_loss, test_loss = (_loss(model, half) for half in (held_out[:128], held_out[128:]))
     seconds = time.perf_counter() - start
-    run = Run(family, optimizer_name, learning_rate, seed, *losses, growth, float(np.mean(passes)), seconds)
-    return run, trace
+    return Run(
+        family, optimizer_name, learning_rate, seed, tuning_loss, test_loss, growth, float(np.mean(passes)), seconds
+    ), trace
 
 
 def _is_invariant(name: str, family: str) -> bool:
@@ -229,9 +230,10 @@ def table(runs: list[Run]) -> str:
             losses = [run.test_loss for run in own]
             pairs = zip(own, best.get("AdamW", own), strict=False)
             difference = ", ".join(f"{run.test_loss - other.test_loss:+.3f}" for run, other in pairs)
+            spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
             lines.append(
-                f"| {TITLES[family]} | {name} | {own[0].learning_rate:g} | {np.mean(losses):.3f} ± "
-                f"{np.std(losses, ddof=1) if len(losses) > 1 else 0:.3f} | {difference if name != 'AdamW' else ''} | "
+                f"| {TITLES[family]} | {name} | {own[0].learning_rate:g} | {np.mean(losses):.3f}{spread} | "
+                f"{difference if name != 'AdamW' else ''} | "
                 f"{np.mean([run.share for run in own]):.2f} | {np.mean([run.norm_growth for run in own]):.2f} |"
             )
     return "\n".join(lines)
@@ -250,6 +252,26 @@ def grid(runs: list[Run]) -> str:
             losses = [r.test_loss for r in runs if (r.family, r.optimizer, r.learning_rate) == (family, name, rate)]
             cells.append(f"{np.mean(losses):.3f}" if losses else "")
         lines.append(f"| {TITLES[family]} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(runs: list[Run]) -> str:
+    """Test loss of AdamP minus that of AdamW at every learning rate, seed by seed, as Markdown."""
+    rates = sorted({run.learning_rate for run in runs})
+    losses = {(run.family, run.optimizer, run.learning_rate, run.seed): run.test_loss for run in runs}
+    lines = ["| AdamP - AdamW, by seed | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
+    lines.append("|---" * (1 + len(rates)) + "|")
+    for family in dict.fromkeys(run.family for run in runs):
+        cells = []
+        for rate in rates:
+            seeds = [seed for f, name, r, seed in losses if (f, name, r) == (family, "AdamP", rate)]
+            pairs = [
+                losses[family, "AdamP", rate, seed] - losses[family, "AdamW", rate, seed]
+                for seed in seeds
+                if (family, "AdamW", rate, seed) in losses
+            ]
+            cells.append(", ".join(f"{pair:+.3f}" for pair in pairs))
+        lines.append(f"| {TITLES[family]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -273,6 +295,7 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 t["trace"] for t in traces if (t["family"], t["optimizer"], t["learning_rate"]) == (family, name, rate)
             ]
             if kept:
+                kept = [trace[1:] for trace in kept]  # The first step of a warm-up is none
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
                 axes[1, column].plot(steps, angles, color=color, label=name)
@@ -306,7 +329,7 @@ def main(args: LanguageModelArguments) -> None:
             file.write(json.dumps(done[-1]) + "\n")
         console.print(run)
     runs = [Run(**row["run"]) for row in done]
-    (folder / "results.md").write_text(table(runs) + "\n\n" + grid(runs) + "\n")
+    (folder / "results.md").write_text("\n\n".join([table(runs), grid(runs), differences(runs)]) + "\n")
     plot(runs, done, folder / "results.png")
 
 

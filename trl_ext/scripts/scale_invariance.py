@@ -2,16 +2,17 @@
 # dependencies = ["trl-ext"]
 # ///
 """
-The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates the
-norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
+The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates
+the norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
 
-Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network with
-batch normalisation on images of digits.
+Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network
+with batch normalisation on images of digits.
 
 python -m trl_ext.scripts.scale_invariance --images_dir DATA/images --output_dir outputs/scale_invariance
 """
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import get_scheduler
 
 from ..optim.adamp import AdamP
 from ..optim.sgdp import SGDP
@@ -54,6 +56,8 @@ class ScaleInvarianceArguments:
             Seeds of the network and of the order of its data; the toy problem uses the first.
         epochs (`int`):
             Passes over the images.
+        schedules (`list[str]`):
+            Schedules of the network's learning rate: `"constant"`, as in the paper's analysis, and `"cosine"`, to 0.
         sgd_learning_rates, adam_learning_rates (`list[float]`):
             Learning rates of the network, for SGD and SGDP and for Adam and AdamP.
         toy_steps (`int`):
@@ -65,6 +69,7 @@ class ScaleInvarianceArguments:
     images_dir: str = field(metadata={"help": "Folder with the idx files of MNIST's test images."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     epochs: int = field(default=8, metadata={"help": "Passes over the images."})
+    schedules: list[str] = field(default_factory=lambda: ["constant"], metadata={"help": "Schedules."})
     sgd_learning_rates: list[float] = field(
         default_factory=lambda: [0.01, 0.05, 0.2, 1.0], metadata={"help": "Learning rates of SGD and SGDP."}
     )
@@ -76,7 +81,7 @@ class ScaleInvarianceArguments:
 
 
 def rayleigh_quotient(weight: torch.Tensor, eigenvalues: torch.Tensor) -> torch.Tensor:
-    """`w' A w / w' w` with a diagonal A: scale-invariant in w, smallest eigenvalue at its minimum. `(1, D)`, `(D,)`."""
+    """`w' A w / w' w` with a diagonal A, `(1, D)` and `(D,)`; its minimum is the smallest eigenvalue."""
     return (eigenvalues * weight.square()).sum() / weight.square().sum()
 
 
@@ -110,7 +115,7 @@ def load_images(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalised_network() -> nn.Sequential:
-    """Three convolutions with batch normalisation after each, which makes their channels scale-invariant; no biases."""
+    """Three convolutions, each before batch normalisation, which makes their channels scale-invariant."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, 8), (8, 16), (16, 32)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -118,13 +123,20 @@ def normalised_network() -> nn.Sequential:
 
 
 def run_network(
-    name: str, learning_rate: float, epochs: int, seed: int, images: torch.Tensor, labels: torch.Tensor
+    name: str,
+    learning_rate: float,
+    epochs: int,
+    seed: int,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    schedule: str = "constant",
 ) -> dict[str, Any]:
     """Accuracy on the held-out images, and norm and angle of the convolutions on every fifth step."""
     torch.manual_seed(seed)
     network = normalised_network()
     convolutions = {key: p for key, p in network.named_parameters() if p.ndim == 4}
     optimizer, recorder = OPTIMIZERS[name](network.parameters(), learning_rate), StepRecorder(convolutions)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=80 * epochs)
     start = float(np.mean([float(p.detach().norm()) for p in convolutions.values()]))
     trace: dict[str, Any] = {"step": [], "growth": [], "angle": [], "passed": []}
     steps = 0
@@ -136,6 +148,7 @@ def run_network(
             if steps % 5 == 0:
                 recorder.before()
             optimizer.step()
+            scheduler.step()
             if steps % 5 == 0:
                 geometry = recorder.after().values()
                 trace["step"].append(steps)
@@ -146,13 +159,14 @@ def run_network(
     network.eval()
     with torch.no_grad():
         accuracy = float((network(images[8000:]).argmax(-1) == labels[8000:]).float().mean())
-    return {"name": name, "learning_rate": learning_rate, "seed": seed, "accuracy": accuracy, **trace}
+    setting = {"name": name, "schedule": schedule, "learning_rate": learning_rate, "seed": seed}
+    return {**setting, "accuracy": accuracy, **trace}
 
 
 def network_table(rows: list[dict[str, Any]]) -> str:
     """Accuracy, norm growth and last effective step size of every optimizer and learning rate, as Markdown."""
     lines = [
-        "| optimizer | learning rate | accuracy | norm, last / first | effective step, last tenth | channel test passed |",
+        "| optimizer | learning rate | accuracy, % | norm, last / first | effective step at the end | test passed |",
         "|---|---|---|---|---|---|",
     ]
     for name, rate in dict.fromkeys((row["name"], row["learning_rate"]) for row in rows):
@@ -177,7 +191,7 @@ def toy_table(toys: dict[str, dict[str, list[float]]]) -> str:
 
 
 def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Norm and effective step size of both problems; the network at the third of its learning rates."""
+    """Norm and effective step size of both problems; the network at the first schedule, third learning rate."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
@@ -185,7 +199,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
         for axis, key in zip(axes[0], ("norm", "angle", "gap"), strict=True):
             axis.plot(trace[key], color=COLORS[name], label=name)
     for name, color in COLORS.items():
-        own = [row for row in rows if row["name"] == name]
+        own = [row for row in rows if (row["name"], row["schedule"]) == (name, rows[0]["schedule"])]
         rates = sorted({row["learning_rate"] for row in own})
         chosen = [row for row in own if row["learning_rate"] == rates[len(rates) // 2]]
         for axis, key in zip(axes[1], ("growth", "angle"), strict=False):
@@ -200,7 +214,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
     axes[0, 2].set(yscale="log")
     axes[1, 0].set(ylabel="norm / first norm")
     axes[1, 1].set(yscale="log")
-    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log")
+    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(0.95, 0.99))
     axes[0, 0].set(title="scale-invariant function")
     axes[1, 0].set(title="network with batch normalisation")
     axes[0, 0].legend(frameon=False)
@@ -219,10 +233,12 @@ def main(args: ScaleInvarianceArguments) -> None:
     images, labels = load_images(args.images_dir)
     rows = []
     for name in OPTIMIZERS:
-        for rate in args.sgd_learning_rates if name.startswith("SGD") else args.adam_learning_rates:
-            rows += [run_network(name, rate, args.epochs, seed, images, labels) for seed in args.seeds]
-            console.print(name, rate, [row["accuracy"] for row in rows[-len(args.seeds) :]])
-    (folder / "results.md").write_text(toy_table(toys) + "\n\n" + network_table(rows) + "\n")
+        rates = args.sgd_learning_rates if name.startswith("SGD") else args.adam_learning_rates
+        for schedule, rate in itertools.product(args.schedules, rates):
+            rows += [run_network(name, rate, args.epochs, seed, images, labels, schedule) for seed in args.seeds]
+            console.print(name, schedule, rate, [row["accuracy"] for row in rows[-len(args.seeds) :]])
+    tables = [network_table([row for row in rows if row["schedule"] == schedule]) for schedule in args.schedules]
+    (folder / "results.md").write_text("\n\n".join([toy_table(toys), *tables]) + "\n")
     (folder / "runs.json").write_text(json.dumps({"toy": toys, "network": rows}))
     plot(toys, rows, folder / "results.png")
 
