@@ -230,9 +230,10 @@ def table(runs: list[Run]) -> str:
             losses = [run.test_loss for run in own]
             pairs = zip(own, best.get("AdamW", own), strict=False)
             difference = ", ".join(f"{run.test_loss - other.test_loss:+.3f}" for run, other in pairs)
+            spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
             lines.append(
-                f"| {TITLES[family]} | {name} | {own[0].learning_rate:g} | {np.mean(losses):.3f} ± "
-                f"{np.std(losses, ddof=1) if len(losses) > 1 else 0:.3f} | {difference if name != 'AdamW' else ''} | "
+                f"| {TITLES[family]} | {name} | {own[0].learning_rate:g} | {np.mean(losses):.3f}{spread} | "
+                f"{difference if name != 'AdamW' else ''} | "
                 f"{np.mean([run.share for run in own]):.2f} | {np.mean([run.norm_growth for run in own]):.2f} |"
             )
     return "\n".join(lines)
