@@ -55,7 +55,7 @@ class DialogArguments(ComparisonArguments):
     dialog_dir: str | None = field(default=None, metadata={"help": "Folder of XDailyDialog's English files."})
     experiment_dir: str = field(default="outputs/dailydialog", metadata={"help": "Folder of the experiment."})
     num_prompts: int = field(default=256, metadata={"help": "Contexts of one evaluation."})
-    policy_steps: int = field(default=600, metadata={"help": "Optimizer steps of the dialogue model."})
+    policy_steps: int = field(default=2000, metadata={"help": "Optimizer steps of the dialogue model."})
 
 
 class EvaluationScore:

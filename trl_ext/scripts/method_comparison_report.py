@@ -148,8 +148,9 @@ def draw_methods(results: Results, path: Path, gold: str) -> None:
     by_step.set_xlabel("optimizer step")
     by_step.set_ylabel(gold)
     by_step.set_title("validation prompts, mean and standard error", loc="left", fontsize=10)
-    by_step.legend(frameon=False, fontsize=7)
     at_end.set_yticks([-position for position in range(len(methods_of(results)))], methods_of(results), fontsize=8)
+    for label, color in zip(at_end.get_yticklabels(), COLORS * 2, strict=False):
+        label.set_color(color)
     at_end.set_xlabel(gold)
     at_end.set_title("test prompts at the end; dots: seeds", loc="left", fontsize=10)
     figure.savefig(path)

@@ -21,7 +21,7 @@ POLICY, FACTS, SPLITS = "policy", "facts.json", ("train", "validation", "test")
 
 
 def prepare(
-    dialog_dir: str, folder: Path, policy_steps: int = 600, num_context: int = 5, seed: int = 0
+    dialog_dir: str, folder: Path, policy_steps: int = 2000, num_context: int = 5, seed: int = 0
 ) -> dict[str, float]:
     """
     Makes policy, classifier and splits where they are missing.
@@ -32,7 +32,7 @@ def prepare(
         folder (`Path`):
             Folder for `policy`, `intent_classifier.json`, `train.jsonl`, `validation.jsonl`, `test.jsonl` and
             `facts.json`.
-        policy_steps (`int`, *optional*, defaults to `600`):
+        policy_steps (`int`, *optional*, defaults to `2000`):
             Optimizer steps of the policy.
         num_context (`int`, *optional*, defaults to `5`):
             Most utterances before a reply.
@@ -81,7 +81,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dialog_dir", required=True, help="folder of XDailyDialog's English files")
     parser.add_argument("--output_dir", default="outputs/dailydialog", help="folder for what is made")
-    parser.add_argument("--policy_steps", type=int, default=600, help="optimizer steps of the dialogue model")
+    parser.add_argument("--policy_steps", type=int, default=2000, help="optimizer steps of the dialogue model")
     parser.add_argument("--seed", type=int, default=0, help="seed of split and model")
     return parser
 
