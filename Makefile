@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP) ## Train five policies on the playground, print one table, draw the pictures (8 minutes on 2 cores)
+demo: $(STAMP) ## Compare methods on the playground: tables and pictures (12 minutes on 2 cores)
 	$(VENV)/bin/trl-ext demo
 
 lint: $(STAMP) ## Check style and types
@@ -34,8 +34,9 @@ test: lint ## Check style and types and run the test-suite
 contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its own environment
 	bash tests/contract/run_matrix.sh "$(TORCH)" "$(filter-out trl==%,$(PINNED))"
 
-benchmark: $(STAMP) ## Measure SparsePO against TRL's DPOTrainer and a naive implementation
+benchmark: $(STAMP) ## Measure each method against TRL's trainer or another implementation
 	$(PYTHON) -m tests.benchmarks.sparse_po
+	$(PYTHON) -m tests.benchmarks.constrained_ppo
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -32,6 +32,9 @@ def check_command(words, capsys):
         module = cli.TRAINING_COMMANDS[words[1]]
         command = cli.launch_command(module, words[2:])
         importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
+    elif words[:2] == ["trl-ext", "proxy-points"] or words[2:3] == ["trl_ext.scripts.proxy_points"]:
+        options = words[2:] if words[0] == "trl-ext" else words[3:]
+        importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(options)
     elif words[:1] == ["trl-ext"]:
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
@@ -42,7 +45,8 @@ def check_command(words, capsys):
     elif words[:2] == ["python", "-m"]:
         module = importlib.import_module(words[2])
         if hasattr(module, "make_parser"):
-            module.make_parser().check(words[3:])
+            parser = module.make_parser()
+            (parser.check if hasattr(parser, "check") else parser.parse_args)(words[3:])
     else:
         assert words[:2] == ["pip", "install"], words
 
@@ -97,3 +101,17 @@ def test_every_field_and_metric_is_explained():
     assert all(name in trl_ext.SparsePOConfig.__doc__ for name in own)
     own = set(trl_ext.ConstrainedPPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
     assert own and all(name in trl_ext.ConstrainedPPOConfig.__doc__ for name in own)
+
+
+def test_every_setting_and_metric_of_proxy_points_and_search_is_explained():
+    from trl_ext.constrained_ppo.threshold_search_config import ThresholdSearchConfig
+    from trl_ext.scripts.proxy_points import make_parser
+
+    text = (ROOT / "docs" / "proxy_points_and_search.md").read_text()
+    for name in ThresholdSearchConfig.__dataclass_fields__:
+        assert f"`{name}`" in text and f"{name} (`" in str(ThresholdSearchConfig.__doc__), name
+    options = [option for action in make_parser()._actions for option in action.option_strings if option != "-h"]
+    assert {option for option in options if f"`{option}`" not in text} == {"--help"}
+    source = (ROOT / "trl_ext" / "constrained_ppo" / "threshold_search_callback.py").read_text()
+    keys = set(re.findall(r'"(search/[a-z_]+)(?:/\{name\})?"', source))
+    assert len(keys) == 8 and all(f"`{key}" in text for key in keys)

@@ -30,6 +30,8 @@ __all__ = [
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
+    "open_rollout",
+    "restore_rollout",
     "optimizer_names",
     "remove_optimizer_name",
     "use_adapter",
@@ -72,16 +74,31 @@ def keep_from_vllm(vllm_generation: Any, part: str) -> None:
     vllm_generation._iter_named_params = kept_parameters
 
 
+def open_rollout(trainer: Any) -> tuple[int, list[dict[str, Any]] | None]:
+    """
+    Where a `GRPOTrainer` stands: its number of training steps, micro-batches counted, and the batches of the rollout
+    on which updates are still to come, or `None` where the next step generates.
+    """
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    return trainer._step, trainer._buffered_inputs if trainer._step % generate_every else None
+
+
+def restore_rollout(trainer: Any, step: int, batches: list[dict[str, Any]] | None) -> None:
+    """Sets what [`open_rollout`] gave."""
+    trainer._step, trainer._buffered_inputs = step, batches
+
+
 def gathered_state_dict(module: Any) -> dict[str, Any]:
     """
-    Whole float32 copies of a module's parameters on the CPU, gathered under ZeRO-3 and FSDP2, where all processes must
-    call it.
+    Whole float32 copies of a module's parameters and saved buffers on the CPU, gathered under ZeRO-3 and FSDP2, where
+    all processes must call it.
     """
     from torch.distributed.tensor import DTensor
 
     parameters = dict(module.named_parameters())
     with maybe_gather_lm_head_ctx(*parameters.values()):
         whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        whole |= {name: buffer for name, buffer in module.state_dict().items() if name not in parameters}
         return {name: p.detach().float().cpu().clone() for name, p in whole.items()}
 
 

@@ -22,6 +22,8 @@ TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
     **{name: f"trl_ext.scripts.{name}" for name in TRL_COMMANDS},
+    "equilibrium-reward": "trl_ext.scripts.equilibrium_reward",
+    "equilibrium-classifier": "trl_ext.scripts.equilibrium_classifier",
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
 USAGE = """trl-ext [--version] [--help] COMMAND
@@ -30,9 +32,17 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
+  equilibrium-reward
+              Train a reward model with an equilibrium-propagation head, with the same options
+  equilibrium-classifier
+              Train a text classifier with such a head, with the same options
+  proxy-points
+              Find the values of rewards beyond which a gold metric falls, from the logs of runs:
+              trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
   sft, dpo, grpo, kto, reward, rloo
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
-  demo        Train five policies on the playground and compare them: trl-ext demo [--output_dir FOLDER]
+  demo        Compare the methods on the playground:
+              trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
   recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
 
 --accelerate_config takes the path of a file, or one of: {configs}."""
@@ -58,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
         Console(highlight=False).print(__version__)
         return 0
     command, *rest = arguments
-    commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "recipes": _recipes}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "demo": _demo,
+        "proxy-points": _proxy_points,
+        "recipes": _recipes,
+    }
     commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
         errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
@@ -140,6 +154,15 @@ def _demo(arguments: list[str]) -> int:
     from .playground.demo import main as demo
 
     return demo(arguments)
+
+
+def _proxy_points(arguments: list[str]) -> int:
+    from .scripts.proxy_points import main as proxy_points
+
+    try:
+        return proxy_points(arguments, prog="trl-ext proxy-points")
+    except ImportError as error:
+        raise ValueError(error) from error
 
 
 def _recipes(arguments: list[str]) -> int:

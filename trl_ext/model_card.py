@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from transformers import Trainer
 
 from . import __version__
 
@@ -80,3 +81,45 @@ def write_method_card(
         method_section=method_section,
     )
     path.write_text(content, encoding="utf-8")
+
+
+class MethodCardMixin(Trainer):
+    """
+    Base of a trainer, before TRL's, whose model card says what its method did. The card is written with every save, at
+    checkpoints by TRL.
+    """
+
+    def _method_section(self, model_id: str) -> str:
+        """Markdown of the method for a model of this Hub id or folder."""
+        raise NotImplementedError
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            model_id = self.hub_model_id or str(self.args.output_dir)
+            base_model = self.model.config.name_or_path
+            write_method_card(
+                self.args.output_dir,
+                model_id=model_id,
+                base_model=base_model if base_model and not Path(base_model).is_dir() else None,
+                method_section=self._method_section(model_id),
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            self._write_card_into(Path(self.args.output_dir if output_dir is None else output_dir))
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _write_card_into(self, folder: Path) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
+        card = Path(self.args.output_dir) / "README.md"
+        if self.args.should_save and card.is_file() and folder.resolve() != Path(self.args.output_dir).resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            content = card.read_text(encoding="utf-8")
+            if not self.hub_model_id:
+                content = content.replace(f'"{self.args.output_dir}"', f'"{folder}"')
+            (folder / "README.md").write_text(content, encoding="utf-8")

@@ -72,7 +72,7 @@ def main() -> None:
     best = [min(row[column] for row in rows) for column in range(4)]
     if torch.distributed.get_rank() == 0:
         print(
-            f"ZeRO-{options.stage}, {torch.distributed.get_world_size()} processes: step {best[2]:.0f} ms of CPU time, "
+            f"ZeRO-{options.stage}, {torch.distributed.get_world_size()} processes: step {best[2]:.0f} ms of CPU, "
             f"exchange {best[3]:.2f} ms; least of {options.rounds}: {best[1]:.2%} of CPU, {best[0]:.2%} of wall time",
             flush=True,
         )

@@ -7,12 +7,8 @@ python -m tests.benchmarks.sparse_po --output docs/results/sparse_po_benchmark.m
 """
 
 import argparse
-import ctypes
-import gc
 import platform
-import resource
 import statistics
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from tests.benchmarks.peak_memory import PeakMemory
 from trl_ext import SparsePOConfig, SparsePOTrainer, sparse_po_loss
 
 
@@ -85,43 +82,6 @@ def naive_step(trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     log_ratios = (policy - ref).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * completion
     divergences = (ref.exp() * (ref - policy)).sum(-1) * completion
     return sparse_po_loss(log_ratios, divergences, mask, mask, trainer.args.beta)
-
-
-class PeakMemory:
-    """Peak of the memory a step adds, in MiB: the device's allocator, or this process's resident set."""
-
-    def __enter__(self):
-        gc.collect()
-        # What earlier steps freed but the allocator kept would hide what this one needs
-        ctypes.CDLL(None).malloc_trim(0)
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        self.before = self.peak = self._resident()
-        self.running = True
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.cuda:
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self.running = False
-            self.thread.join()
-        self.added = (self.peak - self.before) / 2**20
-
-    def _watch(self):
-        while self.running:
-            self.peak = max(self.peak, self._resident())
-            time.sleep(0.002)
-
-    @staticmethod
-    def _resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def step(kind, trainer, batch) -> float:

@@ -15,12 +15,12 @@ import transformers
 from transformers import Trainer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, TrlParser
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -36,7 +36,16 @@ USED = {
     "GRPOTrainer._get_per_token_logps_and_entropies": GRPOTrainer._get_per_token_logps_and_entropies,
     "GRPOTrainer._compute_loss": GRPOTrainer._compute_loss,
     "GRPOTrainer._load_optimizer_and_scheduler": GRPOTrainer._load_optimizer_and_scheduler,
+    "GRPOTrainer._get_train_sampler": GRPOTrainer._get_train_sampler,
+    "GRPOTrainer.log": GRPOTrainer.log,
+    "GRPOTrainer.training_step": GRPOTrainer.training_step,
+    "Trainer.evaluate": Trainer.evaluate,
+    "Trainer.train": Trainer.train,
     "VLLMGeneration._iter_named_params": VLLMGeneration._iter_named_params,
+    "RewardTrainer.__init__": RewardTrainer.__init__,
+    "RewardTrainer.compute_loss": RewardTrainer.compute_loss,
+    "RewardTrainer.log": RewardTrainer.log,
+    "RewardTrainer.create_model_card": RewardTrainer.create_model_card,
     "Trainer.create_optimizer": Trainer.create_optimizer,
     "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
     "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
@@ -65,6 +74,7 @@ CALLED = {
     "create_model_card": DPOTrainer,
     "_calculate_rewards": GRPOTrainer,
     "_generate_and_score_completions": GRPOTrainer,
+    "_get_per_token_logps_and_entropies": GRPOTrainer,
     "_iter_named_params": VLLMGeneration,
     "_load_optimizer_and_scheduler": Trainer,
     "create_optimizer": Trainer,
@@ -135,6 +145,53 @@ def test_policy_loss_reads_what_we_hand_it():
     for text in ('"advantages": advantages', 'output["ref_per_token_logps"]', 'output["old_per_token_logps"]'):
         assert text in source, text
     assert "num_generations < 2" in inspect.getsource(GRPOConfig.__post_init__)
+
+
+def test_rollouts_are_kept_and_counted_as_we_restore_them():
+    source = inspect.getsource(GRPOTrainer)
+    for text in (
+        "self._step = 0", "self._buffered_inputs = None", "self._step += 1", "sampler_fn=self._get_train_sampler",
+        "self._step % generate_every == 0 or self._buffered_inputs is None", "logs.update(metrics)", "self._logs = {",
+        "self.args.gradient_accumulation_steps % generate_every != 0", "self.eos_token_ids",
+        "self.num_generations_eval",
+    ):  # fmt: skip
+        assert text in source, text
+    loop = inspect.getsource(Trainer)
+    assert loop.count("self.control.should_training_stop") >= 3
+    assert "self._load_optimizer_and_scheduler(resume_from_checkpoint)" in loop
+    assert "randperm(self.num_samples, generator=self.generator)" in inspect.getsource(RepeatSampler.__iter__)
+
+
+def test_reward_trainer_leaves_its_loss_to_the_logits_and_returns_the_outputs():
+    """Where `EPRewardTrainer` adds the homeostasis objective, and why the stock trainer leaves it out."""
+    source = inspect.getsource(RewardTrainer.compute_loss)
+    for text in ("outputs.logits", "return (loss, outputs) if return_outputs else loss"):
+        assert text in source, text
+    assert "outputs.loss" not in source
+    assert "self.create_model_card(" in inspect.getsource(RewardTrainer._save_checkpoint)
+    assert {"compute_loss", "log"} <= calls_on_self(Trainer)
+    source = inspect.getsource(RewardTrainer.__init__)
+    for text in ('model.config, "num_labels"', "config.get_text_config().pad_token_id ="):
+        assert text in source, text
+
+
+def test_fused_head_reads_the_weight_of_the_output_embeddings_and_does_not_call_them():
+    """Why an `EPHead` is refused there."""
+    source = inspect.getsource(add_fused_lm_head)
+    assert "lm_head = self.get_output_embeddings()" in source and "lm_head.weight" in source
+    assert "lm_head(" not in source.replace("add_fused_lm_head(", "").replace("fused_lm_head(", "")
+
+
+def test_transformers_initialises_and_composes_as_the_classifier_expects():
+    from transformers import initialization
+    from transformers.configuration_utils import SubConfigSpec
+
+    assert list(inspect.signature(initialization.copy_).parameters) == ["tensor", "other"]
+    assert {"config_class", "model_type"} <= set(inspect.signature(SubConfigSpec).parameters)
+    source = inspect.getsource(PreTrainedModel)
+    for text in ("_keep_in_fp32_modules_strict", "supports_gradient_checkpointing", "def _init_weights(self, module)"):
+        assert text in source, text
+    assert "accepts_loss_kwargs" in inspect.getsource(Trainer)
 
 
 def test_saving_leaves_out_ignored_keys():

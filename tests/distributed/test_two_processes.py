@@ -115,16 +115,3 @@ def test_activation_masks_under_zero3(model, tmp_path):
     expected = launch("single", model, tmp_path / "single", settings=settings)
     found = launch("zero3", model, tmp_path / "zero3", settings=settings)
     assert_same_training(found, expected, "zero3")
-
-
-@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
-def test_constrained_ppo(launcher, model, tmp_path):
-    found = run(launcher, str(Path(__file__).with_name("train_ppo.py")), model, tmp_path)
-    assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
-    assert len(found["losses"]) == 3 and all(abs(loss) < 10 for loss in found["losses"])
-    first, second = found["multipliers"]
-    assert first == second and first["num_updates"] == 2
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    critic = load_file(tmp_path / "final" / "critic.safetensors")
-    assert critic["weight"].shape == (3, 32) and critic["weight"].abs().max() > 1e-3

@@ -18,10 +18,19 @@ from tests.tiny import tiny_tokenizer  # noqa: E402
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
 
 
+LOGGED = (
+    "loss", "grad_norm", "rewards/low_ids/mean", "kl/per_token", "kl/coef", "critic/kl/loss", "critic/length/value",
+    "weight/low_ids", "violation/length", "average/low_ids", "eval_gold", "eval_kl/per_response",
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--critic", default="shared")
+    parser.add_argument("--resume")
     options = parser.parse_args()
     trainer = ConstrainedPPOTrainer(
         options.model,
@@ -30,14 +39,23 @@ def main() -> None:
             output_dir=options.output,
             method="xi",
             constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
-            per_device_train_batch_size=4,
+            critic=options.critic,
+            calibration_samples=8,
+            kl_target=0.01,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
             max_completion_length=6,
-            learning_rate=1e-3,
+            generation_kwargs={"do_sample": False},
+            learning_rate=2e-3,
             critic_learning_rate=1e-2,
-            max_steps=3,
+            lr_scheduler_type="constant",
+            max_steps=4,
             num_iterations=2,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=3,
+            eval_strategy="steps",
+            eval_steps=4,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -45,17 +63,22 @@ def main() -> None:
             disable_tqdm=True,
         ),
         train_dataset=prompts(),
+        eval_dataset=prompts(8),
         processing_class=tiny_tokenizer(),
+        gold_reward=low_ids,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model(str(Path(options.output) / "final"))
     multipliers = gather_object([trainer.multipliers.state_dict()])
+    states = gather_object([trainer.controller.state_dict()])
+    history = trainer.state.log_history
     if trainer.is_world_process_zero():
         found = {
             "world_size": trainer.args.world_size,
             "chain": wrapper_chain(trainer),
             "multipliers": multipliers,
-            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+            "states": states,
+            **{key: [e[key] for e in history if key in e] for key in LOGGED},
         }
         (Path(options.output) / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 
 from trl_ext import playground
@@ -82,6 +83,58 @@ def test_rewards_take_trls_arguments():
         pytest.approx(1 / 3)
     ]
     assert playground.count_positive_words(["good not good bad"]) == [2.0]
+
+
+def test_similarity_by_hand():
+    # Content words: plot (aspect), good (positive) of the reference; ending (aspect), bad (negative) of the completion
+    reference = "the plot was good ."
+    assert playground.reference_similarity(["the ending was superb ."], chosen=[reference]) == [1.0]
+    # One of two content words matches
+    assert playground.reference_similarity(["ending bad"], chosen=[reference]) == [pytest.approx(0.5)]
+    # Each word of the reference matches once: 1 of 3
+    found = playground.reference_similarity(["good good good"], chosen=[reference])
+    assert found == [pytest.approx(1 / 3)]
+    assert playground.reference_similarity(["", "the was ."], chosen=[reference] * 2) == [0.0, 0.0]
+    messages = [[{"role": "assistant", "content": "plot was fine"}]]
+    assert playground.reference_similarity(messages, chosen=[[{"role": "assistant", "content": reference}]]) == [1.0]
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        playground.reference_similarity(["a", "b"], chosen=[reference])
+
+
+def test_gold_by_hand():
+    # grammaticality * (1 + sentiment) / 2 with S / (A + 2)
+    assert playground.playground_gold(["the plot was good ."]) == [pytest.approx((1 + 1 / 3) / 2)]
+    assert playground.playground_gold(["the plot was awful . good good"]) == [pytest.approx(0.5 * 1.0 / 2)]
+    assert playground.playground_gold(["", "it took two hours to find the key in the town ."]) == [0.0, 0.5]
+    messages = [[{"role": "assistant", "content": "the plot was good ."}]]
+    assert playground.playground_gold(messages, prompts=["a"], completion_ids=[[1]]) == [pytest.approx(2 / 3)]
+
+
+def test_either_proxy_can_be_hacked():
+    """What a policy that only maximises a proxy would write has more of the proxy than any review, and no gold."""
+    pairs = playground.preference_dataset(100)
+    words, reference = " ".join(["superb"] * 40), pairs["chosen"]
+    bags = [" ".join(word for word in text.split() if playground.grammar.synonyms(word)) for text in reference]
+    for proxy in (playground.count_positive_words, playground.positive_word_share):
+        assert proxy([words])[0] > 2 * max(proxy(reference))
+    assert playground.positive_word_share(["not good .", ""]) == [pytest.approx(1 / 3), 0.0]
+    assert playground.reference_similarity(bags, chosen=reference) == [pytest.approx(1.0)] * len(pairs)
+    assert playground.playground_gold([words, *bags]) == [0.0] * (1 + len(pairs))
+    # Within the grammar more of either means more gold
+    chosen, rejected = (np.mean(playground.playground_gold(pairs[side])) for side in ("chosen", "rejected"))
+    assert chosen > rejected + 0.2
+    assert np.mean(playground.reference_similarity(pairs["rejected"], chosen=reference)) < 0.7
+
+
+def test_drafts_make_reviews_of_one_mind():
+    def strength(num_drafts):
+        generator = random.Random(0)
+        texts = [playground.generate_review(generator, num_drafts=num_drafts).completion for _ in range(200)]
+        assert playground.grammaticality(texts) == [1.0] * 200
+        return np.mean(np.abs(playground.sentiment_reward(texts)))
+
+    assert strength(4) > strength(1) + 0.1
+    assert reviews(20) == reviews(20)
 
 
 def test_tokenizer_round_trip_and_alignment():

@@ -4,12 +4,16 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import trl_ext
-from tests.tiny import save_tiny_model, tiny_pairs
+from tests.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext.cli import TRAINING_COMMANDS
+from trl_ext.dialog.intent import IntentClassifier
 from trl_ext.scripts.strict_parser import load_recipe
 
 
@@ -44,7 +48,7 @@ def test_recipe_parses(path):
     parser = make_parser(path)
     parser.check(["--config", str(path)])
     fields = {name for dataclass in parser.dataclass_types for name in dataclass.__dataclass_fields__}
-    assert load_recipe(path).keys() <= fields
+    assert load_recipe(path).keys() <= fields | {"env"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
@@ -65,6 +69,28 @@ def test_misspelt_key_is_refused(path, tmp_path):
         make_parser(path).check(["--config", str(wrong)])
 
 
+def tiny_reward_model(folder, seed):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"], vocab_size=len(WORDS), num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def stand_ins(path, recipe, tmp_path):
+    """What a recipe names beside the policy, in small; returns the data's rows too."""
+    rows = tiny_pairs(12).to_list()
+    if path.name == "dailydialog.yaml":
+        IntentClassifier(["good", "bad"], np.eye(3, 4)).save(tmp_path / "classifier")
+        recipe["env"] = {name: str(tmp_path / "classifier") for name in recipe["env"]}
+        columns = {"last": "the film", "reference": "a good film", "intent": 1}
+        rows = [{"prompt": row["prompt"], **columns} for row in rows]
+    if path.name == "helpful_harmless.yaml":
+        names = recipe["reward_funcs"]
+        recipe["reward_funcs"] = [tiny_reward_model(tmp_path / f"reward_{i}", i) for i in range(len(names))]
+    return rows
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=ids)
 def test_recipe_runs_two_steps(path, tmp_path):
     model = save_tiny_model(tmp_path / "model")
@@ -82,9 +108,11 @@ def test_recipe_runs_two_steps(path, tmp_path):
     if recipe.get("optim_args") == "projection=auto":
         model = save_tiny_model(tmp_path / "model", "qwen3")
     data = tmp_path / "data.jsonl"
-    rows = tiny_pairs(12)
+    rows = stand_ins(path, recipe, tmp_path)
     if method == "sft":
-        rows = rows.rename_column("chosen", "completion").remove_columns("rejected")
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    if method == "equilibrium_classifier":
+        rows = [{"text": row["chosen"], "label": index % 2} for index, row in enumerate(rows)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": model,
@@ -108,6 +136,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
     recipe |= {
         "sparse_po": {"max_length": 64, "show_token_masks": 1},
         "constrained_ppo": {"max_completion_length": 6, "per_device_eval_batch_size": 2},
+        "equilibrium_reward": {"max_length": 64, "head_hidden_features": [8, 8]},
+        "equilibrium_classifier": {"max_length": 64, "head_hidden_features": [8, 8]},
     }.get(method, {"max_length": 64})
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
@@ -119,6 +149,10 @@ def test_recipe_runs_two_steps(path, tmp_path):
         assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
     elif method == "constrained_ppo":
         assert (tmp_path / "out" / "critic.safetensors").is_file()
+    elif method.startswith("equilibrium"):
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["hidden_features"] == [8, 8] and config["feedback"] == recipe["head_feedback"]
+        assert config["homeostasis_coef"] == recipe.get("homeostasis_coef", 0.0)
     if recipe.get("log_optimizer_report"):
         assert any("optimizer/projected/share" in entry for entry in state["log_history"])
     assert (tmp_path / "out" / "README.md").is_file()

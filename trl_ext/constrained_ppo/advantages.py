@@ -1,6 +1,12 @@
 """Advantages of constrained PPO on tensors: generalised advantage estimation for each reward, and their mixture."""
 
+from collections.abc import Callable, Sequence
+from typing import Literal
+
 import torch
+
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def gae(
@@ -13,9 +19,9 @@ def gae(
     token that `mask` keeps; after the last one value and advantage are zero.
 
     Args:
-        rewards (`torch.Tensor` of shape `(B, T)`):
-            Reward of each token.
-        values (`torch.Tensor` of shape `(B, T)`):
+        rewards (`torch.Tensor` of shape `(B, T)` or `(K, B, T)`):
+            Reward of each token, of one or several streams.
+        values (`torch.Tensor` of the shape of `rewards`):
             Value of the state before each token.
         mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
             Response tokens.
@@ -25,15 +31,16 @@ def gae(
             Decay of the estimator, in `[0, 1]`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: advantages and returns `A + V`, each `(B, T)`, zero outside the mask,
-        without gradient.
+        `tuple[torch.Tensor, torch.Tensor]`: advantages and returns `A + V`, each of the shape of `rewards`, zero
+        outside the mask, without gradient.
 
     Raises:
         ValueError: If shapes differ or a coefficient is outside `[0, 1]`.
     """
-    if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
+    if rewards.shape != values.shape or rewards.shape[-2:] != mask.shape or rewards.dim() not in (2, 3):
         raise ValueError(
-            f"`rewards`, `values` and `mask` must share one shape `(B, T)`, got {tuple(rewards.shape)}, "
+            f"`rewards`, `values` and `mask` must share one shape `(B, T)`, the first two with or without streams in "
+            f"front, got {tuple(rewards.shape)}, "
             f"{tuple(values.shape)} and {tuple(mask.shape)}."
         )
     for name, coefficient in (("gamma", gamma), ("gae_lambda", gae_lambda)):
@@ -41,17 +48,17 @@ def gae(
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     values, keep = values.detach(), mask.bool()
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for step in reversed(range(values.size(1))):
-        delta = rewards[:, step] + gamma * next_value - values[:, step]
+    next_value, next_advantage = torch.zeros_like(values[..., 0]), torch.zeros_like(values[..., 0])
+    for step in reversed(range(values.size(-1))):
+        delta = rewards[..., step] + gamma * next_value - values[..., step]
         advantage = delta + gamma * gae_lambda * next_advantage
-        next_value = torch.where(keep[:, step], values[:, step], next_value)
+        next_value = torch.where(keep[:, step], values[..., step], next_value)
         next_advantage = torch.where(keep[:, step], advantage, next_advantage)
-        advantages[:, step] = torch.where(keep[:, step], advantage, 0.0)
+        advantages[..., step] = torch.where(keep[:, step], advantage, 0.0)
     return advantages, (advantages + values).masked_fill(~keep, 0.0)
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8, reduce: Reduce | None = None) -> torch.Tensor:
     """
     Mean zero and standard deviation one over the tokens that `mask` keeps.
 
@@ -64,15 +71,20 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8) -> torch
             Response tokens.
         eps (`float`, *optional*, defaults to `1e-8`):
             Added to the standard deviation.
+        reduce (`Callable`, *optional*):
+            Sum of a tensor over processes, so that the moments are those of all tokens.
 
     Returns:
         `torch.Tensor` of the shape of `values`, zero outside the mask.
     """
+    reduce = reduce or (lambda tensor: tensor)
     keep = mask.to(values.dtype)
-    count = keep.sum().clamp_min(1)
-    mean = (values * keep).sum(dim=(-2, -1), keepdim=True) / count
+    sums = (values * keep).sum(dim=(-2, -1), keepdim=True)
+    totals = reduce(torch.cat([sums.flatten(), keep.sum().view(1)]))
+    count = totals[-1].clamp_min(1)
+    mean = totals[:-1].view_as(sums) / count
     centered = (values - mean) * keep
-    deviation = (centered.square().sum(dim=(-2, -1), keepdim=True) / count).sqrt()
+    deviation = (reduce(centered.square().sum(dim=(-2, -1), keepdim=True)) / count).sqrt()
     # Rounding leaves a constant stream a spread of about its size times the machine precision
     rounding = 10 * torch.finfo(values.dtype).eps * mean.abs()
     return torch.where(deviation > rounding, centered / (deviation + eps), 0.0)
@@ -84,17 +96,18 @@ def mix_advantages(
     weights: torch.Tensor,
     mask: torch.Tensor,
     whiten_streams: bool = True,
+    reduce: Reduce | None = None,
 ) -> torch.Tensor:
     """
     Advantage of the Lagrangian, equation (4.4): `(K - sum_i w_i) A_KL + sum_i w_i A_i`.
 
     With `whiten_streams`, as in the official code, every stream is whitened before it is mixed. The KL coefficient
-    then
-    scales the KL critic's targets only and cancels from the policy gradient: the weights alone set how much KL counts.
+    then scales the KL critic's targets only and cancels from the policy gradient: the weights alone set how much KL
+    counts.
 
     Args:
         kl_advantages (`torch.Tensor` of shape `(B, T)`):
-            Advantages of the KL stream.
+            Advantages of the objective, such as the KL stream.
         reward_advantages (`torch.Tensor` of shape `(K, B, T)`):
             Advantages of the constrained rewards.
         weights (`torch.Tensor` of shape `(K,)`):
@@ -103,6 +116,8 @@ def mix_advantages(
             Response tokens.
         whiten_streams (`bool`, *optional*, defaults to `True`):
             Whether to whiten every stream first.
+        reduce (`Callable`, *optional*):
+            Sum of a tensor over processes, for the moments of the whitening.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, zero outside the mask.
@@ -110,18 +125,184 @@ def mix_advantages(
     Raises:
         ValueError: If there is not one weight for each reward, or shapes differ.
     """
-    if reward_advantages.dim() != 3 or weights.shape != reward_advantages.shape[:1]:
+    objective, constrained, weights = _prepared(
+        kl_advantages, reward_advantages, weights, mask, whiten_streams, reduce
+    )
+    mixed = (len(weights) - weights.sum()) * objective + torch.einsum("k,kbt->bt", weights, constrained)
+    return mixed * mask.to(mixed.dtype)
+
+
+def mix_normalized(
+    objective_advantages: torch.Tensor,
+    reward_advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    whiten_streams: bool = False,
+    reduce: Reduce | None = None,
+) -> torch.Tensor:
+    """
+    Advantage of the Lagrangian as PPO-Lagrangian has it: `(A_0 + sum_i w_i A_i) / (1 + sum_i w_i)`. For a cost, whose
+    stream enters with the sign turned, this is safe-rlhf's `(A_R - lambda A_C) / (1 + lambda)`. The KL does not belong
+    into `A_0`, where it would count less with every multiplier: add its advantage to the result.
+
+    Args:
+        objective_advantages (`torch.Tensor` of shape `(B, T)`):
+            Advantages of the objective.
+        reward_advantages (`torch.Tensor` of shape `(K, B, T)`):
+            Advantages of the constrained rewards, with the sign turned where the constraint is an upper bound.
+        weights (`torch.Tensor` of shape `(K,)`):
+            Multipliers, not negative.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+        whiten_streams (`bool`, *optional*, defaults to `False`):
+            Whether to whiten every stream first.
+        reduce (`Callable`, *optional*):
+            Sum of a tensor over processes, for the moments of the whitening.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, zero outside the mask.
+
+    Raises:
+        ValueError: If there is not one weight for each reward, or shapes differ.
+    """
+    objective, constrained, weights = _prepared(
+        objective_advantages, reward_advantages, weights, mask, whiten_streams, reduce
+    )
+    mixed = (objective + torch.einsum("k,kbt->bt", weights, constrained)) / (1 + weights.sum())
+    return mixed * mask.to(mixed.dtype)
+
+
+def policy_advantages(
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    reward_weights: torch.Tensor,
+    objective: Literal["kl", "rewards"] = "rewards",
+    constrained: Sequence[int] = (),
+    signs: torch.Tensor | None = None,
+    multiplier_weights: torch.Tensor | None = None,
+    mixing: Literal["paper", "normalized"] = "paper",
+    whitening: Literal["streams", "mixture", "none"] = "mixture",
+    reduce: Reduce | None = None,
+) -> torch.Tensor:
+    """
+    The advantage that the policy follows, from those of all streams.
+
+    Without multipliers it is `sum_k a_k A_k + A_KL`. With them, the objective `A_0` is `A_KL`, or that sum, and the
+    constrained rewards enter through [`mix_advantages`] or [`mix_normalized`].
+
+    Args:
+        advantages (`torch.Tensor` of shape `(K+1, B, T)`):
+            Advantages of the K rewards and, last, of the KL.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+        reward_weights (`torch.Tensor` of shape `(K,)`):
+            Fixed weight `a_k` of each reward in the objective.
+        objective (`str`, *optional*, defaults to `"rewards"`):
+            `"kl"` or `"rewards"`.
+        constrained (`Sequence[int]`, *optional*):
+            Reward of each of the N constraints.
+        signs (`torch.Tensor` of shape `(N,)`, *optional*):
+            -1 for an upper bound, else 1. Defaults to ones.
+        multiplier_weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            Effective weight of each constraint.
+        mixing (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` or `"normalized"`.
+        whitening (`str`, *optional*, defaults to `"mixture"`):
+            `"streams"`, `"mixture"` or `"none"`.
+        reduce (`Callable`, *optional*):
+            Sum of a tensor over processes, for the moments of the whitening.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, zero outside the mask.
+    """
+    rewards, kl = advantages[:-1], advantages[-1]
+    if whitening == "streams" and multiplier_weights is None:
+        rewards, kl = whiten(rewards, mask, reduce=reduce), whiten(kl, mask, reduce=reduce)
+    weighted = torch.einsum("k,kbt->bt", reward_weights.to(rewards), rewards)
+    if multiplier_weights is None:
+        mixed = weighted + kl
+    else:
+        signs = torch.ones(len(constrained)) if signs is None else signs
+        bounded = signs.to(rewards).view(-1, 1, 1) * rewards[list(constrained)]
+        by_stream = whitening == "streams"
+        if mixing == "normalized" and objective == "rewards":
+            mixed = mix_normalized(weighted, bounded, multiplier_weights, mask, by_stream, reduce)
+            mixed = mixed + (whiten(kl, mask, reduce=reduce) if by_stream else kl)
+        else:
+            mix = mix_normalized if mixing == "normalized" else mix_advantages
+            base = kl if objective == "kl" else weighted + kl
+            mixed = mix(base, bounded, multiplier_weights, mask, by_stream, reduce)
+    mixed = mixed * mask.to(mixed.dtype)
+    return whiten(mixed, mask, reduce=reduce) if whitening == "mixture" else mixed
+
+
+def _prepared(
+    objective: torch.Tensor,
+    constrained: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    whiten_streams: bool,
+    reduce: Reduce | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if constrained.dim() != 3 or weights.shape != constrained.shape[:1]:
         raise ValueError(
             f"`weights` must have one value for each of the K streams of `reward_advantages` `(K, B, T)`, got "
-            f"{tuple(weights.shape)} and {tuple(reward_advantages.shape)}."
+            f"{tuple(weights.shape)} and {tuple(constrained.shape)}."
         )
-    if not kl_advantages.shape == mask.shape == reward_advantages.shape[1:]:
+    if not objective.shape == mask.shape == constrained.shape[1:]:
         raise ValueError(
-            f"`kl_advantages` {tuple(kl_advantages.shape)} and `mask` {tuple(mask.shape)} must have the shape `(B, "
-            f"T)` of `reward_advantages` {tuple(reward_advantages.shape)}."
+            f"The objective's advantages {tuple(objective.shape)} and `mask` {tuple(mask.shape)} must have the shape "
+            f"`(B, T)` of `reward_advantages` {tuple(constrained.shape)}."
         )
     if whiten_streams:
-        kl_advantages, reward_advantages = whiten(kl_advantages, mask), whiten(reward_advantages, mask)
-    weights = weights.to(kl_advantages)
-    mixed = (len(weights) - weights.sum()) * kl_advantages + torch.einsum("k,kbt->bt", weights, reward_advantages)
-    return mixed * mask.to(mixed.dtype)
+        objective, constrained = whiten(objective, mask, reduce=reduce), whiten(constrained, mask, reduce=reduce)
+    return objective, constrained, weights.to(objective)
+
+
+def reward_streams(rewards: torch.Tensor, kl_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Rewards of every token: each reward at the last token of its response, and the KL at every token.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Reward of each response.
+        kl_rewards (`torch.Tensor` of shape `(B, T)`):
+            Reward of each token for staying at the reference.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(K+1, B, T)`, the KL last, zero outside the mask; a response with no token gets none.
+    """
+    keep = mask.bool()
+    positions = torch.arange(mask.size(1), device=mask.device)
+    last = positions.where(keep, -1).amax(dim=1, keepdim=True)
+    streams = torch.where(positions == last, rewards.t().unsqueeze(-1), 0.0)
+    return torch.cat([streams, kl_rewards.masked_fill(~keep, 0.0).unsqueeze(0)])
+
+
+def squared_distance_rewards(
+    rewards: torch.Tensor, thresholds: torch.Tensor, means: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Rewards of PPO-SAT, which wants every reward at its threshold with fixed weights.
+
+    The paper's, of each sample, is `-(r - theta)^2`; a binary reward then has its best value at a mean of 0 whenever
+    `theta < 0.5`. With `means` it is `-(m - theta)^2 - 2 (m - theta) (r - m)`, the first-order form around the batch
+    mean `m`, whose policy gradient is that of `-(E[r] - theta)^2`.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Reward of each sample.
+        thresholds (`torch.Tensor` of shape `(K,)`):
+            Threshold of each reward.
+        means (`torch.Tensor` of shape `(K,)`, *optional*):
+            Mean of each reward over all samples of the rollout.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`.
+    """
+    if means is None:
+        return -(rewards - thresholds).square()
+    gap = means - thresholds
+    return -gap.square() - 2 * gap * (rewards - means)

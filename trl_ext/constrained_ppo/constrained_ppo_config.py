@@ -1,20 +1,37 @@
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..optim.factory import check_optim_args, register
 from .lagrangian import Constraint, check_constraints
+from .threshold_search_config import ThresholdSearchConfig
 
 
-# Preset: objective, kind of every constraint, squashing
-PRESETS: dict[str, tuple[str, str | None, str | None]] = {
-    "ppo": ("rewards", None, None),
-    "mu": ("kl", ">=", "sigmoid"),
-    "xi": ("kl", "==", "tanh"),
-    "all": ("rewards", "<=", "sigmoid"),
+@dataclass(frozen=True)
+class Preset:
+    """What a preset of `method` fills in; `None` leaves a field to the user, or to the default of its kind."""
+
+    objective: Literal["kl", "rewards"]
+    kind: str | None = None
+    squash: str | None = None
+    mixing: Literal["paper", "normalized"] = "paper"
+    whitening: Literal["streams", "mixture", "none"] = "streams"
+    learns_multipliers: bool = True
+
+
+PRESETS: dict[str, Preset] = {
+    "ppo": Preset("rewards", whitening="mixture", learns_multipliers=False),
+    "sat": Preset("rewards", "==", whitening="mixture", learns_multipliers=False),
+    "mu": Preset("kl", ">=", "sigmoid"),
+    "xi": Preset("kl", "==", "tanh"),
+    "all": Preset("rewards", "<=", "sigmoid"),
+    "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
 }
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
 
 
 class _OneGeneration(int):
@@ -36,19 +53,32 @@ class ConstrainedPPOConfig(GRPOConfig):
         > Parameters that control the method
 
         method (`str`, *optional*):
-            Preset of the paper (https://huggingface.co/papers/2310.04373), which fills `objective`, the kind of every
-            constraint and `multiplier_squash`: `"ppo"` (no constraints), `"mu"` (stay near the reference, rewards at
-            least at their thresholds), `"xi"` (at their thresholds), `"all"` (as much reward as possible, at most the
-            thresholds).
-        objective (`str`, *optional*, defaults to `"kl"`):
+            Preset, which fills `objective`, `mixing`, `whitening`, `multiplier_squash` and the `kind` of every
+            constraint where they are not given: `"ppo"` (no constraints), and from the paper
+            (https://huggingface.co/papers/2310.04373) `"mu"` (stay near the reference, rewards at least at their
+            thresholds), `"xi"` (at their thresholds), `"all"` (as much reward as possible, at most the thresholds),
+            `"sat"` (minus the squared distance to the thresholds, weights fixed); and `"ppo-lag"`, PPO-Lagrangian as
+            safe-rlhf has it.
+        objective (`str`, *optional*):
             What is maximised under the constraints: `"kl"`, minus the divergence from the reference, or `"rewards"`,
-            the rewards weighted by `reward_weights`, minus the divergence.
+            the rewards weighted by `reward_weights`, minus the divergence. Defaults to the preset's, or `"kl"`.
         constraints (`list[dict]`, *optional*):
-            Each with `reward` (name or index), `threshold` and, unless a preset gives it, `kind` (`">="`, `"<="` or
+            Each with `reward` (name or index), one of `threshold` (in the reward's units), `quantile` (of the
+            reference's samples) and `relative_gain` (over the reference's mean), and `kind` (`">="`, `"<="` or
             `"=="`).
-        whiten_streams (`bool`, *optional*, defaults to `True`):
-            Whether the advantages of every reward and of the KL are whitened before they are mixed, as in the official
-            code. `kl_coef` then cancels from the policy gradient of the objective `"kl"`.
+        mixing (`str`, *optional*):
+            `"paper"`, equation (4.4), or `"normalized"`, `(A_0 + sum_i w_i A_i) / (1 + sum_i w_i)`. Defaults to the
+            preset's, or `"paper"`.
+        whitening (`str`, *optional*):
+            What is whitened over the tokens of a rollout: `"streams"`, each stream before it is mixed, as in the
+            official code (`kl_coef` then cancels from the policy gradient of the objective `"kl"`); `"mixture"`, the
+            mixed advantage; or `"none"`, as the paper writes it. Defaults to the preset's, or `"streams"`.
+        sat_target (`str`, *optional*, defaults to `"batch_mean"`):
+            What `"sat"` moves to the threshold: the mean over the rollout, or each `"sample"`, as in the paper, which
+            has no meaning for a binary reward.
+        calibration_samples (`int`, *optional*, defaults to `64`):
+            Responses drawn before training to compare the thresholds with, and to resolve `quantile` and
+            `relative_gain`; 0 for none.
 
         > Parameters that control the multipliers (see [`LagrangeMultipliers`])
 
@@ -63,7 +93,8 @@ class ConstrainedPPOConfig(GRPOConfig):
         multiplier_squash_gradient (`bool`, *optional*, defaults to `False`):
             Whether the dual step carries the derivative of the squashing, as in the official code.
         multiplier_squash (`str`, *optional*):
-            `"sigmoid"`, `"tanh"`, `"softplus"` or `"none"`. Defaults to the preset's, or the paper's for the kinds.
+            `"sigmoid"`, `"tanh"`, `"softplus"`, `"exp"` or `"none"`. Defaults to the preset's, or the paper's for the
+            kinds.
         multiplier_init (`float`, *optional*, defaults to `0.0`):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
@@ -72,6 +103,11 @@ class ConstrainedPPOConfig(GRPOConfig):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
             Number of last rollouts whose mean is used.
+        multiplier_ema (`float`, *optional*, defaults to `0.0`):
+            Decay of an exponential moving average in place of the window.
+        multiplier_update (`str`, *optional*, defaults to `"rollout"`):
+            `"rollout"`, one dual step for each rollout on the mean over its episodes; or `"minibatch"`, one after
+            each minibatch on the mean over its tokens, as the official code, for comparison.
 
         > Parameters that control PPO
 
@@ -81,29 +117,78 @@ class ConstrainedPPOConfig(GRPOConfig):
             Decay of generalised advantage estimation.
         kl_coef (`float`, *optional*, defaults to `0.2`):
             Coefficient of the KL as a reward of every token. It takes the place of `beta`.
-        vf_coef (`float`, *optional*, defaults to `0.5`):
-            Weight of the value loss of the rewards.
+        kl_estimator (`str`, *optional*, defaults to `"k1"`):
+            `"k1"`, the log-ratio of the sampled token, or `"k3"`, which is never negative.
+        kl_target (`float`, *optional*):
+            KL for each token, in nats, to which `kl_coef` adapts (appendix B of the paper). Without it the
+            coefficient is fixed.
+        kl_step (`float`, *optional*, defaults to `0.1`):
+            Step of the adaptive coefficient.
+        early_stop_kl (`float`, *optional*):
+            Divergence of the policy from the one that generated, for each token, above which the rest of the updates
+            on a rollout is skipped.
+        vf_coef (`float` or `list[float]`, *optional*, defaults to `0.5`):
+            Weight of the value loss of the rewards, one for all or one for each.
         kl_vf_coef (`float`, *optional*, defaults to `0.2`):
             Weight of the value loss of the KL.
         cliprange_value (`float`, *optional*, defaults to `0.2`):
-            Range by which a value may move from the one at generation before its loss is clipped.
+            Range by which a value may move from the one at generation before its loss is clipped; 0 for no clipping.
+        missing_eos_penalty (`float`, *optional*):
+            Taken from every reward of a training response that ends without an end-of-sequence token; constraints
+            and logs see the reward itself.
+
+        > Parameters that control the critic
+
+        critic (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`, value heads on the policy's last hidden state, or `"separate"`, with a backbone of their own.
+        critic_model_name_or_path (`str`, *optional*):
+            Model that a separate critic's backbone starts from, such as a reward model with the policy's
+            tokenizer. Defaults to a copy of the policy's.
+        critic_head (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, or `"equilibrium"`: values relax to a fixed point and learn by equilibrium propagation
+            ([`EPValueHeads`]).
+        critic_hidden_features (`list[int]`, *optional*, defaults to `[64, 64]`):
+            Widths of the relaxing layers of equilibrium heads.
         critic_learning_rate (`float`, *optional*, defaults to `1e-4`):
-            Learning rate of the value heads.
+            Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
-            Whether the value loss leaves the policy's backbone alone.
+            Whether the value loss leaves the policy's backbone alone, for a shared critic.
+
+        > Parameters that control when training ends and what is shown
+
+        kl_ceiling (`float`, *optional*):
+            KL of a response from the reference, in nats, above which training ends.
+        gold_patience (`int`, *optional*):
+            Evaluations without a better gold metric after which training ends.
+        dashboard (`bool`, *optional*, defaults to `True`):
+            Whether to keep a picture of rewards, thresholds, multipliers and KL in the output folder.
+
+        > Parameters that control the threshold search
+
+        search (`dict`, *optional*):
+            Nelder-Mead on the thresholds within one run (NM-PPO); its fields are those of `ThresholdSearchConfig`.
     """
 
-    method: Literal["ppo", "mu", "xi", "all"] | None = field(
-        default=None, metadata={"help": "Preset of the paper: 'ppo', 'mu', 'xi' or 'all'."}
+    method: Literal["ppo", "mu", "xi", "all", "sat", "ppo-lag"] | None = field(
+        default=None, metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat' or 'ppo-lag'."}
     )
-    objective: Literal["kl", "rewards"] = field(
-        default="kl", metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
+    objective: Literal["kl", "rewards"] | None = field(
+        default=None, metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
     )
     constraints: list[dict] = field(
         default_factory=list, metadata={"help": "Constraints, each with reward, threshold and kind."}
     )
-    whiten_streams: bool = field(
-        default=True, metadata={"help": "Whiten the advantages of every stream before they are mixed."}
+    mixing: Literal["paper", "normalized"] | None = field(
+        default=None, metadata={"help": "How advantages are mixed: 'paper' (4.4) or 'normalized'."}
+    )
+    whitening: Literal["streams", "mixture", "none"] | None = field(
+        default=None, metadata={"help": "Which advantages are whitened: 'streams', 'mixture' or 'none'."}
+    )
+    sat_target: Literal["batch_mean", "sample"] = field(
+        default="batch_mean", metadata={"help": "What 'sat' moves to the threshold: 'batch_mean' or 'sample'."}
+    )
+    calibration_samples: int = field(
+        default=64, metadata={"help": "Responses drawn before training to compare the thresholds with."}
     )
     multiplier_learning_rate: float = field(default=0.1, metadata={"help": "Step of the dual."})
     multiplier_momentum: float = field(default=0.1, metadata={"help": "Momentum of the dual."})
@@ -112,22 +197,63 @@ class ConstrainedPPOConfig(GRPOConfig):
     multiplier_squash_gradient: bool = field(
         default=False, metadata={"help": "Carry the derivative of the squashing in the dual step."}
     )
-    multiplier_squash: Literal["sigmoid", "tanh", "softplus", "none"] | None = field(
+    multiplier_squash: Literal["sigmoid", "tanh", "softplus", "exp", "none"] | None = field(
         default=None, metadata={"help": "Squashing of the multipliers."}
     )
     multiplier_init: float = field(default=0.0, metadata={"help": "Start of every multiplier."})
     multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier."})
     multiplier_delay_steps: int = field(default=0, metadata={"help": "Rollouts that only observe."})
     multiplier_window: int = field(default=1, metadata={"help": "Number of last rollouts whose mean is used."})
+    multiplier_ema: float = field(default=0.0, metadata={"help": "Decay of an exponential moving average."})
+    multiplier_update: Literal["rollout", "minibatch"] = field(
+        default="rollout", metadata={"help": "When the dual steps: after each 'rollout' or each 'minibatch'."}
+    )
     gamma: float = field(default=0.99, metadata={"help": "Discount."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Decay of generalised advantage estimation."})
     kl_coef: float = field(default=0.2, metadata={"help": "Coefficient of the KL as a reward of every token."})
-    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss of the rewards."})
+    kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "Estimator of the KL: 'k1' or 'k3'."})
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL for each token, in nats, to which `kl_coef` adapts."}
+    )
+    kl_step: float = field(default=0.1, metadata={"help": "Step of the adaptive coefficient."})
+    early_stop_kl: float | None = field(
+        default=None, metadata={"help": "Divergence from the generating policy that ends the updates on a rollout."}
+    )
+    # A factory: the argument parser drops the plain default of a field that may be a list
+    vf_coef: float | list[float] | str = field(
+        default_factory=lambda: 0.5,
+        metadata={"help": "Weight of the value loss, one for all rewards or one for each."},
+    )
     kl_vf_coef: float = field(default=0.2, metadata={"help": "Weight of the value loss of the KL."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clipping range of the value loss."})
-    critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the value heads."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken from the rewards of a response without an end-of-sequence token."}
+    )
+    critic: Literal["shared", "separate"] = field(
+        default="shared", metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate')."}
+    )
+    critic_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model that a separate critic's backbone starts from."}
+    )
+    critic_head: Literal["linear", "equilibrium"] = field(
+        default="linear", metadata={"help": "Value heads: 'linear', or 'equilibrium', which relax to a fixed point."}
+    )
+    critic_hidden_features: list[int] = field(
+        default_factory=lambda: [64, 64], metadata={"help": "Widths of the relaxing layers of equilibrium heads."}
+    )
+    critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
     critic_detach: bool = field(
         default=False, metadata={"help": "Stop the gradient of the value loss at the policy's backbone."}
+    )
+    kl_ceiling: float | None = field(
+        default=None, metadata={"help": "KL of a response, in nats, above which training ends."}
+    )
+    gold_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without a better gold metric after which training ends."}
+    )
+    dashboard: bool = field(default=True, metadata={"help": "Keep a picture of the run in the output folder."})
+    search: dict | str | None = field(
+        default=None, metadata={"help": "Threshold search within one run; see `ThresholdSearchConfig`."}
     )
     num_generations: int | None = field(
         default=1, metadata={"help": "Completions of each prompt. One is enough: advantages come from a critic."}
@@ -150,24 +276,73 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.num_generations = 1
         check_optim_args(self)
         self._apply_preset()
-        self._check()
+        self._check_numbers()
+        self._check_method()
+        self._check_search()
+
+    @property
+    def learns_multipliers(self) -> bool:
+        """Whether constraints act through multipliers, and not, as for `"sat"`, through the rewards."""
+        return bool(self.constraints) and (self.method is None or PRESETS[self.method].learns_multipliers)
+
+    @property
+    def threshold_search(self) -> ThresholdSearchConfig | None:
+        """The settings of the threshold search, or `None` without `search`."""
+        return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
+
+    def vf_coefs(self, num_rewards: int) -> list[float]:
+        """
+        The weight of the value loss of each reward.
+
+        Raises:
+            ValueError: If `vf_coef` is neither one number nor one for each reward.
+        """
+        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
+        coefficients = [float(coefficient) for coefficient in given]
+        if len(coefficients) not in (1, num_rewards):
+            raise ValueError(
+                f"`vf_coef={self.vf_coef}` has {len(coefficients)} numbers and there are {num_rewards} rewards. Give "
+                "one for all, or one for each."
+            )
+        return coefficients * num_rewards if len(coefficients) == 1 else coefficients
 
     def _apply_preset(self) -> None:
-        if self.method is None:
-            return
-        if self.method not in PRESETS:
+        if self.method is not None and self.method not in PRESETS:
             raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
-        self.objective, kind, squash = PRESETS[self.method]  # type: ignore[assignment]
-        if self.method == "ppo" and self.constraints:
-            raise ValueError("`method='ppo'` takes no `constraints`. Remove them, or choose 'mu', 'xi' or 'all'.")
-        if self.method != "ppo":
-            self.constraints = [{**constraint, "kind": kind} for constraint in self.constraints]
-            self.multiplier_squash = self.multiplier_squash or squash  # type: ignore[assignment]
+        preset = PRESETS[self.method] if self.method is not None else Preset("kl")
+        self.objective = self.objective or preset.objective
+        self.mixing = self.mixing or preset.mixing
+        self.whitening = self.whitening or preset.whitening
+        if preset.kind is not None:
+            self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
+        if preset.squash is not None:
+            self.multiplier_squash = self.multiplier_squash or preset.squash  # type: ignore[assignment]
 
-    def _check(self) -> None:
-        for name in ("kl_coef", "vf_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate"):
+    def _check_numbers(self) -> None:
+        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
+        if not all(float(coefficient) >= 0 for coefficient in given):
+            raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
+        for name in ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}. Leave it out to go without.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        if not 0 < self.kl_step < 1:
+            raise ValueError(f"`kl_step` must lie in (0, 1), got {self.kl_step}.")
+        needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
+        if needs_divergence and self.kl_coef == 0:
+            raise ValueError(
+                f"`{needs_divergence[0]}` needs the divergence from the reference, which `kl_coef=0` does not "
+                f"compute. "
+                "Set `kl_coef` to a small positive number."
+            )
+
+    def _check_method(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` reads one advantage for each response; here every token has its own. "
@@ -176,6 +351,26 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
             raise ValueError(f"`{name}` is not supported with a critic in the policy. Leave it out.")
+        if self.early_stop_kl is not None and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
+            raise ValueError(
+                "`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
+                f"{str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another scheduler."
+            )
+        if self.critic == "shared" and self.critic_model_name_or_path is not None:
+            raise ValueError(
+                f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: "
+                f"value heads "
+                "on the policy have no backbone of their own."
+            )
+        if self.critic_head not in ("linear", "equilibrium"):
+            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
+        if self.critic_head == "equilibrium" and not all(width >= 1 for width in self.critic_hidden_features or [0]):
+            raise ValueError(f"`critic_hidden_features` must be positive, got {self.critic_hidden_features}.")
+        if self.method == "ppo" and self.constraints:
+            others = sorted(set(PRESETS) - {"ppo"})
+            raise ValueError(f"`method='ppo'` takes no `constraints`. Remove them, or choose one of {others}.")
+        if self.method not in (None, "ppo") and not self.constraints:
+            raise ValueError(f"`constraints` is empty and `method={self.method!r}` needs at least one.")
         if self.objective == "kl" and not self.constraints:
             raise ValueError(
                 "`constraints` is empty and `objective='kl'`, so the policy would only stay at the reference. Add "
@@ -183,6 +378,21 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         if self.constraints:
             check_constraints(self.parsed_constraints())
+
+    def _check_search(self) -> None:
+        search = self.threshold_search
+        if search is None:
+            return
+        if not self.learns_multipliers:
+            raise ValueError(
+                "`search` moves the thresholds of constraints that act through multipliers, and "
+                f"`method={self.method!r}` has none. Use 'xi', as the paper, or 'mu', with `constraints`."
+            )
+        rewards = [constraint["reward"] for constraint in self.constraints]
+        search.check_budget(len(rewards))
+        if all(isinstance(reward, str) for reward in rewards):
+            search.check_rewards(rewards)
+        search.keep_best_policy(self)
 
     def parsed_constraints(self) -> list[Constraint]:
         """
@@ -193,11 +403,64 @@ class ConstrainedPPOConfig(GRPOConfig):
         """
         parsed = []
         for constraint in self.constraints:
-            wrong = set(constraint) ^ {"reward", "threshold", "kind"}
-            if wrong - {"kind"}:
+            unknown, missing = set(constraint) - CONSTRAINT_KEYS, {"reward"} - set(constraint)
+            if unknown or missing:
                 raise ValueError(
-                    f"The constraint {constraint} must have the keys `reward`, `threshold` and `kind`; look at "
-                    f"{sorted(wrong - {'kind'})}."
+                    f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "
+                    f"`relative_gain`, and `kind`; look at {sorted(unknown | missing)}."
+                )
+            if self.calibration_samples == 0 and "threshold" not in constraint:
+                raise ValueError(
+                    f"The constraint {constraint} states its threshold relative to the reference, which "
+                    "`calibration_samples=0` does not measure. Set it to 64 or more, or state `threshold`."
                 )
             parsed.append(Constraint(**constraint))
         return parsed
+
+
+def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -> ConstrainedPPOConfig:
+    """
+    The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
+    checkpoint by, unless another is named.
+
+    Args:
+        args ([`ConstrainedPPOConfig`] or `None`):
+            What the user gave.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Policy, for the name of the output folder.
+        gold_reward (`Callable` or `None`):
+            Gold metric.
+        eval_dataset (`Any`):
+            Data that the gold metric is measured on.
+
+    Returns:
+        [`ConstrainedPPOConfig`]
+
+    Raises:
+        TypeError: If `args` is of another class.
+        ValueError: If a setting needs a gold metric, or the metric has no data.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = ConstrainedPPOConfig(f"{name.rstrip('/').split('/')[-1]}-PPO", method="ppo")
+    if not isinstance(args, ConstrainedPPOConfig):
+        raise TypeError(
+            f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
+            "`ConstrainedPPOConfig(output_dir, method='ppo')`."
+        )
+    needs_gold = ["gold_patience"] if args.gold_patience else []
+    if args.threshold_search is not None and args.threshold_search.gold_metric == "eval_gold":
+        needs_gold.append("search")
+    if gold_reward is None and needs_gold:
+        raise ValueError(
+            f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a "
+            f"function like a "
+            "reward function, and `eval_dataset`."
+        )
+    if gold_reward is not None and eval_dataset is None:
+        raise ValueError(
+            "`gold_reward` is measured in evaluation and there is no `eval_dataset`. Give a validation split."
+        )
+    if gold_reward is not None and args.metric_for_best_model in (None, "loss"):
+        args.metric_for_best_model, args.greater_is_better = "gold", True
+    return args

@@ -88,7 +88,11 @@ class Constraint:
         else:
             mean = float(samples.mean())
             threshold = mean + float(self.relative_gain or 0.0) * abs(mean)
-        return Constraint(self.reward, threshold, self.kind)
+        return self.with_threshold(threshold)
+
+    def with_threshold(self, threshold: float) -> "Constraint":
+        """The constraint with another threshold, as a value."""
+        return Constraint(self.reward, float(threshold), self.kind)
 
     def violation(self, mean: float) -> float:
         """
@@ -268,7 +272,7 @@ class LagrangeMultipliers:
             ValueError: If there is not one finite threshold for each constraint, or two constraints then contradict.
         """
         constraints = [
-            Constraint(constraint.reward, float(threshold), constraint.kind)
+            constraint.with_threshold(threshold)
             for constraint, threshold in zip(self.constraints, thresholds, strict=True)
         ]
         check_constraints(constraints)

@@ -7,7 +7,16 @@ It is the default data of the demo and of many tests, and needs no hub.
 from .base_model import BaseModelSettings, base_model_path
 from .grammar import generate_review, vocabulary, word_sentiments
 from .preferences import load_playground_dataset, preference_dataset, prompts
-from .rewards import count_positive_words, grammaticality, sentiment, sentiment_reward, token_truth
+from .rewards import (
+    count_positive_words,
+    grammaticality,
+    playground_gold,
+    positive_word_share,
+    reference_similarity,
+    sentiment,
+    sentiment_reward,
+    token_truth,
+)
 from .tokenizer import build_tokenizer
 
 
@@ -19,8 +28,11 @@ __all__ = [
     "generate_review",
     "grammaticality",
     "load_playground_dataset",
+    "playground_gold",
+    "positive_word_share",
     "preference_dataset",
     "prompts",
+    "reference_similarity",
     "resolve",
     "sentiment",
     "sentiment_reward",

@@ -33,6 +33,7 @@ class BaseModelSettings:
         intermediate_size (`int`): Width of the MLP.
         num_layers (`int`): Decoder layers.
         num_heads (`int`): Attention heads.
+        num_drafts (`int`): Drafts of a review, of which the one of the strongest sentiment is learnt.
     """
 
     seed: int = 0
@@ -43,6 +44,7 @@ class BaseModelSettings:
     intermediate_size: int = 384
     num_layers: int = 4
     num_heads: int = 4
+    num_drafts: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -130,7 +132,9 @@ def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM
         range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress
     )
     for _ in steps:
-        texts = [generate_review(generator).text + EOS for _ in range(settings.batch_size)]
+        texts = [
+            generate_review(generator, num_drafts=settings.num_drafts).text + EOS for _ in range(settings.batch_size)
+        ]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels, use_cache=False).loss

@@ -1,4 +1,5 @@
-"""The demo: SparsePO against its relatives on the playground, where what matters in a response is known."""
+"""The demo on the playground, where what matters in a response is known: SparsePO against its relatives,
+constrained PPO against plain PPO, and a reward model that learns by equilibrium propagation."""
 
 import argparse
 import json
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default=str(root / "recipes" / "sparse_po" / "playground.yaml"), help="recipe")
     parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
     parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
     options = parser.parse_args(arguments)
     if not Path(options.config).is_file():
         raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
@@ -72,14 +74,20 @@ def main(arguments: list[str] | None = None) -> int:
     # TRL 1.16 warns of names that transformers 5.23 changed; nothing a reader of the demo can act on
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     warnings.simplefilter("ignore", FutureWarning)
-    output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    console, start = Console(), time.monotonic()
-    console = Console(width=max(console.width, 100))
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    console = Console(width=max(Console().width, 100))
     from . import resolve
 
     console.rule("Base model of the playground")
     resolve("playground")
+    for part in options.parts:
+        PARTS[part](options, console)
+    return 0
+
+
+def demonstrate_sparse_po(options: argparse.Namespace, console: Console) -> None:
+    """Trains and compares the methods of [`METHODS`]."""
+    output_dir, start = Path(options.output_dir), time.monotonic()
     overrides = [] if options.max_steps is None else ["--max_steps", str(options.max_steps)]
     results = []
     for name, settings in METHODS.items():
@@ -98,7 +106,28 @@ def main(arguments: list[str] | None = None) -> int:
         f"Pictures: {output_dir / 'frontier.png'} and {output_dir / 'token_masks.png'}. "
         f"{time.monotonic() - start:.0f} seconds."
     )
-    return 0
+
+
+def demonstrate_constrained_ppo(options: argparse.Namespace, console: Console) -> None:
+    """Two hackable proxies, with and without constraints."""
+    from .demo_constrained_ppo import demonstrate_constrained_ppo as demonstrate
+
+    demonstrate(Path(options.output_dir) / "constrained_ppo", console, options.max_steps)
+
+
+def demonstrate_equilibrium(options: argparse.Namespace, console: Console) -> None:
+    """Reward models with an equilibrium-propagation head."""
+    from .demo_equilibrium import demonstrate_equilibrium as demonstrate
+
+    demonstrate(Path(options.output_dir) / "equilibrium", console, options.max_steps)
+
+
+# In the order in which they run
+PARTS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+    "sparse_po": demonstrate_sparse_po,
+    "constrained_ppo": demonstrate_constrained_ppo,
+    "equilibrium": demonstrate_equilibrium,
+}
 
 
 def train(folder: Path, config: str, overrides: list[str], launch: bool) -> None:

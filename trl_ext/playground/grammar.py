@@ -192,7 +192,7 @@ def generate_body(domain: str, num_sentences: int, generator: random.Random) -> 
     return "".join(" " + _fill(pattern, domain, generator) for pattern in chosen)
 
 
-def generate_review(generator: random.Random, num_sentences: tuple[int, int] = (2, 4)) -> Review:
+def generate_review(generator: random.Random, num_sentences: tuple[int, int] = (2, 4), num_drafts: int = 1) -> Review:
     """
     Draws a review.
 
@@ -201,12 +201,21 @@ def generate_review(generator: random.Random, num_sentences: tuple[int, int] = (
             Source of randomness.
         num_sentences (`tuple[int, int]`, *optional*, defaults to `(2, 4)`):
             Fewest and most body sentences.
+        num_drafts (`int`, *optional*, defaults to `1`):
+            Bodies drawn, of which the one of the strongest sentiment, for or against, is taken: with several, a review
+            is mostly of one mind.
 
     Returns:
         [`Review`]
     """
     prompt, domain = generate_opening(generator)
-    return Review(prompt, generate_body(domain, generator.randint(*num_sentences), generator), domain)
+    size = generator.randint(*num_sentences)
+    drafts = [generate_body(domain, size, generator) for _ in range(num_drafts)]
+    return Review(prompt, max(drafts, key=_strength) if num_drafts > 1 else drafts[0], domain)
+
+
+def _strength(text: str) -> float:
+    return abs(sum(word_sentiments(text.split())))
 
 
 @cache
@@ -238,6 +247,21 @@ def _recognizers() -> tuple[re.Pattern[str], ...]:
 def is_sentence(sentence: str) -> bool:
     """Whether a sentence, its full stop included, is of the grammar."""
     return any(recognizer.fullmatch(sentence) for recognizer in _recognizers())
+
+
+@cache
+def synonyms(word: str) -> str | None:
+    """The group of words that stand for a content word, such as the positive adjectives; `None` for other words."""
+    groups = {
+        "positive": POSITIVE_STRONG + POSITIVE_MILD,
+        "negative": NEGATIVE_STRONG + NEGATIVE_MILD,
+        "liking": tuple(w for w, value in {**LIKING, **BASE_FORMS}.items() if value > 0),
+        "disliking": tuple(w for w, value in {**DISLIKING, **BASE_FORMS}.items() if value < 0),
+        "negator": NEGATORS, "intensifier": INTENSIFIERS, "relative": RELATIVES, "place": PLACES, "object": OBJECTS,
+        "color": COLORS, "verb": NEUTRAL_VERBS, "action": ACTIONS, "number": NUMBERS, "unit": UNITS,
+        "opinion": OPINION_VERBS, **{f"aspect of {domain}": aspects for domain, (_, aspects) in DOMAINS.items()},
+    }  # fmt: skip
+    return next((name for name, group in groups.items() if word in group), None)
 
 
 def word_sentiments(words: list[str]) -> list[float]:

@@ -1,8 +1,9 @@
 """Exact scores of playground text, as TRL reward functions."""
 
+from collections import Counter
 from typing import Any
 
-from .grammar import NEGATORS, SENTIMENT, is_sentence, word_sentiments
+from .grammar import NEGATORS, SENTIMENT, is_sentence, synonyms, word_sentiments
 from .tokenizer import split_words
 
 
@@ -39,7 +40,7 @@ def sentiment(text: str) -> float:
 
 def sentiment_reward(completions: list[Any], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
     """
-    The gold reward of the playground: [`sentiment`] of each completion.
+    Exact sentiment of each completion ([`sentiment`]), whether grammatical or not.
 
     Args:
         completions (`list[str]` or `list[list[dict]]`):
@@ -92,6 +93,79 @@ def count_positive_words(completions: list[Any], prompts: list[Any] | None = Non
         float(sum(SENTIMENT.get(word, 0.0) > 0 and word not in NEGATORS for word in split_words(_text(completion))))
         for completion in completions
     ]
+
+
+def positive_word_share(completions: list[Any], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
+    """
+    A proxy that can be hacked: the share of positive words, whether negated or not, among all words and signs.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Plain or conversational completions.
+        prompts (`list`, *optional*):
+            Not used.
+        columns (`Any`):
+            Not used.
+
+    Returns:
+        `list[float]` in `[0, 1]`; 0 for an empty completion. A review of the grammar has about 0.05.
+    """
+    counts = count_positive_words(completions)
+    lengths = [len(split_words(_text(completion))) for completion in completions]
+    return [count / max(1, length) for count, length in zip(counts, lengths, strict=True)]
+
+
+def reference_similarity(
+    completions: list[Any], chosen: list[Any], prompts: list[Any] | None = None, **columns: Any
+) -> list[float]:
+    """
+    Another proxy that can be hacked: the share of a completion's content words that the chosen response has too.
+
+    Content words match their synonyms ([`~trl_ext.playground.grammar.synonyms`]), each word of the chosen response
+    once; other words don't count. This is BLEU's clipped precision of words without its penalty for brevity, so a
+    single well-chosen word has the highest similarity.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Plain or conversational completions.
+        chosen (`list[str]` or `list[list[dict]]`):
+            Reference of each completion: the column `chosen` of the playground's pairs.
+        prompts (`list`, *optional*):
+            Not used.
+        columns (`Any`):
+            Not used.
+
+    Returns:
+        `list[float]` in `[0, 1]`; 0 for a completion without content words.
+    """
+    return [_similarity(_text(pair[0]), _text(pair[1])) for pair in zip(completions, chosen, strict=True)]
+
+
+def playground_gold(completions: list[Any], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
+    """
+    The gold metric of the playground, which its proxies stand for: `grammaticality * (1 + sentiment) / 2`.
+
+    A neutral grammatical review has 0.5, a wholly positive one nearly 1. Positive words gain sentiment until the
+    sentences that hold them break; words of the reference do so as well.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Plain or conversational completions.
+        prompts (`list`, *optional*):
+            Not used.
+        columns (`Any`):
+            Not used.
+
+    Returns:
+        `list[float]` in `[0, 1)`; 0 for a completion without a grammatical sentence.
+    """
+    texts = [_text(completion) for completion in completions]
+    return [_share_of_sentences(text) * (1.0 + sentiment(text)) / 2.0 for text in texts]
+
+
+def _similarity(text: str, reference: str) -> float:
+    words, wanted = (Counter(filter(None, map(synonyms, split_words(string)))) for string in (text, reference))
+    return (words & wanted).total() / max(1, words.total())
 
 
 def _share_of_sentences(text: str) -> float:

@@ -29,10 +29,15 @@ class ConstrainedPPOScriptArguments:
         reward_funcs (`list[str]`):
             Rewards: reward functions by dotted path, such as `trl_ext.playground.sentiment_reward`, or sequence
             classifiers by model id or folder.
+        gold_reward (`str`, *optional*):
+            Metric that the rewards stand in for, a function by dotted path, measured on the evaluation split.
     """
 
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Reward functions by dotted path, or reward models by id or folder."}
+    )
+    gold_reward: str | None = field(
+        default=None, metadata={"help": "Metric that the rewards stand in for, a function by dotted path."}
     )
 
 
@@ -76,16 +81,22 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
     require_model_and_data(model_args, script_args, dataset_args)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
+    gold_reward = load_reward(reward_args.gold_reward) if reward_args.gold_reward else None
+    if isinstance(gold_reward, str):
+        raise RecipeError(
+            f"`gold_reward: {gold_reward}` must be a function by dotted path, and no such module exists."
+        )
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     dataset = load_datasets(script_args, dataset_args)
-    evaluate = training_args.eval_strategy != "no"
+    evaluate = training_args.eval_strategy != "no" or gold_reward is not None
     trainer = ConstrainedPPOTrainer(
         model=resolve_model(model_args.model_name_or_path),
         reward_funcs=rewards,
         args=training_args,
         train_dataset=split_of(dataset, "dataset_train_split", script_args),
         eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        gold_reward=gold_reward,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

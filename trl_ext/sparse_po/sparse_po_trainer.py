@@ -1,6 +1,5 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
 from .._compat import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
-from ..model_card import write_method_card
+from ..model_card import MethodCardMixin
 from ..parameter_groups import move_to_own_groups
 from .card import CITATION, method_section
 from .loss import mask_l1_penalty
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class SparsePOTrainer(DPOTrainer):
+class SparsePOTrainer(MethodCardMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
@@ -317,32 +316,10 @@ class SparsePOTrainer(DPOTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         if state and self.args.should_save:
             save_masks(state, folder, self.masks)
-        if not _internal_call:
-            self._write_card_into(Path(folder))
         super().save_model(output_dir, _internal_call=_internal_call)
 
-    def _write_card_into(self, folder: Path) -> None:
-        self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
-        card = Path(self.args.output_dir) / "README.md"
-        if self.args.should_save and card.is_file() and folder.resolve() != Path(self.args.output_dir).resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        if self.args.should_save:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            model_id = self.hub_model_id or str(self.args.output_dir)
-            base_model = self.model.config.name_or_path
-            write_method_card(
-                self.args.output_dir,
-                model_id=model_id,
-                base_model=base_model if base_model and not Path(base_model).is_dir() else None,
-                method_section=method_section(self.args, self.state.log_history, model_id),
-            )
+    def _method_section(self, model_id: str) -> str:
+        return method_section(self.args, self.state.log_history, model_id)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Masks first: a checkpoint without them is refused before anything is overwritten

@@ -1,0 +1,286 @@
+"""Equilibrium-propagation, linear and perceptron heads on text: IMDB sentiment and two sets of preference pairs.
+
+python -m tests.benchmarks.equilibrium_language --imdb_dir DATA/imdb --hh_file DATA/hh_harmless_test.jsonl.gz \
+    --model_name_or_path DATA/stories260k > results.jsonl
+python -m tests.benchmarks.equilibrium_language --table results.jsonl
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
+
+from trl_ext.equilibrium.modeling import EPModelForSequenceClassification, last_token_states
+from trl_ext.playground import preference_dataset
+
+
+WIDTHS = [64, 64]
+# Head: settings of the equilibrium head, or None for a head of another kind
+HEADS: dict[str, dict | None] = {
+    "linear": None,
+    "perceptron": None,
+    "EP": {},
+    "EP, 90 degrees": {"feedback": "asymmetric", "feedback_angle": 90.0},
+    "EP, 90 degrees, homeostasis": {
+        "feedback": "asymmetric", "feedback_angle": 90.0, "homeostasis_coef": 10.0,
+    },
+    "EP, 90 degrees, AsymEP": {"feedback": "asymmetric", "feedback_angle": 90.0, "correction": "asymep"},
+}  # fmt: skip
+# The first seed's validation accuracy decides, where the backbone is frozen; with the backbone all heads train at 1e-3
+LEARNING_RATES = (1e-3, 5e-3)
+TRAINED_HEADS = ("linear", "perceptron", "EP", "EP, 90 degrees", "EP, 90 degrees, homeostasis")
+BACKBONES = {"frozen": True, "trained": False}
+TASKS = ("IMDB", "playground", "HH harmless")
+
+
+@dataclass
+class Task:
+    """
+    Token ids and labels of one task; preference pairs have no labels and lie as chosen, rejected, chosen, ...
+
+    Attributes:
+        name (`str`): Name.
+        num_labels (`int`): Outputs.
+        train (`list[list[int]]`): Token ids.
+        validation (`list[list[int]]`): Token ids, for the choice of learning rates.
+        test (`list[list[int]]`): Token ids.
+        labels (`dict[str, torch.Tensor]`): Classes by split, empty for pairs.
+    """
+
+    name: str
+    num_labels: int
+    train: list[list[int]]
+    validation: list[list[int]]
+    test: list[list[int]]
+    labels: dict[str, torch.Tensor]
+
+    @property
+    def paired(self) -> bool:
+        return not self.labels
+
+
+def encode(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """The last `max_length` tokens of each text."""
+    return [ids[-max_length:] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def imdb_task(folder: Path, tokenizer, max_length: int, sizes: tuple[int, int, int]) -> Task:
+    """Reviews and their sentiment, drawn at random from the files."""
+    train = load_dataset("parquet", data_files=str(folder / "imdb_train.parquet"), split="train").shuffle(seed=0)
+    test = load_dataset("parquet", data_files=str(folder / "imdb_test.parquet"), split="train").shuffle(seed=0)
+    rows = {
+        "train": train.select(range(sizes[0])),
+        "validation": train.select(range(sizes[0], sizes[0] + sizes[1])),
+        "test": test.select(range(sizes[2])),
+    }
+    texts = {split: encode(tokenizer, list(part["text"]), max_length) for split, part in rows.items()}
+    labels = {split: torch.tensor(part["label"]) for split, part in rows.items()}
+    return Task("IMDB", 2, **texts, labels=labels)
+
+
+def pairs_task(name: str, rows: Dataset, tokenizer, max_length: int, sizes: tuple[int, int, int]) -> Task:
+    """Preference pairs, each as two texts."""
+    texts = [row.get("prompt", "") + row[side] for row in rows for side in ("chosen", "rejected")]
+    ids, ends = encode(tokenizer, texts, max_length), np.cumsum([0, *sizes]) * 2
+    train, validation, test = (ids[start:end] for start, end in zip(ends, ends[1:], strict=False))
+    return Task(name, 1, train, validation, test, {})
+
+
+def perceptron(in_features: int, out_features: int, num_parameters: int) -> nn.Module:
+    """Two layers with tanh and, as nearly as can be, a given number of parameters."""
+    hidden = round((num_parameters - out_features) / (in_features + 1 + out_features))
+    return nn.Sequential(nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, out_features))
+
+
+def build_model(path: str, head: str, num_labels: int) -> EPModelForSequenceClassification:
+    """The backbone with one of `HEADS`."""
+    settings = HEADS[head] or {}
+    model = EPModelForSequenceClassification.from_pretrained(
+        path, num_labels=num_labels, hidden_features=WIDTHS, spectral_cap=0.9, dtype=torch.float32, **settings
+    )
+    width = model.config.get_text_config().hidden_size
+    if head == "linear":
+        model.score = nn.Linear(width, num_labels)
+    elif head == "perceptron":
+        model.score = perceptron(width, num_labels, count(model.score))
+    return model
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, padded on the right."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.size(1)) < lengths[:, None]).long()
+
+
+@torch.no_grad()
+def features(model, rows: list[list[int]], pad: int) -> torch.Tensor:
+    """Last states `(N, H)` of a backbone."""
+    parts = []
+    for start in range(0, len(rows), 64):
+        ids, mask = padded(rows[start : start + 64], pad)
+        parts.append(last_token_states(model.model(ids, attention_mask=mask).last_hidden_state, ids, pad))
+    return torch.cat(parts)
+
+
+def objective(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy, or Bradley-Terry for rows in pairs."""
+    if labels is not None:
+        return F.cross_entropy(logits, labels)
+    return -F.logsigmoid(logits[0::2, 0] - logits[1::2, 0]).mean()
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor | None) -> float:
+    """Share of right classes, or of pairs in the right order."""
+    right = (logits.argmax(-1) == labels) if labels is not None else (logits[0::2, 0] > logits[1::2, 0])
+    return right.float().mean().item()
+
+
+def batches(task: Task, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Rows of each batch of one epoch; pairs stay together."""
+    if task.labels:
+        return list(torch.randperm(len(task.train), generator=generator).split(batch_size))
+    pairs = torch.randperm(len(task.train) // 2, generator=generator).split(batch_size // 2)
+    return [torch.stack([2 * pair, 2 * pair + 1], dim=1).flatten() for pair in pairs]
+
+
+def optimise(parameters, rate: float, steps: int):
+    """AdamW with a cosine schedule."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+
+
+def run(model, task: Task, frozen: bool, rate: float, seed: int, epochs: int, cache: dict, split: str) -> float:
+    """Trains one model and returns its accuracy on a split; a frozen backbone's features come from `cache`."""
+    generator, pad = torch.Generator().manual_seed(seed), model.config.get_text_config().pad_token_id
+    coefficient = model.config.homeostasis_coef
+    model.train()
+    trained = model.score if frozen else model
+    per_epoch = len(batches(task, 64, torch.Generator()))
+    optimizer, scheduler = optimise(trained.parameters(), rate, epochs * per_epoch)
+    for _ in range(epochs):
+        for rows in batches(task, 64, generator):
+            if frozen:
+                states = cache["train"][rows]
+            else:
+                ids, mask = padded([task.train[row] for row in rows], pad)
+                states = last_token_states(model.model(ids, attention_mask=mask).last_hidden_state, ids, pad)
+            loss = objective(model.score(states), task.labels["train"][rows] if task.labels else None)
+            if coefficient > 0:
+                loss = loss + coefficient * model.score.homeostasis_loss()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    model.eval()
+    states = cache[split] if frozen else features(model, getattr(task, split), pad)
+    with torch.no_grad():
+        return accuracy(model.score(states), task.labels.get(split))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--imdb_dir", type=Path)
+    parser.add_argument("--hh_file")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--table", nargs="+", help="print what earlier runs wrote as tables, and run nothing")
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--frozen_epochs", type=int, default=15)
+    parser.add_argument("--trained_epochs", type=int, default=1)
+    options = parser.parse_args()
+    if options.table:
+        print(tables([json.loads(line) for file in options.table for line in open(file) if line.startswith("{")]))
+        return
+    torch.set_num_threads(1)
+    path = options.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sizes = (options.num_train, 400, 1000)
+    halves = (options.num_train // 2, 200, 500)
+    hh = load_dataset("json", data_files=options.hh_file, split="train").shuffle(seed=0)
+    tasks = [
+        imdb_task(options.imdb_dir, tokenizer, options.max_length, sizes),
+        pairs_task("playground", preference_dataset(sum(halves)), tokenizer, options.max_length, halves),
+        pairs_task("HH harmless", hh, tokenizer, options.max_length, halves),
+    ]
+    for backbone in options.backbones:
+        for task in (task for task in tasks if task.name in options.tasks):
+            compare(path, task, BACKBONES[backbone], options)
+
+
+def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) -> None:
+    """Every head on one task: accuracy on the test split for every seed, printed as one line of JSON each."""
+    epochs = options.frozen_epochs if frozen else options.trained_epochs
+    cache: dict[str, torch.Tensor] = {}
+    if frozen:
+        model = build_model(path, "linear", task.num_labels)
+        pad = model.config.get_text_config().pad_token_id
+        cache = {split: features(model, getattr(task, split), pad) for split in ("train", "validation", "test")}
+
+    def attempt(head: str, rate: float, seed: int, split: str) -> float:
+        set_seed(seed)
+        return run(build_model(path, head, task.num_labels), task, frozen, rate, seed, epochs, cache, split)
+
+    for head in options.heads or (HEADS if frozen else TRAINED_HEADS):
+        start = time.process_time()
+        tried = {rate: attempt(head, rate, options.seeds[0], "validation") for rate in LEARNING_RATES if frozen}
+        rate = max(tried, key=tried.__getitem__, default=1e-3)
+        scores = [attempt(head, rate, seed, "test") for seed in options.seeds]
+        result = {
+            "task": task.name,
+            "frozen": frozen,
+            "head": head,
+            "learning_rate": rate,
+            "accuracy": scores,
+            "parameters": count(build_model(path, head, task.num_labels).score),
+            "seconds_per_run": (time.process_time() - start) / (len(tried) + len(scores)),
+        }
+        print(json.dumps(result), flush=True)
+
+
+def tables(results: list[dict]) -> str:
+    """Markdown: one table for frozen and one for trained backbones, mean accuracy and standard deviation over seeds."""
+    parts = []
+    for name, frozen in BACKBONES.items():
+        rows = [result for result in results if result["frozen"] is frozen]
+        tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+        if not rows:
+            continue
+        lines = [
+            f"| {name} backbone | parameters | {' | '.join(tasks)} | s per run |",
+            "|---|" + "---|" * (len(tasks) + 2),
+        ]
+        for head in HEADS:
+            own = {row["task"]: row for row in rows if row["head"] == head}
+            if own:
+                cells = [
+                    f"{np.mean(own[task]['accuracy']):.3f} ± {np.std(own[task]['accuracy'], ddof=1):.3f}"
+                    if task in own else "not run" for task in tasks
+                ]  # fmt: skip
+                seconds = np.mean([row["seconds_per_run"] for row in own.values()])
+                parameters = " / ".join(str(n) for n in sorted({row["parameters"] for row in own.values()}))
+                lines.append(f"| {head} | {parameters} | {' | '.join(cells)} | {seconds:.1f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()

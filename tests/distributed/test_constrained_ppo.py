@@ -1,0 +1,70 @@
+"""Constrained PPO on two CPU processes trains as on one, and resumes in the middle of a rollout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.test_two_processes import CHAINS, run
+from tests.tiny import save_tiny_model
+
+
+pytestmark = pytest.mark.distributed
+SCRIPT = str(Path(__file__).with_name("train_ppo.py"))
+CRITICS = {"ddp": "shared", "zero2": "shared", "zero3": "separate"}
+
+
+def launch(launcher, model, output, critic, *options):
+    batch_size = "8" if launcher == "single" else "4"
+    return run(launcher, SCRIPT, model, output, "--batch_size", batch_size, "--critic", critic, *options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    runs = {}
+
+    def of(critic):
+        if critic not in runs:
+            folder = tmp_path_factory.mktemp(critic)
+            runs[critic] = (launch("single", model, folder, critic), folder)
+        return runs[critic]
+
+    return of
+
+
+def assert_same_numbers(found, expected, tolerance):
+    keys = found.keys() & expected.keys() - {"world_size", "chain", "multipliers", "states"}
+    assert len(keys) == 12
+    for key in keys:
+        assert found[key] and found[key] == pytest.approx(expected[key], abs=tolerance, rel=tolerance), key
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
+    critic = CRITICS[launcher]
+    expected, folder = alone(critic)
+    found = launch(launcher, model, tmp_path, critic)
+    assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
+    assert_same_numbers(found, expected, 1e-3)
+    assert found["multipliers"][0] == found["multipliers"][1] and found["states"][0] == found["states"][1]
+    assert found["multipliers"][0]["num_updates"] == 2
+
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    saved, reference = (load_file(path / "final" / "critic.safetensors") for path in (tmp_path, folder))
+    assert saved.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-2, atol=2e-3, msg=name)
+
+    # Checkpoint 3 lies between the two updates on the second rollout
+    assert (tmp_path / "checkpoint-3" / "rollout_1.pt").is_file()
+    resumed = launch(launcher, model, tmp_path / "resumed", critic, "--resume", str(tmp_path / "checkpoint-3"))
+    assert_same_numbers(resumed, found, 1e-6)
+    assert resumed["multipliers"] == found["multipliers"] and resumed["states"] == found["states"]

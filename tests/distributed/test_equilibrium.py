@@ -1,0 +1,79 @@
+"""A reward model with an equilibrium head trains in two processes as in one: DDP, ZeRO-1, 2 and 3, FSDP2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.distributed.test_two_processes import CHAINS, LAUNCHERS, ROOT, free_port
+from tests.distributed.test_two_processes import run as run_launcher
+from tests.tiny import save_tiny_model
+
+
+pytestmark = pytest.mark.distributed
+SCRIPT = str(Path(__file__).with_name("train_equilibrium.py"))
+STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return folder, run_launcher("single", SCRIPT, model, folder, "--batch_size", "4", "--everything")
+
+
+def launch(launcher, model, output, *options):
+    return run_launcher(launcher, SCRIPT, model, output, "--batch_size", "2", *options)
+
+
+def assert_same_weights(folder, expected, file="model.safetensors"):
+    found, wanted = load_file(folder / file), load_file(expected / file)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # The signs of a basis are arbitrary, and the bias of a reward cancels in every pair: its gradient is rounding
+        if not name.endswith(("_subspace", "readout_bias")):
+            torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-3, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_equal_one(launcher, model, alone, tmp_path, monkeypatch):
+    single, expected = alone
+    monkeypatch.setitem(LAUNCHERS, "zero1", [*LAUNCHERS["zero2"], "--zero_stage", "1"])
+    everything = ["--everything"] if launcher in ("ddp", "zero3") else []
+    found = launch(launcher, model, tmp_path, *everything)
+    assert found["world_size"] == 2 and found["zero_stage"] == STAGES[launcher]
+    assert found["chain"] == CHAINS["zero2" if launcher == "zero1" else launcher]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
+    assert found["angles"] == pytest.approx(expected["angles"], abs=0.1)
+    assert found["angles"][-1] < found["angles"][0] < 60
+    assert_same_weights(tmp_path / "final", single / "final")
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(info.values()) and loaded.score.forward_weight_1.shape == (8, 8)
+    if everything:
+        assert found["resumed"] == pytest.approx(found["losses"], abs=1e-6)
+        assert_same_weights(tmp_path / "resumed" / "final", tmp_path / "final")
+        assert found["lora"] == pytest.approx(expected["lora"], abs=2e-4)
+        assert_same_weights(tmp_path / "lora", single / "lora", "adapter_model.safetensors")
+        assert found["reward_model"] == "EPModelForSequenceClassification"
+        assert len(found["rewards"]) == 2 and all(abs(reward) < 10 for reward in found["rewards"])
+
+
+def test_fsdp2(model):
+    script = str(Path(__file__).with_name("fully_shard_equilibrium.py"))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node", "2",
+         script, model],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("agrees") == 2

@@ -1,0 +1,85 @@
+"""Searches thresholds on a tiny model and writes what happened; started by the tests in several processes."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed.comm.torch  # noqa: F401
+from accelerate.utils import gather_object
+
+
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts  # noqa: E402
+from tests.distributed.train import wrapper_chain  # noqa: E402
+from tests.tiny import tiny_tokenizer  # noqa: E402
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
+
+
+def gold(completion_ids, **columns):
+    return [1 - (share - 0.5) ** 2 for share in low_ids(completion_ids)]
+
+
+def make(options, max_steps):
+    return ConstrainedPPOTrainer(
+        options.model,
+        reward_funcs=[low_ids, length],
+        args=ConstrainedPPOConfig(
+            output_dir=options.output,
+            method="xi",
+            constraints=[{"reward": "length", "threshold": 0.5}, {"reward": "low_ids", "threshold": 0.7}],
+            search={"max_gold_evaluations": 6, "steps_per_threshold": 2, "rollout_window": 1},
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            max_completion_length=6,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-2,
+            max_steps=max_steps,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            calibration_samples=0,
+            dashboard=False,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=prompts(),
+        eval_dataset=prompts(16),
+        gold_reward=gold,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", required=True)
+    options = parser.parse_args()
+    trainer = make(options, 6)
+    trainer.train()
+    trainer.save_model(str(Path(options.output) / "final"))
+    searches = gather_object([trainer.threshold_search.search.state_dict()])
+    multipliers = gather_object([trainer.multipliers.state_dict()])
+    if trainer.is_world_process_zero():
+        found = {
+            "world_size": trainer.args.world_size,
+            "chain": wrapper_chain(trainer),
+            "searches": searches,
+            "multipliers": multipliers,
+            "best_model_checkpoint": trainer.state.best_model_checkpoint,
+        }
+        (Path(options.output) / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from tests.equilibrium.reference import PHI, fixed_point, network_of, whole_matrix
+from trl_ext import EPHead
+from trl_ext.equilibrium.network import ACTIVATIONS
+
+
+NAMES = sorted(ACTIVATIONS)
+
+
+def numbers(seed, scale=1.0, dtype=torch.float64):
+    return scale * torch.randn(4000, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_and_its_differences_equal_the_formula_on_complex_numbers(name):
+    activation, phi = ACTIVATIONS[name], PHI[name]
+    u, a, b = numbers(0, 2.0), numbers(1, 0.3), numbers(2, 0.15)
+    torch.testing.assert_close(activation.value(u), phi(u))
+    constants = activation.constants(activation.value(u), u)
+    v = torch.complex(a, b)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(activation.difference(constants, a), phi(u + a) - phi(u), **close)
+    torch.testing.assert_close(activation.odd_difference(constants, a), (phi(u + a) - phi(u - a)) / 2, **close)
+    expected = phi(u + v) - phi(u)
+    real, imaginary = activation.complex_difference(constants, a, b)
+    torch.testing.assert_close(torch.complex(real, imaginary), expected, **close)
+    real, imaginary = activation.odd_complex_difference(constants, a, b)
+    torch.testing.assert_close(torch.complex(real, imaginary), (phi(u + v) - phi(u - v)) / 2, **close)
+    expected = ((phi(u + 1j * b) - phi(u - 1j * b)) / 2j).real
+    torch.testing.assert_close(activation.odd_imaginary_difference(constants, b), expected, **close)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slope_and_its_bounds(name):
+    activation = ACTIVATIONS[name]
+    u = torch.linspace(-6, 6, 20001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(PHI[name](u).sum(), u, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), u)
+    slope, point = slope.detach(), u.detach()
+    torch.testing.assert_close(activation.slope(activation.constants(activation.value(point), point)), slope)
+    assert slope.max() == pytest.approx(activation.max_slope, rel=1e-6)
+    assert curvature.abs().max() <= activation.max_curvature <= 1.1 * curvature.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1e-6, 1e-3])
+def test_small_differences_do_not_cancel_in_float32(name, size):
+    """Subtracting two activations in float32 would be wrong by 10 % at 1e-6."""
+    activation = ACTIVATIONS[name]
+    u, v = numbers(0).float(), numbers(1, size).float()
+    constants = activation.constants(activation.value(u), u)
+    double = u.double(), v.double()
+    expected = PHI[name](double[0] + double[1]) - PHI[name](double[0])
+    error = (activation.difference(constants, v) - expected).norm() / expected.norm()
+    assert error < 5e-7
+    subtracted = activation.value(u + v) - activation.value(u)
+    assert (subtracted - expected).norm() / expected.norm() > 100 * error if size == 1e-6 else True
+    expected = ((PHI[name](double[0] + 1j * double[1]) - PHI[name](double[0])) / 1j).real
+    assert (activation.odd_imaginary_difference(constants, v) - expected).norm() / expected.norm() < 5e-7
+
+
+@pytest.mark.parametrize("feedback", ["symmetric", "asymmetric"])
+def test_field_and_matrix(feedback):
+    torch.manual_seed(0)
+    angle = 70.0 if feedback == "asymmetric" else 0.0
+    head = EPHead(5, [7, 4, 6], 2, feedback=feedback, feedback_angle=angle).double()
+    network = network_of(head)
+    torch.testing.assert_close(network.weight_matrix(), whole_matrix(head))
+    torch.testing.assert_close(network.transposed().weight_matrix(), whole_matrix(head).T)
+    hidden = torch.randn(3, 5, dtype=torch.float64)
+    u = fixed_point(head, hidden).detach()
+    biases, _, _ = head.recurrent_parameters()
+    drives = [hidden @ head.input_weight.T + head.input_bias, *biases]
+    field = network.vector_field(list(u.split([7, 4, 6], dim=1)), drives)
+    assert max(part.abs().max() for part in field) < 1e-12
+    moved = network.vector_field(list((u + 0.1).split([7, 4, 6], dim=1)), drives)
+    expected = torch.tanh(u + 0.1) @ whole_matrix(head).T + (u - torch.tanh(u) @ whole_matrix(head).T) - (u + 0.1)
+    torch.testing.assert_close(torch.cat(moved, 1), expected)
+
+
+def test_safe_cap_makes_the_whole_matrix_contract():
+    """A chain of weights that all have this norm, in the same direction, has the norm 1."""
+    for depth in (2, 3, 5):
+        head = EPHead(2, [1] * depth, 1).double()
+        network = network_of(head)
+        for weight in network.forward_weights:
+            weight.fill_(network.safe_spectral_cap())
+        assert torch.linalg.matrix_norm(network.weight_matrix(), 2) == pytest.approx(1.0)
+    assert network_of(EPHead(2, [3, 3], 1)).safe_spectral_cap() == pytest.approx(1.0)
+    sigmoid = network_of(EPHead(2, [3, 3, 3], 1, activation="dsilu"))
+    assert sigmoid.safe_spectral_cap() == pytest.approx(1 / math.sqrt(2) / 0.42767051)

@@ -1,0 +1,156 @@
+import pytest
+import torch
+
+from tests.equilibrium.reference import PHI, fixed_point, network_of, read_out
+from trl_ext import EPHead
+from trl_ext.equilibrium.network import ACTIVATIONS, LayeredNetwork
+from trl_ext.equilibrium.relaxation import EquilibriumError, FreeDynamics, free_relaxation, relax
+
+
+def scaled(head, factor):
+    """The head with recurrent weights multiplied by `factor`."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.startswith(("forward_weight", "backward_weight")):
+                parameter.mul_(factor)
+    return head
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "dsilu"])
+@pytest.mark.parametrize("widths", [[9], [9, 6], [9, 6, 7], [5, 6, 7, 4]])
+def test_fixed_point_equals_the_reference(activation, widths):
+    torch.manual_seed(0)
+    head = EPHead(4, widths, 3, activation=activation, tolerance=1e-13, max_steps=1000).double()
+    hidden = torch.randn(2, 3, 4, dtype=torch.float64)
+    flat = hidden.view(6, 4)
+    if len(widths) == 1:
+        expected = PHI[activation](flat @ head.input_weight.T) @ head.readout_weight.T
+    else:
+        expected = read_out(head, fixed_point(head, flat))
+    torch.testing.assert_close(head(hidden), expected.view(2, 3, 3), rtol=1e-10, atol=1e-11)
+    assert head.statistics.free_residual <= 1e-13 and head.statistics.num_unconverged == 0
+
+
+def test_residual_is_the_change_of_a_synchronous_update():
+    torch.manual_seed(0)
+    network = network_of(EPHead(4, [9, 6, 7], 3).double())
+    drive, biases = torch.randn(5, 9, dtype=torch.float64), [torch.zeros(6), torch.zeros(7)]
+    biases = [bias.double() for bias in biases]
+    for sweeps in (2, 4, 8):
+        before = relax(FreeDynamics(network, [drive, *biases], 5), 1e-30, sweeps - 1).activities
+        currents = [network.current(layer, list(before), b) for layer, b in enumerate([drive, *biases])]
+        changes = [(torch.tanh(u) - r).abs().amax(1) for u, r in zip(currents, before, strict=True)]
+        relaxation = relax(FreeDynamics(network, [drive, *biases], 5), 1e-30, sweeps)
+        torch.testing.assert_close(relaxation.residuals, torch.stack(changes).amax(0))
+
+
+def test_rows_that_converge_early_are_dropped_and_come_out_the_same():
+    torch.manual_seed(0)
+    network = network_of(scaled(EPHead(4, [30, 30], 1).double(), 1.6))
+    # Strong inputs saturate the units, which then converge in a few sweeps
+    drive = torch.randn(40, 30, dtype=torch.float64) * torch.logspace(-1, 1.5, 40).unsqueeze(1)
+    drive = drive[torch.randperm(40)]
+    bias = [torch.zeros(30, dtype=torch.float64)]
+    rows = []
+
+    class Counting(FreeDynamics):
+        def activate(self, layer, current, check):
+            rows.append(len(current))
+            return super().activate(layer, current, check)
+
+        def select(self, samples):
+            return Counting(**vars(super().select(samples)))
+
+    together = relax(Counting(network, [drive, *bias], 40), 1e-10, 500)
+    assert min(rows) < 20 and rows == sorted(rows, reverse=True)
+    sweeps = []
+    for row in range(40):
+        alone = free_relaxation(network, drive[row : row + 1], bias, 1e-10, 500)
+        sweeps.append(alone.sweeps)
+        for one, many in zip(alone.activities, together.activities, strict=True):
+            torch.testing.assert_close(one[0], many[row], rtol=0, atol=1e-8)
+    assert together.sweeps == max(sweeps) > 3 * min(sweeps)
+    assert (together.residuals <= 1e-10).all()
+
+
+def test_sweeps_do_not_oscillate_where_synchronous_updates_do():
+    network = LayeredNetwork([torch.tensor([[-3.0]])], [torch.tensor([[-3.0]])], ACTIVATIONS["tanh"])
+    state = torch.tensor([0.9, 0.9])
+    for _ in range(100):
+        state = torch.tanh(-3 * state.flip(0))
+    assert state[0] == state[1] and state.abs().min() > 0.9
+    relaxation = free_relaxation(network, torch.tensor([[1e-3]]), [torch.zeros(1)], 1e-6, 200)
+    assert relaxation.unconverged == 0
+    first, second = relaxation.activities
+    torch.testing.assert_close(first, torch.tanh(1e-3 - 3 * second))
+
+
+def test_a_slow_state_is_counted_and_warned_of_once():
+    torch.manual_seed(0)
+    head = scaled(EPHead(4, [20, 20], 1, max_steps=4, tolerance=1e-5), 1.4)
+    with pytest.warns(UserWarning, match="did not converge within `max_steps` = 4") as caught:
+        head(torch.randn(8, 4))
+        first = head.statistics.num_unconverged
+        head(torch.randn(8, 4))
+    assert len(caught) == 1
+    assert 0 < first <= 8 and head.statistics.num_unconverged > first
+    assert head.statistics.free_sweeps == 4 and head.statistics.free_residual > 1e-5
+
+
+def oscillator(strength):
+    """Two neurons that turn around one another."""
+    return LayeredNetwork([torch.tensor([[strength]])], [torch.tensor([[-strength]])], ACTIVATIONS["tanh"])
+
+
+def test_an_oscillating_state_raises_with_the_norm_and_the_remedy():
+    drive = torch.tensor([[5.0], [0.0], [0.1]])
+    with pytest.raises(EquilibriumError, match=r"of 3 samples \(first: row [12]\) oscillate") as error:
+        free_relaxation(oscillator(3.0), drive, [torch.full((1,), 0.01)], 1e-4, 60)
+    assert "spectral norm of a recurrent weight is 3;" in str(error.value)
+    assert "`spectral_cap`" in str(error.value) and "below 1 for all" in str(error.value)
+    # The same network with weaker weights spirals into its fixed point
+    assert free_relaxation(oscillator(0.9), drive, [torch.full((1,), 0.01)], 1e-4, 60).unconverged == 0
+
+
+def test_a_state_that_rests_and_then_moves_on_is_not_taken_for_an_oscillation():
+    """Just above the fold of a bistable pair the state passes the ghost of the vanished fixed point."""
+    weight = torch.tensor([[1.5]], dtype=torch.float64)
+    network = LayeredNetwork([weight], [weight], ACTIVATIONS["tanh"])
+    bias = [torch.zeros(1, dtype=torch.float64)]
+
+    def lower_branch(drive):
+        start = [torch.full((1, 1), -1.0, dtype=torch.float64)] * 2
+        dynamics = FreeDynamics(network, [torch.full((1, 1), drive, dtype=torch.float64), *bias], 1)
+        return relax(dynamics, 1e-9, 40, [part.clone() for part in start])
+
+    low, high = 0.0, 2.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lower_branch(middle).activities[0] < 0 else (low, middle)
+    relaxation = lower_branch(high + 2e-4)
+    assert relaxation.activities[0] > 0.5
+    assert relaxation.unconverged == 1 and relaxation.residuals[0] <= 1e-9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value):
+    head = EPHead(4, [6, 6], 1)
+    head.forward_weight_1.data[2, 3] = value
+    with pytest.raises(EquilibriumError, match="not finite.*learning rate"):
+        head(torch.randn(8, 4)).sum().backward()
+
+
+def test_no_rows():
+    head = EPHead(4, [6, 6], 2)
+    hidden = torch.randn(0, 3, 4, requires_grad=True)
+    output = head(hidden)
+    assert output.shape == (0, 3, 2)
+    output.sum().backward()
+    assert all(torch.count_nonzero(parameter.grad) == 0 for parameter in head.parameters())
+
+
+def test_tolerance_below_the_resolution_of_float32_is_reached():
+    torch.manual_seed(0)
+    head = EPHead(16, [32, 32], 1, tolerance=1e-12, max_steps=300)
+    head(torch.randn(64, 16)).sum().backward()
+    assert head.statistics.num_unconverged == 0 and head.statistics.free_residual < 2e-6

@@ -1,0 +1,460 @@
+"""A constrained run at a glance: a table on the terminal and one picture, from the trainer's log."""
+
+import math
+import os
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from .controller import RolloutController
+from .lagrangian import Constraint
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .constrained_ppo_trainer import ConstrainedPPOTrainer
+
+
+DASHBOARD_FILE = "dashboard.png"
+COLORS = ("#3b7dd8", "#e88a1a", "#2f9e5b", "#8e5bb5", "#17a2a2", "#a0632a", "#d36ba6", "#7f8c2a")
+OBJECTIVE_COLOR = "#444444"
+THRESHOLD_COLOR = "#c1272d"
+COLUMNS = 3
+MAX_POINTS = 1000
+# Share of the training time that drawing may take
+DRAWING_SHARE = 0.02
+CONSOLE_WIDTH = 110
+
+LogHistory = Sequence[dict[str, Any]]
+
+
+def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:
+    """
+    Steps and values of one logged quantity.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            The trainer's log, as in `trainer.state.log_history` or `trainer_state.json`.
+        key (`str`):
+            Key of the quantity.
+
+    Returns:
+        `tuple[list[int], list[float]]`: steps, and values of the same length; entries that lack the key are left out.
+    """
+    entries = [entry for entry in log_history if entry.get(key) is not None]
+    return [int(entry.get("step", 0)) for entry in entries], [float(entry[key]) for entry in entries]
+
+
+def last_value(log_history: LogHistory, key: str) -> float | None:
+    """The newest value of a quantity, or `None` where it was never logged."""
+    return next((float(entry[key]) for entry in reversed(log_history) if entry.get(key) is not None), None)
+
+
+def reward_names(log_history: LogHistory) -> list[str]:
+    """Names of the rewards in the newest entry that has any, in its order."""
+    for entry in reversed(log_history):
+        keys = [key for key in entry if key.startswith("rewards/") and key.endswith("/mean")]
+        if keys:
+            return [key[len("rewards/") : -len("/mean")] for key in keys]
+    return []
+
+
+def named_constraints(controller: RolloutController) -> list[Constraint]:
+    """
+    The constraints of a run whose thresholds are known, by name of their reward.
+
+    Args:
+        controller ([`RolloutController`]):
+            Controller of the run.
+
+    Returns:
+        `list[Constraint]`
+    """
+    multipliers = controller.multipliers
+    constraints = controller.targets if multipliers is None else multipliers.constraints
+    return [
+        Constraint(name, constraint.threshold, constraint.kind)
+        for name, constraint in zip(controller.constrained_names(), constraints, strict=True)
+        if constraint.threshold is not None
+    ]
+
+
+def by_reward(constraints: Sequence[Constraint]) -> dict[str, list[Constraint]]:
+    """The constraints of each reward; a range has two."""
+    grouped: dict[str, list[Constraint]] = {}
+    for constraint in constraints:
+        grouped.setdefault(str(constraint.reward), []).append(constraint)
+    return grouped
+
+
+def best_gold(log_history: LogHistory) -> tuple[int, float] | None:
+    """Step and value of the highest finite gold metric, or `None` where there is none."""
+    points = [point for point in zip(*series(log_history, "eval_gold"), strict=True) if math.isfinite(point[1])]
+    return max(points, key=lambda point: point[1], default=None)
+
+
+def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
+    """
+    The newest values of a run, one row for each reward and one for the objective.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            The trainer's log.
+        constraints (`Sequence[Constraint]`, *optional*):
+            Constraints, by name of their reward.
+        title (`str`, *optional*):
+            Title of the table.
+
+    Returns:
+        [`~rich.table.Table`]
+    """
+    constrained = bool(constraints)
+    columns = ["reward", "mean ± std", "average"]
+    if constrained:
+        columns += ["threshold", "violation", "multi-\nplier", "weight", "satu-\nrated", "oscil-\nlation"]
+    table = Table(
+        title=title or None,
+        caption=_caption(log_history),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in columns:
+        first = column == "reward"
+        table.add_column(
+            column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None
+        )
+    grouped = by_reward(constraints)
+    names = reward_names(log_history)
+    for name in names:
+        row = [name, _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
+        if constrained:
+            row += _constraint_cells(log_history, name, grouped.get(name, []))
+        table.add_row(*row, end_section=name == names[-1])
+    if constrained:
+        table.add_row("objective", *[""] * 5, _shown(last_value(log_history, "weight/objective")))
+    return table
+
+
+def _constraint_cells(log_history: LogHistory, name: str, constraints: list[Constraint]) -> list[str]:
+    if not constraints:
+        return []
+    relative = last_value(log_history, f"relative_violation/{name}")
+    violation = _shown(last_value(log_history, f"violation/{name}"), "+")
+    # Relative to a threshold of nearly zero it says nothing
+    if relative is not None and abs(relative) < 100:
+        violation += f" ({relative:+.0%})"
+    stated = [f"{c.kind} {_shown(_last_threshold(log_history, name, constraints, c))}" for c in constraints]
+    return [
+        ", ".join(stated),
+        violation,
+        _shown(last_value(log_history, f"multiplier/{name}"), "+"),
+        *(_shown(last_value(log_history, f"{part}/{name}")) for part in ("weight", "saturation", "oscillation")),
+    ]
+
+
+def _last_threshold(
+    log_history: LogHistory, name: str, constraints: list[Constraint], constraint: Constraint
+) -> float | None:
+    logged = last_value(log_history, f"threshold/{name}") if len(constraints) == 1 else None
+    return constraint.threshold if logged is None else logged
+
+
+def _with_spread(log_history: LogHistory, name: str) -> str:
+    mean, std = (last_value(log_history, f"rewards/{name}/{part}") for part in ("mean", "std"))
+    return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
+
+
+def _caption(log_history: LogHistory) -> str | None:
+    parts = []
+    per_response = last_value(log_history, "kl/per_response")
+    if per_response is not None:
+        details = [f"{_shown(last_value(log_history, 'kl/per_token'))} per token"]
+        coefficient = last_value(log_history, "kl/coef")
+        if coefficient is not None:
+            details.append(f"coefficient {_shown(coefficient)}")
+        parts.append(f"KL {_shown(per_response)} nats per response ({', '.join(details)})")
+    gold, best = last_value(log_history, "eval_gold"), best_gold(log_history)
+    if gold is not None:
+        parts.append(f"gold {_shown(gold)}" + (f" (best {_shown(best[1])} at step {best[0]})" if best else ""))
+    return " · ".join(parts) or None
+
+
+def _shown(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.3g}"
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def draw_dashboard(
+    log_history: LogHistory,
+    path: str | Path,
+    constraints: Sequence[Constraint] = (),
+    title: str = "Constrained PPO",
+    kl_ceiling: float | None = None,
+) -> None:
+    """
+    Draws a run: each reward against its threshold, violations, multipliers, weights, KL, the gold metric and the
+    critic's losses. A panel without data is left out. The file is replaced in one move, so that a viewer never sees
+    half of it.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            The trainer's log.
+        path (`str` or `Path`):
+            PNG file to write.
+        constraints (`Sequence[Constraint]`, *optional*):
+            Constraints, by name of their reward. Where the log has `threshold/<reward>`, that is drawn.
+        title (`str`, *optional*):
+            Title of the picture.
+        kl_ceiling (`float`, *optional*):
+            KL, in nats per response, that ends training.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = _panels(log_history, constraints, kl_ceiling)
+    rows = max(1, math.ceil(len(panels) / COLUMNS))
+    columns = min(COLUMNS, max(1, len(panels)))
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = [step for _, lines in panels for line in lines for step in line.points[0]]
+    figure.suptitle(
+        textwrap.fill(title, 44 * columns), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
+    )
+    for index, (heading, lines) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(heading, loc="left", fontsize=10.5, parse_math=False)
+        axes.grid(alpha=0.22)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8.5)
+        if index >= len(panels) - columns:
+            axes.set_xlabel("step", fontsize=9)
+        for line in lines:
+            line.draw(axes)
+        if len(set(steps)) > 1:
+            margin = 0.02 * (max(steps) - min(steps))
+            axes.set_xlim(min(steps) - margin, max(steps) + margin)
+        _add_legend(axes)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+class _Line:
+    """One curve, or one level across the panel."""
+
+    def __init__(self, points: tuple[list[int], list[float]], label: str, color: str, **style: Any):
+        self.points, self.label, self.color, self.style = points, label, color, style
+
+    def draw(self, axes: "Axes") -> None:
+        steps, values = self.points
+        # matplotlib leaves labels with a leading underscore out of legends
+        options = {"color": self.color, "label": self.label.lstrip("_"), "linewidth": 1.6, **self.style}
+        scale = options.pop("yscale", None)
+        if not steps:
+            axes.axhline(values[0], **options)
+            return
+        stride = math.ceil(len(steps) / MAX_POINTS)
+        if len(steps) == 1:
+            options.setdefault("marker", "o")
+        axes.plot(steps[::stride], values[::stride], **options)
+        if scale == "log" and all(value > 0 for value in values):
+            axes.set_yscale("log")
+
+
+Panel = tuple[str, list[_Line]]
+
+
+def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceiling: float | None) -> list[Panel]:
+    names = reward_names(log_history)
+    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
+    grouped = by_reward(constraints)
+    panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
+    violations = _per_reward(log_history, colors, "violation")
+    if violations:
+        violations.append(_Line(([], [0.0]), "", "#999999", linewidth=1.0, linestyle=":", zorder=1))
+    panels.append(("violation (positive asks for more weight)", violations))
+    panels.append(("multiplier, before squashing", _per_reward(log_history, colors, "multiplier")))
+    weights = _per_reward(log_history, colors, "weight")
+    objective = series(log_history, "weight/objective")
+    if objective[0]:
+        weights.append(_Line(objective, "objective", OBJECTIVE_COLOR, linestyle="--"))
+    panels.append(("effective weight", weights))
+    panels.append(_kl_panel(log_history, kl_ceiling))
+    panels.append(_gold_panel(log_history))
+    critics = [
+        _Line(series(log_history, f"critic/{name}/loss"), _shortened(name, 26), color, yscale="log")
+        for name, color in {**colors, "kl": OBJECTIVE_COLOR}.items()
+    ]
+    panels.append(("critic loss", [line for line in critics if line.points[0]]))
+    return [panel for panel in panels if panel[1]]
+
+
+def _per_reward(log_history: LogHistory, colors: dict[str, str], part: str) -> list[_Line]:
+    lines = [
+        _Line(series(log_history, f"{part}/{name}"), _shortened(name, 26), color) for name, color in colors.items()
+    ]
+    return [line for line in lines if line.points[0]]
+
+
+def _reward_panel(log_history: LogHistory, name: str, constraints: list[Constraint], color: str) -> Panel:
+    lines = [_Line(series(log_history, f"rewards/{name}/mean"), "rollouts", color)]
+    average = series(log_history, f"average/{name}")
+    if average[0]:
+        lines.append(_Line(average, "running average", color, linestyle="--", linewidth=1.2, alpha=0.6))
+    validation = series(log_history, f"eval_rewards/{name}/mean")
+    if validation[0]:
+        lines.append(_Line(validation, "validation", color, marker="D", markersize=4, linestyle="none"))
+    style: dict[str, Any] = {"linewidth": 1.2, "linestyle": "-."}
+    for constraint in constraints:
+        logged = series(log_history, f"threshold/{name}") if len(constraints) == 1 else ([], [])
+        if len(set(logged[1])) > 1:
+            label = f"threshold ({constraint.kind})"
+            lines.append(_Line(logged, label, THRESHOLD_COLOR, drawstyle="steps-post", **style))
+        elif constraint.threshold is not None:
+            label = f"threshold ({constraint.kind} {constraint.threshold:.3g})"
+            lines.append(_Line(([], [constraint.threshold]), label, THRESHOLD_COLOR, **style))
+    return f"reward: {_shortened(name, 40)}", lines
+
+
+def _kl_panel(log_history: LogHistory, kl_ceiling: float | None) -> Panel:
+    per_response = series(log_history, "kl/per_response")
+    if not per_response[0]:
+        return "", []
+    lines = [_Line(per_response, "per response", OBJECTIVE_COLOR)]
+    if kl_ceiling is not None:
+        lines.append(
+            _Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", THRESHOLD_COLOR, linewidth=1.2, linestyle="-.")
+        )
+    return "KL to the reference, nats per response", lines
+
+
+def _gold_panel(log_history: LogHistory) -> Panel:
+    points, best = series(log_history, "eval_gold"), best_gold(log_history)
+    if not points[0]:
+        return "", []
+    lines = [_Line(points, "gold", "#b8860b", marker="o", markersize=3.5)]
+    if best is not None:
+        label = f"best: {best[1]:.3g} at step {best[0]}"
+        lines.append(_Line(([best[0]], [best[1]]), label, "#b8860b", marker="*", markersize=13, linestyle="none"))
+    return "gold metric, validation", lines
+
+
+def _add_legend(axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) < 2 and not (labels and labels[0] not in ("rollouts", "per response", "gold")):
+        return
+    legend = axes.legend(fontsize=8, frameon=True, framealpha=0.75, edgecolor="none", borderpad=0.3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+class ConstraintDashboardCallback(TrainerCallback):
+    """
+    At every log step, prints a table and writes `dashboard.png` into the output folder, on the main process only and
+    from the log alone. While training goes on the picture is drawn at most every `png_seconds`, and in at most 2% of
+    the time; at the end it is always drawn.
+
+    Args:
+        trainer ([`ConstrainedPPOTrainer`]):
+            Trainer that the callback is added to.
+        path (`str` or `Path`, *optional*):
+            PNG file. Defaults to `dashboard.png` in the trainer's output folder.
+        png_seconds (`float`, *optional*, defaults to `10.0`):
+            Least time between two pictures.
+        show_table (`bool`, *optional*, defaults to `True`):
+            Whether the table is printed.
+        console ([`~rich.console.Console`], *optional*):
+            Console to print on.
+
+    Raises:
+        ValueError: If `png_seconds` is negative.
+
+    Example:
+
+    ```python
+    trainer = ConstrainedPPOTrainer(...)
+    trainer.add_callback(ConstraintDashboardCallback(trainer, png_seconds=60))
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: "ConstrainedPPOTrainer",
+        path: str | Path | None = None,
+        png_seconds: float = 10.0,
+        show_table: bool = True,
+        console: Console | None = None,
+    ):
+        if not png_seconds >= 0:
+            raise ValueError(
+                f"`png_seconds` must not be negative, got {png_seconds}. 0 draws as often as 2% of the time allows."
+            )
+        self.trainer = trainer
+        self.path = Path(path) if path else Path(trainer.args.output_dir) / DASHBOARD_FILE
+        self.png_seconds = png_seconds
+        self.show_table = show_table
+        self.console = console or _wide_console()
+        self._next_drawing = -math.inf
+        self._last_shown: tuple[str, float | None] | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not reward_names([logs or {}]):
+            return
+        if self.show_table:
+            self._print(state)
+        if time.monotonic() >= self._next_drawing:
+            self._draw(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not reward_names(state.log_history):
+            return
+        if self.show_table and self._last_shown != self._shown(state):
+            self._print(state)
+        self._draw(state)
+
+    def constraints(self) -> list[Constraint]:
+        """The constraints with their thresholds of now, by name of their reward."""
+        return named_constraints(self.trainer.controller)
+
+    def _title(self, state: Any) -> str:
+        method = self.trainer.args.method
+        title = f"Constrained PPO{f' ({method})' if method else ''}, step {state.global_step}"
+        reason = self.trainer.stop_reason
+        return f"{title}, ended early: {reason}" if reason else title
+
+    def _print(self, state: Any) -> None:
+        self._last_shown = self._shown(state)
+        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+
+    def _shown(self, state: Any) -> tuple[str, float | None]:
+        """What a table shows that may change after the log step."""
+        return self._title(state), last_value(state.log_history, "eval_gold")
+
+    def _draw(self, state: Any) -> None:
+        start = time.monotonic()
+        draw_dashboard(
+            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
+        )
+        end = time.monotonic()
+        self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
+
+
+def _wide_console() -> Console:
+    """A console as wide as the table, also where the terminal's width is not known, as in log files."""
+    console = Console()
+    return console if console.width >= CONSOLE_WIDTH or console.is_terminal else Console(width=CONSOLE_WIDTH)

@@ -1,0 +1,446 @@
+"""The equilibrium-propagation head."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from .equilibrium_function import EquilibriumSettings, RelaxationStatistics, equilibrium
+from .gradient import CorrectionName, Estimator, EstimatorName, layer_cosines
+from .homeostasis import homeostasis_loss, symmetry_measure, weight_angle
+from .network import ACTIVATIONS, ActivationName, LayeredNetwork
+from .spectral_cap import SUBSPACE_SIZE, cap_singular_values
+
+
+FeedbackName = Literal["symmetric", "asymmetric"]
+INITIAL_GAIN = 0.5
+
+
+class EPHead(nn.Module):
+    """
+    Head that relaxes a layered recurrent network to a fixed point and learns by equilibrium propagation.
+
+    The input enters the first layer as a static current, through a linear map; the last layer is read out by another.
+    The free fixed point is the output's; the gradient is estimated from fixed points nudged by the incoming gradient
+    ([Laborieux and Zenke, 2024](https://huggingface.co/papers/2309.02214)), of which no graph is kept. Any loss works
+    above it and any backbone below.
+
+    Relaxation is in float32, or in float64 if the input or the parameters are, whatever the model's dtype and
+    autocast. All parameters are the module's own and are used in its forward only.
+
+    Args:
+        in_features (`int`):
+            Size of the input.
+        hidden_features (`int` or `list[int]`):
+            Widths of the layers, from the input to the output. An `int` is one layer, which has no recurrence.
+        out_features (`int`):
+            Size of the output.
+        feedback (`str`, *optional*, defaults to `"symmetric"`):
+            `"symmetric"`: a layer is fed back through the transposed forward weights, and the gradient is exact up to
+            the size of the nudge. `"asymmetric"`: feedback has its own weights; the gradient is then biased, see
+            `correction` and [`~EPHead.homeostasis_loss`].
+        feedback_angle (`float`, *optional*, defaults to `0.0`):
+            Angle in degrees between the initial feedback weights and the transposed forward weights, from 0 to 180.
+            Only with asymmetric feedback.
+        activation (`str`, *optional*, defaults to `"tanh"`):
+            `"tanh"`, `"dsilu"` or the paper's `"sigmoid"`, `1 / (1 + exp(2 - 4u))`. All are complex-differentiable.
+        estimator (`str`, *optional*, defaults to `"holomorphic"`):
+            `"holomorphic"`, `"symmetric"`, `"one_sided"`, `"tangent"` or `"exact"`; see [`Estimator`].
+        num_points (`int`, *optional*, defaults to `2`):
+            Points `N` of the holomorphic estimator, whose error is of the order `radius^N`.
+        rotated (`bool`, *optional*, defaults to `True`):
+            Whether the points start at the angle `pi / N`. With two points they are then purely imaginary, and the
+            estimate is exact to float32.
+        radius (`float`, *optional*, defaults to `1e-3`):
+            Size of the nudge, which has unit norm in each row before it is scaled by `radius`.
+        correction (`str`, *optional*, defaults to `"none"`):
+            `"asymep"` removes the bias of asymmetric feedback
+            ([Scurria et al., 2026](https://huggingface.co/papers/2602.03670)).
+        tolerance (`float`, *optional*, defaults to `1e-4`):
+            Relaxation ends when no activity changes by more in a sweep; for nudged states, no response by more of its
+            largest entry.
+        max_steps (`int`, *optional*, defaults to `100`):
+            Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
+        spectral_cap (`float`, *optional*):
+            Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
+            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
+
+    Attributes:
+        statistics ([`RelaxationStatistics`]):
+            Sweeps and residuals of the last relaxations, and the count of rows that did not converge.
+
+    Raises:
+        ValueError: If an argument is not one of those above.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_ext import EPHead
+
+    >>> head = EPHead(64, [256, 256], 1)
+    >>> rewards = head(torch.randn(8, 64))
+    >>> rewards.sum().backward()
+    >>> head.metrics()
+    ```
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        *,
+        feedback: FeedbackName = "symmetric",
+        feedback_angle: float = 0.0,
+        activation: ActivationName = "tanh",
+        estimator: EstimatorName = "holomorphic",
+        num_points: int = 2,
+        rotated: bool = True,
+        radius: float = 1e-3,
+        correction: CorrectionName = "none",
+        tolerance: float = 1e-4,
+        max_steps: int = 100,
+        spectral_cap: float | None = None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.hidden_features = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
+        self.out_features = out_features
+        self.feedback = feedback
+        self.feedback_angle = feedback_angle
+        self.activation = activation
+        self.estimator = estimator
+        self.num_points = num_points
+        self.rotated = rotated
+        self.radius = radius
+        self.correction = correction
+        self.tolerance = tolerance
+        self.max_steps = max_steps
+        self.spectral_cap = spectral_cap
+        self._check_arguments()
+        self._build_parameters()
+        self.statistics = RelaxationStatistics()
+        self._warned: set[str] = set()
+        self._uses_homeostasis = False
+        self.reset_parameters()
+
+    def _check_arguments(self) -> None:
+        widths = {"in_features": [self.in_features], "hidden_features": self.hidden_features}
+        for name, values in {**widths, "out_features": [self.out_features]}.items():
+            if not values or any(not isinstance(value, int) or value < 1 for value in values):
+                raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
+        choices = {"feedback": FeedbackName, "estimator": EstimatorName, "correction": CorrectionName}
+        if self.activation not in ACTIVATIONS:
+            reason = ""
+            if self.estimator == "holomorphic":
+                reason = " The holomorphic estimator relaxes complex states, so it needs a complex-differentiable one."
+            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}.{reason}")
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"`{name}` must be one of {list(get_args(choice))}, got {getattr(self, name)!r}.")
+        for name in ("radius", "tolerance"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}. The default is a good start.")
+        for name in ("num_points", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.feedback_angle <= 180:
+            raise ValueError(f"`feedback_angle` must be from 0 to 180 degrees, got {self.feedback_angle}.")
+        if self.feedback == "symmetric" and self.feedback_angle != 0:
+            raise ValueError(
+                f"`feedback_angle` is {self.feedback_angle} but `feedback` is 'symmetric', which has an angle of 0 "
+                "throughout. Set `feedback='asymmetric'`."
+            )
+        if self.spectral_cap is not None and not self.spectral_cap > 0:
+            raise ValueError(f"`spectral_cap` must be positive or None, got {self.spectral_cap}.")
+
+    def _build_parameters(self) -> None:
+        # All are parameters of this module itself: ZeRO-3 gathers a module's own parameters around its forward
+        widths = self.hidden_features
+        self.input_weight = nn.Parameter(torch.empty(widths[0], self.in_features))
+        self.input_bias = nn.Parameter(torch.empty(widths[0]))
+        for layer, (below, above) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+            self.register_parameter(f"forward_weight_{layer}", nn.Parameter(torch.empty(above, below)))
+            if self.feedback == "asymmetric":
+                self.register_parameter(f"backward_weight_{layer}", nn.Parameter(torch.empty(below, above)))
+            self.register_parameter(f"bias_{layer + 1}", nn.Parameter(torch.empty(above)))
+        for name in self._capped_weights():
+            columns = getattr(self, name).shape[1]
+            size = min(SUBSPACE_SIZE, *getattr(self, name).shape)
+            self.register_buffer(f"{name}_subspace", torch.empty(columns, size))
+        self.readout_weight = nn.Parameter(torch.empty(self.out_features, widths[-1]))
+        self.readout_bias = nn.Parameter(torch.empty(self.out_features))
+
+    def _capped_weights(self) -> list[str]:
+        if self.spectral_cap is None:
+            return []
+        return [name for name, _ in self.named_parameters() if name.startswith(("forward_weight", "backward_weight"))]
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """
+        Draws fresh weights: normal, of variance `1 / fan_in` for the linear maps and, for the recurrent weights, of a
+        gain that makes the network contract at any depth; feedback at `feedback_angle`; biases zero.
+
+        Args:
+            generator (`torch.Generator`, *optional*):
+                Source of the random numbers.
+        """
+        for name, values in self.initial_parameters(generator).items():
+            getattr(self, name).copy_(values)
+
+    def initial_parameters(self, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """
+        Fresh values of all parameters and buffers, on the CPU in float32; see [`~EPHead.reset_parameters`].
+
+        Args:
+            generator (`torch.Generator`, *optional*):
+                Source of the random numbers.
+
+        Returns:
+            `dict[str, torch.Tensor]`: by their names.
+        """
+        widths = self.hidden_features
+        # Norm of the chain of layers over that of one weight
+        chain = 2 * math.cos(math.pi / (len(widths) + 1)) if len(widths) > 1 else 1.0
+
+        def draw(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+            return torch.randn(rows, columns, generator=generator, device="cpu") * (gain / math.sqrt(columns))
+
+        values = {"input_weight": draw(widths[0], self.in_features), "input_bias": torch.zeros(widths[0])}
+        for layer, (below, above) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+            forward = draw(above, below, INITIAL_GAIN / chain)
+            values[f"forward_weight_{layer}"] = forward
+            if self.feedback == "asymmetric":
+                values[f"backward_weight_{layer}"] = at_angle(forward.T, self.feedback_angle, generator)
+            values[f"bias_{layer + 1}"] = torch.zeros(above)
+        if self.spectral_cap is not None:
+            for name in self._capped_weights():
+                left, singular, right = torch.linalg.svd(values[name], full_matrices=False)
+                values[name] = (left * singular.clamp_max(self.spectral_cap)) @ right
+        values["readout_weight"] = draw(self.out_features, widths[-1])
+        values["readout_bias"] = torch.zeros(self.out_features)
+        for name, buffer in self.named_buffers():
+            values[name] = torch.randn(buffer.shape, generator=generator, device="cpu")
+        return values
+
+    def recurrent_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """Biases of layers 2 to `L`, forward weights, and backward weights, which symmetric feedback has none of."""
+        layers = range(1, len(self.hidden_features))
+        biases = [getattr(self, f"bias_{layer + 1}") for layer in layers]
+        forward = [getattr(self, f"forward_weight_{layer}") for layer in layers]
+        backward = [getattr(self, f"backward_weight_{layer}") for layer in layers if self.feedback == "asymmetric"]
+        return biases, forward, backward
+
+    def _recurrent_weights(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Forward and backward weights, capped in `dtype` if there is a cap; the parameters themselves if not."""
+        _, forward, backward = self.recurrent_parameters()
+        if self.spectral_cap is None:
+            return list(forward), list(backward)
+        capped: dict[str, torch.Tensor] = {}
+        for name in self._capped_weights():
+            subspace = getattr(self, f"{name}_subspace")
+            capped[name], right = cap_singular_values(getattr(self, name).to(dtype), subspace, self.spectral_cap)
+            if self.training:
+                subspace.copy_(right)
+        return (
+            [weight for name, weight in capped.items() if name.startswith("forward")],
+            [weight for name, weight in capped.items() if name.startswith("backward")],
+        )
+
+    def forward(self, hidden: torch.Tensor | None, homeostasis: dict[str, Any] | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden (`torch.Tensor` of shape `(..., in_features)`, any floating dtype):
+                Input. Rows that no gradient reaches cost nothing in the backward pass.
+            homeostasis (`dict`, *optional*):
+                Used by [`~EPHead.homeostasis_loss`], which passes through here so that engines gather the weights.
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_features)` in the dtype of `hidden`.
+
+        Raises:
+            ValueError: If `hidden` has another size, no floating dtype, or a row that is not finite.
+            EquilibriumError: If a relaxation oscillates or diverges.
+        """
+        if homeostasis is not None:
+            with torch.autocast(self.input_weight.device.type, enabled=False):
+                dtype = torch.promote_types(self.input_weight.dtype, torch.float32)
+                forward, backward = self._recurrent_weights(dtype)
+                return homeostasis_loss(forward, backward or [weight.T for weight in forward], **homeostasis)
+        assert hidden is not None
+        if hidden.shape[-1] != self.in_features or not hidden.is_floating_point():
+            raise ValueError(
+                f"EPHead needs a floating input of last size `in_features` = {self.in_features}, got {hidden.dtype} "
+                f"of shape {tuple(hidden.shape)}."
+            )
+        is_double = torch.float64 in (hidden.dtype, self.input_weight.dtype)
+        dtype = torch.float64 if is_double else torch.float32
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.reshape(-1, self.in_features).to(dtype)
+            drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
+            self._check_finite(hidden, drive)
+            biases, _, _ = self.recurrent_parameters()
+            forward_weights, backward_weights = self._recurrent_weights(dtype)
+            settings = self._settings(trains_backbone=torch.is_grad_enabled() and hidden.requires_grad)
+            top = equilibrium(settings, drive, *biases, *forward_weights, *backward_weights)
+            output = nn.functional.linear(top, self.readout_weight.to(dtype), self.readout_bias.to(dtype))
+        return output.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
+
+    def _settings(self, trains_backbone: bool) -> EquilibriumSettings:
+        return EquilibriumSettings(
+            activation=ACTIVATIONS[self.activation],
+            estimator=Estimator(self.estimator, self.num_points, self.rotated, self.radius, self.correction),
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+            num_layers=len(self.hidden_features),
+            warn_unconverged=self._warn_unconverged,
+            before_backward=self._warn_bias if trains_backbone else _do_nothing,
+            statistics=self.statistics,
+        )
+
+    def _check_finite(self, hidden: torch.Tensor, drive: torch.Tensor) -> None:
+        bad = ~drive.detach().sum(dim=-1).isfinite()
+        if not bad.any():
+            return
+        bad_inputs = ~hidden.detach().isfinite().all(dim=-1)
+        if not bad_inputs.any():
+            raise ValueError("`input_weight` or `input_bias` of EPHead is not finite, or overflows with this input.")
+        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad_inputs.nonzero().tolist()]
+        raise ValueError(
+            f"The input of EPHead is not finite in {len(rows)} row(s), the first at index {rows[0]} of a batch of "
+            f"shape {tuple(hidden.shape[:-1])}. Look for the overflow in the model below."
+        )
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(message, stacklevel=4)
+
+    def _warn_unconverged(self, phase: str, count: int) -> None:
+        self._warn_once(
+            "unconverged",
+            f"EPHead: {count} row(s) did not converge within `max_steps` = {self.max_steps} sweeps of the {phase} "
+            f"relaxation (tolerance {self.tolerance}), though they come closer. Further ones are counted in "
+            "`statistics.num_unconverged`. Raise `max_steps`, or set `spectral_cap` for faster relaxation.",
+        )
+
+    def _warn_bias(self) -> None:
+        is_exact = self.feedback == "symmetric" or self.correction == "asymep" or self.estimator == "exact"
+        if not is_exact and not self._uses_homeostasis:
+            self._warn_once(
+                "bias",
+                "EPHead trains the backbone through asymmetric feedback without `homeostasis_loss` or "
+                "`correction='asymep'`: the gradient it hands down is biased by the asymmetry of the weights, and at "
+                "90 degrees hardly correlates with the true one. Add one of the two, or detach the backbone.",
+            )
+
+    def homeostasis_loss(
+        self, num_probes: int | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """
+        The Jacobian homeostasis objective, which makes feedback symmetric; see [`homeostasis.homeostasis_loss`].
+
+        Under ZeRO-3 and FSDP2 it must be called within the forward of the engine's module.
+
+        Args:
+            num_probes (`int`, *optional*):
+                Random probes to estimate it with, as the paper does. By default its closed form is computed.
+            generator (`torch.Generator`, *optional*):
+                Source of the probes.
+
+        Returns:
+            `torch.Tensor`: scalar in float32 or float64, zero for symmetric feedback.
+        """
+        self._uses_homeostasis = True
+        return self(None, homeostasis={"num_probes": num_probes, "generator": generator})
+
+    @torch.no_grad()
+    def alignment(self, hidden: torch.Tensor, output_gradient: torch.Tensor | None = None) -> list[float]:
+        """
+        How well the estimator's error vectors point in the direction of the exact ones. Reads the weights directly:
+        gather them first under ZeRO-3 and FSDP.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(..., in_features)`):
+                Input.
+            output_gradient (`torch.Tensor` of shape `(..., out_features)`, *optional*):
+                Gradient of the loss at the output; by default that of the sum of the outputs.
+
+        Returns:
+            `list[float]`: for each layer, the cosine of estimated and exact error vector, averaged over the rows that
+            have a gradient; 1 for an exact estimate.
+        """
+        dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
+        rows = hidden.reshape(-1, self.in_features).to(dtype)
+        settings = self._settings(trains_backbone=False)
+        parameters, _, _ = self.recurrent_parameters()
+        forward, backward = self._recurrent_weights(dtype)
+        biases, network = settings.unpack((*parameters, *forward, *backward), dtype)
+        drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
+        if output_gradient is None:
+            output_gradient = torch.ones(len(rows), self.out_features, dtype=dtype, device=rows.device)
+        gradient = output_gradient.reshape(-1, self.out_features).to(dtype) @ self.readout_weight.to(dtype)
+        return layer_cosines(network, drive, biases, gradient, settings.estimator, self.tolerance, self.max_steps)
+
+    @torch.no_grad()
+    def asymmetry(self) -> dict[str, float]:
+        """
+        Measures of the asymmetry of the weights, to log. Reads the weights directly: gather them first under ZeRO-3
+        and FSDP.
+
+        Returns:
+            `dict[str, float]`: `"ep/symmetry"`, the paper's `|S| / (|S| + |A|)` (1 is symmetric), and
+            `"ep/weight_angle"`, the mean angle in degrees between forward weights and transposed feedback weights.
+        """
+        _, forward, backward = self.recurrent_parameters()
+        if not forward:
+            return {"ep/symmetry": 1.0, "ep/weight_angle": 0.0}
+        partners = [weight.float() for weight in backward] or [weight.T.float() for weight in forward]
+        weights = [weight.float() for weight in forward]
+        network = LayeredNetwork(weights, partners, ACTIVATIONS[self.activation])
+        angles = [weight_angle(weight, partner) for weight, partner in zip(weights, partners, strict=True)]
+        return {
+            "ep/symmetry": symmetry_measure(network.weight_matrix()),
+            "ep/weight_angle": sum(angles) / len(angles),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The [`RelaxationStatistics`] under the names to log: `ep/free_sweeps` and so on."""
+        return {f"ep/{name}": float(value) for name, value in vars(self.statistics).items()}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, hidden_features={self.hidden_features}, out_features="
+            f"{self.out_features}, feedback={self.feedback}, activation={self.activation}, estimator={self.estimator}"
+        )
+
+
+def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    A random matrix of the norm of `weight` at an angle to it.
+
+    Args:
+        weight (`torch.Tensor`):
+            Matrix.
+        degrees (`float`):
+            Angle between the two as vectors.
+        generator (`torch.Generator`, *optional*):
+            Source of the direction.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+    """
+    noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
+    noise -= weight * ((noise * weight).sum() / weight.square().sum())
+    noise *= weight.norm() / noise.norm()
+    angle = math.radians(degrees)
+    return math.cos(angle) * weight + math.sin(angle) * noise
+
+
+def _do_nothing() -> None:
+    return None

@@ -1,0 +1,289 @@
+"""Sequence classifiers and reward models with an equilibrium-propagation head, in transformers' form."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from .configuration import HEAD_FIELDS, EPConfig
+from .head import EPHead
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token",
+                "trust_remote_code")  # fmt: skip
+_CONFIG_FIELDS = (*HEAD_FIELDS, "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
+
+
+@dataclass
+class EPSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """
+    transformers' output with the homeostasis objective.
+
+    Attributes:
+        homeostasis_loss (`torch.Tensor` of shape `(1,)`, float32, *optional*):
+            The objective, in training and where `homeostasis_coef` is above 0. `loss` has it already, weighted.
+    """
+
+    homeostasis_loss: torch.Tensor | None = None
+
+
+def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
+    """
+    The state of the last token of each row that is not padding, left or right, as transformers' classifiers pool.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(B, T, H)`):
+            States.
+        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Tokens. Without them the last position counts.
+        pad_token_id (`int`, *optional*):
+            Padding token.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H)`.
+
+    Raises:
+        ValueError: If there are several rows and no padding token.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if pad_token_id is None and len(hidden) > 1:
+        raise ValueError(
+            f"A batch of {len(hidden)} rows needs a padding token. Set `model.config.get_text_config().pad_token_id`."
+        )
+    if pad_token_id is None or input_ids is None:
+        return hidden[:, -1]
+    kept = (input_ids != pad_token_id).to(hidden.device, torch.int32)
+    positions = torch.arange(input_ids.size(1), device=hidden.device, dtype=torch.int32)
+    return hidden[rows, (positions * kept).argmax(-1)]
+
+
+class EPModelForSequenceClassification(PreTrainedModel):
+    """
+    Any backbone with an [`EPHead`] named `score` on its last token's state (https://huggingface.co/papers/2309.02214).
+
+    Classification, regression and several labels at once, as `problem_type` says, and reward models with
+    `num_labels=1`. Saved and loaded as any model of transformers;
+    [`~transformers.AutoModelForSequenceClassification`] loads it after `import trl_ext`.
+
+    Args:
+        config ([`EPConfig`]):
+            Configuration.
+        backbone ([`~transformers.PreTrainedModel`], *optional*):
+            Model without a head. Defaults to one with new weights.
+
+    Raises:
+        TypeError: If `config` is not an [`EPConfig`].
+        ValueError: If an argument of the head is wrong, or the backbone has an encoder and a decoder.
+
+    Example:
+
+    ```python
+    from trl_ext import EPModelForSequenceClassification
+
+    model = EPModelForSequenceClassification.from_pretrained("Qwen/Qwen3-0.6B", num_labels=1)
+    model.save_pretrained("Qwen3-0.6B-EP-Reward")
+    ```
+    """
+
+    config_class = EPConfig
+    config: EPConfig
+    base_model_prefix = "model"
+    # Its loss is a mean over the rows of a batch, so a trainer has to divide by the number of accumulated batches
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["score"]
+
+    def __init__(self, config: EPConfig, backbone: PreTrainedModel | None = None):
+        if not isinstance(config, EPConfig):
+            raise TypeError(
+                f"`config` must be an `EPConfig`, got `{type(config).__name__}`. Give `EPConfig(text_config=config)`, "
+                "or use `EPModelForSequenceClassification.from_backbone`."
+            )
+        super().__init__(config)
+        if config.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                f"The backbone `{config.text_config.model_type}` has an encoder and a decoder. Use one of the two, or "
+                "a decoder-only model."
+            )
+        self.num_labels = config.num_labels
+        self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
+        hidden_size = config.get_text_config().hidden_size
+        self.score = EPHead(hidden_size, out_features=self.num_labels, **config.head_settings())
+        self._backward_passes: Counter[str] = Counter()
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> "EPModelForSequenceClassification":
+        """
+        Loads a saved model, or a backbone, which gets a new head.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Model id or folder.
+            model_args (`Any`):
+                Handed on.
+            config (`PreTrainedConfig`, *optional*):
+                Configuration. Defaults to the saved one.
+            kwargs (`Any`):
+                Those of transformers' `from_pretrained`, and fields of [`EPConfig`].
+
+        Returns:
+            [`EPModelForSequenceClassification`]
+        """
+        if config is None:
+            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+        else:
+            found = config
+        if not isinstance(found, EPConfig):
+            return cls.from_backbone(pretrained_model_name_or_path, config=config, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def from_backbone(cls, backbone: str | PreTrainedModel, **kwargs: Any) -> "EPModelForSequenceClassification":
+        """
+        Puts a new head on a backbone.
+
+        Args:
+            backbone (`str` or [`~transformers.PreTrainedModel`]):
+                Model id or folder, or a model, whose own head is left out.
+            kwargs (`Any`):
+                Fields of [`EPConfig`]; with a model id, also those of transformers' `from_pretrained`.
+
+        Returns:
+            [`EPModelForSequenceClassification`], in evaluation mode.
+
+        Raises:
+            ValueError: If a model is given and `kwargs` has something that is no field of [`EPConfig`].
+        """
+        settings = {name: kwargs.pop(name) for name in _CONFIG_FIELDS if name in kwargs}
+        if isinstance(backbone, PreTrainedModel):
+            if kwargs:
+                raise ValueError(f"{sorted(kwargs)} are no fields of `EPConfig`. Its fields are {_CONFIG_FIELDS}.")
+            name, backbone = backbone.config.name_or_path, backbone.base_model
+        else:
+            name, backbone = backbone, AutoModel.from_pretrained(backbone, **kwargs)
+        # Implementations are set for all parts at once when a model is built: keep those that the backbone has
+        implementations = {
+            name: {"text_config": getattr(backbone.config, f"_{name}")}
+            for name in ("attn_implementation", "experts_implementation")
+        }
+        config = EPConfig(text_config=backbone.config, dtype=backbone.dtype, **implementations, **settings)
+        # Where trainers look for the tokenizer, and model cards for the name of the base model
+        config.name_or_path = str(name)
+        return cls(config, backbone=backbone).to(backbone.device).eval()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, EPHead):
+            super()._init_weights(module)
+            return
+        for name, values in module.initial_parameters().items():
+            # Leaves alone what was loaded
+            initialization.copy_(getattr(module, name), values)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EPSequenceClassifierOutput | tuple[Any, ...]:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Tokens.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 where a token is not padding.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Positions.
+            past_key_values (`Cache`, *optional*):
+                Cache of the backbone.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, H)`, *optional*):
+                Embeddings in place of `input_ids`.
+            labels (`torch.Tensor`, *optional*):
+                Classes `(B,)`, or values `(B,)` or `(B, num_labels)` for regression, or zeros and ones
+                `(B, num_labels)` for several labels at once.
+            use_cache (`bool`, *optional*):
+                Whether the backbone returns its cache.
+            return_dict (`bool`, *optional*):
+                Whether to return an output object, the default, or a tuple.
+            kwargs (`Any`):
+                Handed to the backbone.
+
+        Returns:
+            [`EPSequenceClassifierOutput`] with `logits` of shape `(B, num_labels)`, float32.
+        """
+        given = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+                 "use_cache": use_cache}  # fmt: skip
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        outputs = self.model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        pooled = last_token_states(outputs.last_hidden_state, input_ids, self.config.get_text_config().pad_token_id)
+        logits, homeostasis_loss = self._score(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            if homeostasis_loss is not None:
+                loss = loss + self.config.homeostasis_coef * homeostasis_loss.squeeze()
+        output = EPSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=getattr(outputs, "past_key_values", None),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            homeostasis_loss=homeostasis_loss,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _score(self, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # In float32 whatever the backbone's dtype, since the head computes in it
+        logits = self.score(pooled.float())
+        if not (self.training and self.config.homeostasis_coef > 0 and torch.is_grad_enabled()):
+            return logits, None
+        homeostasis_loss = self.score.homeostasis_loss().reshape(1)
+        self._watch(logits, homeostasis_loss)
+        return logits, homeostasis_loss
+
+    def _watch(self, logits: torch.Tensor, homeostasis_loss: torch.Tensor) -> None:
+        """Warns, once, where earlier losses had the logits and never the objective, as a stock trainer's do."""
+        passes = self._backward_passes
+        if passes["logits"] and not passes["homeostasis_loss"]:
+            passes["homeostasis_loss"] = 1
+            warnings.warn(
+                f"`homeostasis_coef={self.config.homeostasis_coef}` has no effect: the trainer's loss leaves out "
+                "`outputs.homeostasis_loss`. Train reward models with `trl_ext.EPRewardTrainer`, or pass `labels`, or "
+                "add `homeostasis_coef * outputs.homeostasis_loss` to your loss.",
+                stacklevel=4,
+            )
+        for name, tensor in (("logits", logits), ("homeostasis_loss", homeostasis_loss)):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient, name=name: passes.update([name]))
+
+
+AutoModelForSequenceClassification.register(EPConfig, EPModelForSequenceClassification, exist_ok=True)

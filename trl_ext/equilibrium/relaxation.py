@@ -1,0 +1,303 @@
+"""Red-black Gauss-Seidel relaxation of a layered network to a fixed point.
+
+A chain of layers is bipartite: layers of one parity depend on those of the other only. A sweep updates the first half
+from the second and then the second from the first, which takes half the sweeps of simultaneous updates and has none of
+their orbits of period two.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .network import LayeredNetwork
+
+
+CHECK_EVERY = 2
+DECAY_OF_A_SLOW_STATE = 0.98
+# A state can rest a while near a fixed point that is about to appear, so the suspicion is tested with more sweeps
+PATIENCE = 10
+
+
+class EquilibriumError(RuntimeError):
+    """A relaxation oscillates or diverges: more steps would not help."""
+
+
+class Dynamics(Protocol):
+    """
+    What a relaxation is of.
+
+    Attributes:
+        network ([`LayeredNetwork`]):
+            Couplings.
+        drives (`list`):
+            Constant current of each layer, of shape `(rows, n_l)` or `(n_l,)`, or `None`.
+        num_samples (`int`):
+            Samples. Rows are `num_samples` times a whole number, sample by sample within each block.
+        bottom_up (`bool`):
+            Whether the drive enters at the first layer; else at the last.
+    """
+
+    network: LayeredNetwork
+    drives: list[torch.Tensor | None]
+    num_samples: int
+    bottom_up: bool
+
+    def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
+        """Activity at this current, which may be overwritten; `check` is whether this sweep is checked."""
+
+    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Size of a change of one layer for each sample, in the units of the tolerance; may overwrite `old`."""
+
+    def select(self, samples: torch.Tensor) -> "Dynamics":
+        """The same for some samples only."""
+
+
+@dataclass
+class Relaxation:
+    """
+    Where a relaxation ended.
+
+    Attributes:
+        activities (`list[torch.Tensor]` of shapes `(rows, n_l)`):
+            State.
+        sweeps (`int`):
+            Sweeps until the last sample converged, or `max_steps`.
+        residuals (`torch.Tensor` of shape `(num_samples,)`):
+            Largest change of an activity when each sample was last checked.
+        unconverged (`int`):
+            Samples whose residual is above the tolerance and falls.
+    """
+
+    activities: list[torch.Tensor]
+    sweeps: int
+    residuals: torch.Tensor
+    unconverged: int
+
+
+def select_rows(rows: torch.Tensor, samples: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Rows of the given samples, in every block of `num_samples` rows."""
+    return rows.view(-1, num_samples, rows.shape[-1]).index_select(1, samples).flatten(0, 1)
+
+
+@dataclass
+class FreeDynamics:
+    """Relaxation of the activities themselves under the static input."""
+
+    network: LayeredNetwork
+    drives: list[torch.Tensor | None]
+    num_samples: int
+    bottom_up: bool = True
+
+    def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
+        return self.network.activation.value(current)
+
+    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return old.sub_(new).abs_().amax(dim=-1)
+
+    def select(self, samples: torch.Tensor) -> "FreeDynamics":
+        drives = [
+            drive if drive is None or drive.dim() == 1 else select_rows(drive, samples, self.num_samples)
+            for drive in self.drives
+        ]
+        return FreeDynamics(self.network, drives, len(samples))
+
+
+def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torch.Tensor] | None = None) -> Relaxation:
+    """
+    Sweeps until every sample's change in a sweep is within the tolerance.
+
+    Samples that have converged are dropped when at least half of those left have. Samples that have not after
+    `max_steps`, and whose change no longer falls, are swept ten times as long before they are given up.
+
+    Args:
+        dynamics ([`Dynamics`]):
+            What to relax.
+        tolerance (`float`):
+            Bound on [`Dynamics.change`]. It is at least four times the machine epsilon.
+        max_steps (`int`):
+            Most sweeps.
+        start (`list[torch.Tensor]`, *optional*):
+            State to start from; else one pass through the layers from the driven end.
+
+    Returns:
+        [`Relaxation`].
+
+    Raises:
+        EquilibriumError: If a state is not finite, or a sample oscillates or diverges.
+    """
+    state = start if start is not None else one_pass(dynamics)
+    if dynamics.num_samples == 0:
+        return Relaxation(state, 0, state[0].new_zeros(0), 0)
+    tolerance = absolute_tolerance(tolerance, state[0].dtype)
+    left = _Left(dynamics, state)
+    sweeps = left.sweep(tolerance, max_steps, 1 if start is not None else CHECK_EVERY)
+    if sweeps is not None:
+        return left.finish(sweeps, 0)
+    waiting = left.residuals > tolerance
+    stuck = (waiting & left.stuck()).nonzero().squeeze(1)
+    if len(stuck):
+        left.replace(stuck, _last_chance(left, stuck, tolerance, PATIENCE * max_steps))
+    return left.finish(max_steps, int(waiting.sum().item()))
+
+
+def _last_chance(left: "_Left", samples: torch.Tensor, tolerance: float, max_steps: int) -> "_Left":
+    """Sweeps the given samples alone; raises if one still does not approach a fixed point."""
+    alone = _Left(
+        left.dynamics.select(samples), [select_rows(rows, samples, left.dynamics.num_samples) for rows in left.state]
+    )
+    if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
+        stuck = (alone.residuals > tolerance) & alone.stuck()
+        if stuck.any():
+            rows = samples if left.samples is None else left.samples[samples]
+            rows = rows if alone.samples is None else rows[alone.samples]
+            raise EquilibriumError(
+                f"{int(stuck.sum())} of {left.num_samples} samples (first: row {rows[stuck][0].item()}) oscillate or "
+                f"diverge: the change of an activity in a sweep is {alone.residuals[stuck].max().item():.2g} and does "
+                f"not fall. {remedy(left.dynamics.network)}"
+            )
+    alone.keep()
+    return alone
+
+
+def absolute_tolerance(tolerance: float, dtype: torch.dtype) -> float:
+    """The tolerance, or what the dtype can resolve of an activity of size one."""
+    return max(tolerance, 4 * torch.finfo(dtype).eps)
+
+
+def one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
+    """State after one update of each layer from the driven end, all others silent."""
+    num_layers = dynamics.network.num_layers
+    state: list[torch.Tensor | None] = [None] * num_layers
+    for layer in range(num_layers) if dynamics.bottom_up else reversed(range(num_layers)):
+        current = dynamics.network.current(layer, state, dynamics.drives[layer])
+        state[layer] = dynamics.activate(layer, current, False)
+    return [activity for activity in state if activity is not None]
+
+
+class _Left:
+    """The samples that have not converged, and where those that have are kept."""
+
+    def __init__(self, dynamics: Dynamics, state: list[torch.Tensor]):
+        self.dynamics = dynamics
+        self.state = list(state)
+        self.num_samples = dynamics.num_samples
+        self.samples: torch.Tensor | None = None
+        self.kept: list[torch.Tensor] = []
+        self.kept_residuals: torch.Tensor | None = None
+        self.residuals = state[0].new_full((self.num_samples,), math.inf)
+        self.envelopes = [torch.zeros_like(self.residuals), torch.zeros_like(self.residuals)]
+
+    def sweep(self, tolerance: float, max_steps: int, check_every: int) -> int | None:
+        """Sweeps until all have converged and returns the number of sweeps, or `None` after `max_steps`."""
+        last = self.dynamics.network.num_layers - 1
+        first_half = range(0 if self.dynamics.bottom_up else last % 2, last + 1, 2)
+        order = (*first_half, *range(1 - first_half.start, last + 1, 2))
+        for sweep in range(1, max_steps + 1):
+            check = sweep % check_every == 0 or sweep == max_steps
+            change: torch.Tensor | None = None
+            for layer in order:
+                current = self.dynamics.network.current(layer, list(self.state), self.dynamics.drives[layer])
+                new = self.dynamics.activate(layer, current, check)
+                if check and layer in first_half:
+                    layer_change = self.dynamics.change(self.state[layer], new)
+                    change = layer_change if change is None else torch.maximum(change, layer_change)
+                self.state[layer] = new
+            if change is not None and self.record(change, tolerance, sweep, max_steps):
+                return sweep
+        return None
+
+    def record(self, change: torch.Tensor, tolerance: float, sweep: int, max_steps: int) -> bool:
+        """Whether all have converged; drops those that have if they are many."""
+        self.residuals = change
+        if sweep > max_steps / 2:
+            late = int(sweep > 0.75 * max_steps)
+            self.envelopes[late] = torch.maximum(self.envelopes[late], change)
+        worst = change.max().item()
+        if not math.isfinite(worst):
+            raise EquilibriumError(f"The state is not finite. {remedy(self.dynamics.network)}")
+        if worst <= tolerance:
+            return True
+        waiting = (change > tolerance).nonzero().squeeze(1)
+        if len(waiting) <= len(change) / 2:
+            self.drop_all_but(waiting)
+        return False
+
+    def drop_all_but(self, waiting: torch.Tensor) -> None:
+        self.keep()
+        self.state = [select_rows(rows, waiting, self.dynamics.num_samples) for rows in self.state]
+        self.samples = waiting if self.samples is None else self.samples[waiting]
+        self.residuals = self.residuals[waiting]
+        self.envelopes = [envelope[waiting] for envelope in self.envelopes]
+        self.dynamics = self.dynamics.select(waiting)
+
+    def keep(self) -> None:
+        """Writes the state of the samples left to its place among all samples."""
+        if self.samples is None or self.kept_residuals is None:
+            self.kept, self.kept_residuals = [rows.clone() for rows in self.state], self.residuals.clone()
+            return
+        for kept, rows in zip(self.kept, self.state, strict=True):
+            width = rows.shape[-1]
+            blocks = rows.view(-1, len(self.samples), width)
+            kept.view(-1, self.num_samples, width).index_copy_(1, self.samples, blocks)
+        self.kept_residuals.index_copy_(0, self.samples, self.residuals)
+
+    def finish(self, sweeps: int, unconverged: int) -> Relaxation:
+        if self.samples is None or self.kept_residuals is None:
+            return Relaxation(self.state, sweeps, self.residuals, unconverged)
+        self.keep()
+        return Relaxation(self.kept, sweeps, self.kept_residuals, unconverged)
+
+    def stuck(self) -> torch.Tensor:
+        """For each sample left, whether its change has not fallen from the third quarter of the sweeps to the last."""
+        earlier, later = self.envelopes
+        return (earlier > 0) & (later > DECAY_OF_A_SLOW_STATE * earlier)
+
+    def replace(self, samples: torch.Tensor, others: "_Left") -> None:
+        """Takes over the state of samples that went on alone."""
+        assert others.kept_residuals is not None
+        for rows, kept in zip(self.state, others.kept, strict=True):
+            blocks = rows.view(-1, self.dynamics.num_samples, rows.shape[-1])
+            blocks.index_copy_(1, samples, kept.view(-1, len(samples), rows.shape[-1]))
+        self.residuals = self.residuals.index_copy(0, samples, others.kept_residuals)
+
+
+def remedy(network: LayeredNetwork) -> str:
+    """The spectral norm seen, and what to do about it."""
+    weights = [*network.forward_weights, *network.backward_weights]
+    if not all(weight.isfinite().all() for weight in weights):
+        return "A recurrent weight is not finite: lower the learning rate or clip the gradient."
+    return (
+        f"The largest spectral norm of a recurrent weight is {max(network.spectral_norms(), default=0.0):.3g}; below "
+        f"{network.safe_spectral_cap():.3g} for all of them the relaxation always converges. Set `spectral_cap` to at "
+        "most that, lower the learning rate or `radius`, or with asymmetric feedback raise `homeostasis_coef`."
+    )
+
+
+def free_relaxation(
+    network: LayeredNetwork,
+    drive: torch.Tensor,
+    biases: list[torch.Tensor],
+    tolerance: float,
+    max_steps: int,
+) -> Relaxation:
+    """
+    Relaxes to the free fixed point `0 = F(theta, u*, x)`.
+
+    Args:
+        network ([`LayeredNetwork`]):
+            Weights.
+        drive (`torch.Tensor` of shape `(rows, n_1)`):
+            Static input current of the first layer, its bias included.
+        biases (`list[torch.Tensor]` of shapes `(n_l,)`):
+            Biases of the layers after the first.
+        tolerance (`float`):
+            Largest change of an activity in a sweep.
+        max_steps (`int`):
+            Most sweeps.
+
+    Returns:
+        [`Relaxation`].
+    """
+    return relax(FreeDynamics(network, [drive, *biases], drive.shape[0]), tolerance, max_steps)

@@ -1,0 +1,51 @@
+"""Value heads of a critic that relax to a fixed point."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .head import EPHead
+
+
+SPECTRAL_CAP = 0.9
+
+
+class EPValueHeads(EPHead):
+    """
+    [`EPHead`] as critic of [`ConstrainedPPOTrainer`]: values that start at zero, in float32.
+
+    Tokens without a value loss, of prompts and padding, cost nothing in the backward pass.
+
+    Args:
+        hidden_size (`int`):
+            Width of the backbone.
+        num_heads (`int`):
+            Number of streams: rewards, and one for the KL.
+        hidden_features (`int` or `list[int]`, *optional*, defaults to `(64, 64)`):
+            Widths of the relaxing layers. Feedback is symmetric, and its spectral norm is bounded by 0.9, so that
+            relaxation always converges.
+
+    Raises:
+        ValueError: If a width is not positive.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, hidden_features: int | Sequence[int] = (64, 64)):
+        super().__init__(hidden_size, hidden_features, num_heads, spectral_cap=SPECTRAL_CAP)
+
+    def initial_parameters(self, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """As [`EPHead.initial_parameters`], with a readout of zero."""
+        values = super().initial_parameters(generator)
+        return values | {"readout_weight": torch.zeros_like(values["readout_weight"])}
+
+    def forward(self, hidden: torch.Tensor | None, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+        """
+        Args:
+            hidden (`torch.Tensor` of shape `(B, T, H)`, any floating dtype):
+                Hidden states.
+            kwargs (`Any`):
+                Handed on.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, num_heads)`, float32.
+        """
+        return super().forward(None if hidden is None else hidden.float(), **kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+# /// script
+# dependencies = ["trl-ext[dialog,proxy-points]"]
+# ///
+"""
+The paper's dialogue experiment at reduced size: METEOR and intent accuracy as rewards, its evaluation score as the
+gold metric, and PPO, PPO-SAT, All-PPO, mu-PPO and xi-PPO over seeds.
+
+The score is min-max normalised over the runs on each reward alone, which therefore come first.
+
+python -m trl_ext.scripts.dialog_comparison --config recipes/constrained_ppo/dailydialog_comparison.yaml \
+    --dialog_dir DATA/dialog
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .method_comparison import (
+    ComparisonArguments,
+    Task,
+    alone,
+    first_runs,
+    later_runs,
+    proxy_points,
+    read_finished,
+    run_all,
+)
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+RANGES = "ranges.json"
+
+
+@dataclass
+class DialogArguments(ComparisonArguments):
+    """
+    Arguments of the experiment, beside those of [`ComparisonArguments`].
+
+    Args:
+        dialog_dir (`str`):
+            Folder of XDailyDialog's English files.
+        experiment_dir (`str`):
+            Folder of policy, classifier, splits and results.
+        num_prompts (`int`):
+            Contexts of one evaluation.
+        policy_steps (`int`):
+            Optimizer steps of the dialogue model.
+    """
+
+    dialog_dir: str | None = field(default=None, metadata={"help": "Folder of XDailyDialog's English files."})
+    experiment_dir: str = field(default="outputs/dailydialog", metadata={"help": "Folder of the experiment."})
+    num_prompts: int = field(default=256, metadata={"help": "Contexts of one evaluation."})
+    policy_steps: int = field(default=2000, metadata={"help": "Optimizer steps of the dialogue model."})
+
+
+class EvaluationScore:
+    """
+    The evaluation score as a gold metric: that of all replies of a call, for each of them.
+
+    Args:
+        ranges (`dict`, *optional*):
+            Range of each measure. Without it the score is 0 and the measures are only kept.
+    """
+
+    def __init__(self, ranges: dict[str, list[float]] | None):
+        self.ranges = ranges
+        self.measured: list[dict[str, float]] = []
+
+    def __call__(self, completions: list[Any], reference: list[str], **columns: Any) -> list[float]:
+        from ..dialog.evaluation import evaluation_score, lexical_metrics
+
+        self.measured.append(lexical_metrics(completions, reference))
+        score = 0.0 if self.ranges is None else evaluation_score(self.measured[-1], self.ranges)
+        return [score] * len(completions)
+
+
+def dialog_task(arguments: DialogArguments) -> Task:
+    """The policy, contexts with references and intents, both rewards and the score."""
+    from datasets import load_dataset
+
+    from ..dialog.rewards import CLASSIFIER_VARIABLE, intent_match, meteor
+    from .prepare_dialog import POLICY, SPLITS
+
+    folder = Path(arguments.experiment_dir)
+    os.environ[CLASSIFIER_VARIABLE] = str(folder)
+    files = {name: str(folder / f"{name}.jsonl") for name in SPLITS}
+    data = load_dataset("json", data_files=files)
+    held_out = {name: data[name].select(range(min(arguments.num_prompts, len(data[name])))) for name in SPLITS[1:]}
+    ranges = json.loads((folder / RANGES).read_text()) if (folder / RANGES).is_file() else None
+    return Task(
+        model=str(folder / POLICY),
+        train=data["train"],
+        validation=held_out["validation"],
+        test=held_out["test"],
+        rewards=(meteor, intent_match),
+        gold=EvaluationScore(ranges),
+    )
+
+
+def normalise(folder: Path, reward_names: list[str]) -> list[dict[str, Any]]:
+    """
+    Takes the range of each measure from the runs on each reward alone, writes it, and gives every run whose score
+    was not known its score.
+    """
+    from ..dialog.evaluation import evaluation_score, ranges_of
+
+    results = read_finished(folder)
+    own = [result for result in results if result["name"] in {alone(name) for name in reward_names}]
+    ranges = ranges_of([point["measures"] for result in own for point in result["curve"]])
+    (folder / RANGES).write_text(json.dumps(ranges, indent=1))
+    for result in results:
+        for point in (*result["curve"], result["test"]):
+            point["gold"] = evaluation_score(point["measures"], ranges)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    return results
+
+
+def report(results: list[dict], task: Task, arguments: Any, folder: Path, seconds: float) -> str:
+    """Writes pictures and tables; returns the tables, Markdown."""
+    from .method_comparison_report import (
+        compute_used,
+        draw_methods,
+        draw_overoptimization,
+        method_table,
+        paired_differences,
+    )
+
+    draw_overoptimization(
+        results, {name: alone(name) for name in task.reward_names}, folder / "overoptimization.png", "score"
+    )
+    draw_methods(results, folder / "methods.png", "evaluation score")
+    tables = [method_table(results, task.reward_names), paired_differences(results, "ppo")]
+    tables.append(f"{compute_used(results, arguments.num_processes)} This call took {seconds / 60:.1f} minutes.")
+    text = "\n\n".join(tables)
+    (folder / "dialog_comparison.md").write_text(text + "\n")
+    return text
+
+
+def main(training_args: Any, arguments: DialogArguments) -> None:
+    """Runs what is missing and writes the report into the experiment's folder."""
+    from .prepare_dialog import prepare
+    from .strict_parser import RecipeError
+
+    if arguments.dialog_dir is None:
+        raise RecipeError("`dialog_dir` is missing. Name the folder of XDailyDialog's English files.")
+    folder, start = Path(arguments.experiment_dir), time.monotonic()
+    prepare(arguments.dialog_dir, folder, arguments.policy_steps)
+    task = dialog_task(arguments)
+    run_all(dialog_task, arguments, training_args, first_runs(task, training_args, arguments), folder)
+    results = normalise(folder, task.reward_names)
+    thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
+    (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
+    later = later_runs(task, training_args, arguments, thresholds, results)
+    results = run_all(dialog_task, arguments, training_args, later, folder)
+    report(results, task, arguments, folder, time.monotonic() - start)
+
+
+def make_parser(prog: str | None = None) -> "StrictParser":
+    """The strict parser of the experiment's arguments."""
+    from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+    from .strict_parser import StrictParser
+
+    return StrictParser((ConstrainedPPOConfig, DialogArguments), prog=prog)
+
+
+if __name__ == "__main__":
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(), main)

@@ -1,0 +1,185 @@
+# /// script
+# dependencies = ["trl-ext"]
+# ///
+"""
+Train a text classifier, or a regressor, with an equilibrium-propagation head.
+
+# Sentiment of IMDB reviews
+python -m trl_ext.scripts.equilibrium_classifier --config recipes/equilibrium/imdb_classifier.yaml
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    from .strict_parser import StrictParser
+
+
+@dataclass
+class EPClassifierScriptArguments:
+    """
+    The data and the task of a classifier.
+
+    Args:
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column with the text.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column with classes, numbers, or lists of zeros and ones.
+        num_labels (`int`, *optional*, defaults to `2`):
+            Number of outputs.
+        problem_type (`str`, *optional*):
+            `"single_label_classification"`, `"multi_label_classification"` or `"regression"`. Defaults to what the
+            labels' type says, as in transformers.
+        max_length (`int`, *optional*, defaults to `512`):
+            Tokens kept of a text.
+        truncation_side (`str`, *optional*, defaults to `"right"`):
+            Side that is cut from longer texts.
+    """
+
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    num_labels: int = field(default=2, metadata={"help": "Number of outputs."})
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = field(
+        default=None, metadata={"help": "Kind of the labels. Read off them where not given."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens kept of a text."})
+    truncation_side: Literal["left", "right"] = field(
+        default="right", metadata={"help": "Side that is cut from longer texts."}
+    )
+
+
+def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArguments) -> Any:
+    """
+    Tokens and labels of a dataset.
+
+    Args:
+        dataset (`~datasets.Dataset`):
+            Texts and labels.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            Tokenizer.
+        task_args ([`EPClassifierScriptArguments`]):
+            The columns and the length.
+
+    Returns:
+        `~datasets.Dataset` with the columns `input_ids`, `attention_mask` and `labels`.
+
+    Raises:
+        RecipeError: If a column is missing.
+    """
+    from .strict_parser import RecipeError
+
+    for name in ("text_column", "label_column"):
+        if getattr(task_args, name) not in dataset.column_names:
+            raise RecipeError(
+                f"`{name}: {getattr(task_args, name)}` is not among the dataset's columns "
+                f"{sorted(dataset.column_names)}. Set it to one of them."
+            )
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(
+            rows[task_args.text_column],
+            truncation=True,
+            max_length=task_args.max_length,
+            return_token_type_ids=False,
+        )
+        labels = rows[task_args.label_column]
+        if task_args.problem_type == "regression":
+            labels = [float(label) for label in labels] if task_args.num_labels == 1 else labels
+        return {**encoded, "labels": labels}
+
+    return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+
+
+def score(prediction: Any) -> dict[str, float]:
+    """
+    Accuracy, or for numbers the mean squared error.
+
+    Args:
+        prediction ([`~transformers.EvalPrediction`]):
+            Logits `(N, num_labels)` and labels.
+
+    Returns:
+        `dict[str, float]`
+    """
+    logits, labels = prediction.predictions, prediction.label_ids
+    if labels.ndim == 1 and labels.dtype.kind in "iu":
+        return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+    if labels.ndim == 2 and set(labels.flatten().tolist()) <= {0.0, 1.0}:
+        return {"accuracy": float(((logits > 0) == (labels > 0.5)).mean())}
+    return {"mean_squared_error": float(((logits.reshape(labels.shape) - labels) ** 2).mean())}
+
+
+def main(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, head_args: Any, task_args: Any
+) -> None:
+    """Trains, evaluates and saves as the parsed arguments say."""
+    from peft import get_peft_model
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from trl import get_peft_config
+
+    from ..equilibrium.alignment_callback import EPAlignmentCallback
+    from ..equilibrium.ep_trainer import EPTrainer
+    from .equilibrium_arguments import check_head, load_model
+    from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+
+    require_model_and_data(model_args, script_args, dataset_args)
+    check_head(head_args, training_args.homeostasis_coef)
+    checkpoint = last_checkpoint(training_args)
+    dataset = load_datasets(script_args, dataset_args)
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(model_args.model_name_or_path),
+        revision=model_args.model_revision,
+        truncation_side=task_args.truncation_side,
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    evaluate = training_args.eval_strategy != "no"
+    train_dataset = tokenize(split_of(dataset, "dataset_train_split", script_args), tokenizer, task_args)
+    eval_dataset = None
+    if evaluate:
+        eval_dataset = tokenize(split_of(dataset, "dataset_test_split", script_args), tokenizer, task_args)
+    model = load_model(
+        model_args, training_args, head_args, num_labels=task_args.num_labels, problem_type=task_args.problem_type
+    )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    peft_config = get_peft_config(model_args)
+    trainer = EPTrainer(
+        model=model if peft_config is None else get_peft_model(model, peft_config),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=score,
+    )
+    if head_args.show_alignment > 0:
+        trainer.add_callback(EPAlignmentCallback(trainer, head_args.show_alignment))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset=script_args.dataset_name)
+    trainer.accelerator.print(f"Classifier saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=script_args.dataset_name)
+    trainer.end()
+
+
+def make_parser(prog: str | None = None) -> "StrictParser":
+    """The strict parser of the script's arguments."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from ..equilibrium.ep_trainer import EPTrainingArguments
+    from .equilibrium_arguments import EPHeadArguments
+    from .strict_parser import StrictParser
+
+    return StrictParser(
+        (ScriptArguments, EPTrainingArguments, ModelConfig, DatasetMixtureConfig, EPHeadArguments,
+         EPClassifierScriptArguments),
+        prog=prog,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from .strict_parser import run_strictly
+
+    run_strictly(make_parser(), main)
