@@ -257,7 +257,7 @@ def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) ->
 
 
 def tables(results: list[dict]) -> str:
-    """Markdown: one table for frozen and one for trained backbones, mean accuracy and standard deviation over seeds."""
+    """Markdown: a table for frozen and one for trained backbones, mean accuracy and standard deviation over seeds."""
     parts = []
     for name, frozen in BACKBONES.items():
         rows = [result for result in results if result["frozen"] is frozen]
