@@ -49,11 +49,11 @@ def test_one_run_of_each_method(tmp_path, monkeypatch):
     points = demonstrate_constrained_ppo(tmp_path, console)
     assert [name for name, _ in runs] == ["ppo", "xi"]
     assert runs[1][1]["constraints"] == [
-        {"reward": "count_positive_words", "threshold": 4.0}, {"reward": "reference_similarity", "threshold": 0.45}
+        {"reward": "positive_word_share", "threshold": 4.0}, {"reward": "reference_similarity", "threshold": 0.45}
     ]  # fmt: skip
     assert [point.step for point in points] == [0, 8, 16, 16] and points[3].gold == 0.55
     row = next(line for line in console.file.getvalue().splitlines() if "constrained PPO (xi)" in line)
-    assert row.replace("│", " ").split()[-5:] == ["16", "4.10", "0.440", "0.550", "8.0"]
+    assert row.replace("│", " ").split()[-5:] == ["16", "4.100", "0.440", "0.550", "8.0"]
     assert comparison_table(points).row_count == 4
 
 

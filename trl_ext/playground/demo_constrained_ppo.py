@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
 
 
-PROXIES = ("count_positive_words", "reference_similarity")
-NUM_STEPS = 64
-NUM_VALIDATION_PROMPTS = 64
+PROXIES = ("positive_word_share", "reference_similarity")
+NUM_STEPS = 32
+NUM_VALIDATION_PROMPTS = 128
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": NUM_VALIDATION_PROMPTS,
-    "num_iterations": 2,
-    "max_completion_length": 56,
-    "learning_rate": 1e-3,
+    "max_completion_length": 48,
+    "optim": "sgd",
+    "learning_rate": 0.8,
+    "max_grad_norm": 0.5,
     "lr_scheduler_type": "constant",
-    "critic_learning_rate": 5e-3,
+    "critic_learning_rate": 1e-2,
+    "critic_detach": True,
     "gamma": 1.0,
+    "gae_lambda": 1.0,
+    "calibration_samples": 0,
     "eval_strategy": "steps",
     "eval_on_start": True,
     "save_strategy": "no",
@@ -36,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
-    "seed": 1,
+    "seed": 0,
 }
 
 
@@ -64,9 +68,9 @@ def demonstrate_constrained_ppo(
     output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
 ) -> list[Point]:
     """
-    Trains plain PPO on two proxies, takes as thresholds the proxies' values where the gold metric was highest, and
-    trains with constraints at these. Prints one table; the dashboard of the constrained run is `dashboard.png` in its
-    folder.
+    Trains plain PPO on one of two proxies, takes as thresholds the values of both where the gold metric was highest,
+    and trains with constraints at these. Prints one table; the dashboard of the constrained run is `dashboard.png` in
+    its folder.
 
     Args:
         output_dir (`str` or `Path`):
@@ -81,18 +85,17 @@ def demonstrate_constrained_ppo(
     """
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
     num_steps = NUM_STEPS if max_steps is None else max_steps
-    console.rule("PPO on two proxies")
+    console.rule(f"PPO on one proxy, {PROXIES[0]}")
     with console.status(f"Training for {num_steps} steps"):
-        plain = _train(output_dir / "ppo", num_steps, method="ppo", kl_coef=0.02, dashboard=False)
+        plain = _train(
+            output_dir / "ppo", num_steps, method="ppo", kl_coef=1e-6, reward_weights=[1.0, 0.0], dashboard=False
+        )
     course = _measured(plain, "PPO")
     peak = max(course, key=lambda point: point.gold)
     console.rule("Constrained PPO, the proxies held where the gold metric was highest")
     constraints = [{"reward": name, "threshold": value} for name, value in zip(PROXIES, peak.proxies, strict=True)]
     with console.status(f"Training for {num_steps} steps"):
-        constrained = _train(
-            output_dir / "xi", num_steps, method="xi", kl_coef=0.1, constraints=constraints,
-            multiplier_proportional=1.0, multiplier_learning_rate=0.02, calibration_samples=0,
-        )  # fmt: skip
+        constrained = _train(output_dir / "xi", num_steps, method="xi", constraints=constraints)
     points = [
         _renamed(course[0], "base model"),
         _renamed(peak, "PPO, gold at its highest"),
@@ -109,13 +112,13 @@ def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrai
     from transformers import PrinterCallback
 
     from .. import ConstrainedPPOConfig, ConstrainedPPOTrainer
-    from . import count_positive_words, load_playground_dataset, playground_gold, reference_similarity, resolve
+    from ..scripts.overoptimization import OveroptimizationArguments, playground_task
 
     shutil.rmtree(folder, ignore_errors=True)
-    data = load_playground_dataset(1024, NUM_VALIDATION_PROMPTS)
+    task = playground_task(OveroptimizationArguments(num_prompts=NUM_VALIDATION_PROMPTS))
     trainer = ConstrainedPPOTrainer(
-        model=resolve("playground"),
-        reward_funcs=[count_positive_words, reference_similarity],
+        model=task.model,
+        reward_funcs=list(task.rewards),
         args=ConstrainedPPOConfig(
             output_dir=str(folder),
             max_steps=num_steps,
@@ -124,9 +127,9 @@ def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrai
             **SETTINGS,
             **settings,
         ),
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        gold_reward=playground_gold,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        gold_reward=task.gold,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -160,12 +163,12 @@ def comparison_table(points: Sequence[Point]) -> Table:
         caption=f"Means over {NUM_VALIDATION_PROMPTS} validation prompts. gold: grammaticality * (1 + sentiment) / 2; "
         "KL: nats per response",
     )
-    for column in ("policy", "step", "positive\nwords", "similarity to\nreference", "gold", "KL"):
+    for column in ("policy", "step", "positive\nwords (share)", "similarity to\nreference", "gold", "KL"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for point in points:
         words, similarity = point.proxies
         table.add_row(
-            point.name, str(point.step), f"{words:.2f}", f"{similarity:.3f}", f"{point.gold:.3f}",
+            point.name, str(point.step), f"{words:.3f}", f"{similarity:.3f}", f"{point.gold:.3f}",
             f"{point.divergence:.1f}",
         )  # fmt: skip
     return table
