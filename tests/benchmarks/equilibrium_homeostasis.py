@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from trl_ext import EPHead
+from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
 ARMS = {
@@ -93,14 +94,14 @@ def train(arm: dict, seed: int, data: tuple[torch.Tensor, ...], options: argpars
 
 
 def table(results: dict[str, list[list[dict[str, float]]]]) -> str:
-    lines = ["| arm | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    lines = ["| arm | finished | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
     for arm, runs in results.items():
         cells = []
         for name in MEASURES:
             values = [run[-1][name] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.3g} +- {spread:.2g}")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | " + " | ".join([str(len(runs)), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -153,7 +154,11 @@ def main() -> None:
     start = time.process_time()
     for seed in range(options.seeds):
         for arm in options.arms:
-            results[arm].append(train(ARMS[arm], seed, data, options))
+            try:
+                results[arm].append(train(ARMS[arm], seed, data, options))
+            except EquilibriumError as error:
+                print(f"{time.process_time() - start:.0f} s CPU, seed {seed}, {arm}: broke down: {error}", flush=True)
+                continue
             last = {name: round(value, 3) for name, value in results[arm][-1][-1].items()}
             print(f"{time.process_time() - start:.0f} s CPU, seed {seed}, {arm}: {last}", flush=True)
             if options.json:
