@@ -67,7 +67,8 @@ def test_what_it_is_here_exists_with_its_default():
         (name,) = names(row[2])
         assert name in FIELDS or name in ARGUMENTS, name
         if name in FIELDS:
-            default = FIELDS[name].default
+            field = FIELDS[name]
+            default = field.default if field.default_factory is MISSING else field.default_factory()
             assert default is not MISSING and ast.literal_eval(row[3].strip("`")) == default, name
             found += 1
     assert found > 15

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from tests.tiny import save_tiny_model, tiny_pairs
@@ -63,12 +64,14 @@ def test_frozen_backbone_and_dtype(folder, tmp_path):
 
 
 def test_lora(folder, tmp_path):
-    with pytest.raises(OSError):  # an adapter is saved, not a model
-        run(
-            equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6), use_peft=True, lora_task_type="SEQ_CLS",
-            lora_target_modules=["q_proj", "v_proj"], lora_modules_to_save=["score"],
-        )  # fmt: skip
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    run(
+        equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6), use_peft=True, lora_task_type="SEQ_CLS",
+        lora_target_modules=["q_proj", "v_proj"], lora_modules_to_save=["score"],
+    )  # fmt: skip
+    assert not (tmp_path / "out" / "model.safetensors").exists()  # an adapter is saved, not a model
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("q_proj.lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+    assert {name.split(".score.")[1] for name in saved if ".score." in name} >= {"input_weight", "readout_weight"}
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def demonstrate_constrained_ppo(
     ]
     console.print(comparison_table(points))
     (output_dir / "results.json").write_text(json.dumps([vars(point) for point in points], indent=1))
-    console.print(f"Dashboard: {output_dir / 'xi' / 'dashboard.png'}. {time.monotonic() - start:.0f} seconds.")
+    picture = output_dir / "xi" / "dashboard.png"
+    console.print(f"Dashboard: {picture}. {time.monotonic() - start:.0f} seconds.", soft_wrap=True)
     return points
 
 
