@@ -295,7 +295,9 @@ def test_other_places_are_not_refused():
     model.lm_head = nn.Linear(32, 36)
     model.value_heads = EPHead(32, [8], 2)
     model.model.norm = nn.Sequential(EPHead(32, [8], 32), model.model.norm)  # before the output embeddings
-    nn.Module().lm_head = EPHead(32, [8], 2)  # no model of transformers
+    other = nn.Module()
+    other.lm_head = EPHead(32, [8], 2)  # no model of transformers
+    assert isinstance(other.lm_head, EPHead) and isinstance(model.value_heads, EPHead)
 
 
 def test_unknown_name_of_the_package():

@@ -18,9 +18,11 @@ class Surrogate(Protocol):
 
     def fit(self, points: np.ndarray, values: np.ndarray) -> Predictor:
         """The fitted surface: a function from points `(P, K)` to values `(P,)`, for points `(M, K)`, values `(M,)`."""
+        ...
 
     def for_resamples(self, points: np.ndarray, values: np.ndarray) -> "Surrogate":
         """The family as it is fitted to resamples of measurements."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,15 @@ class Dynamics(Protocol):
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         """Activity at this current, which may be overwritten; `check` is whether this sweep is checked."""
+        ...
 
     def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Size of a change of one layer for each sample, in the units of the tolerance; may overwrite `old`."""
+        ...
 
     def select(self, samples: torch.Tensor) -> "Dynamics":
         """The same for some samples only."""
+        ...
 
 
 @dataclass
