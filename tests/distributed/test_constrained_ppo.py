@@ -68,3 +68,11 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     resumed = launch(launcher, model, tmp_path / "resumed", critic, "--resume", str(tmp_path / "checkpoint-3"))
     assert_same_numbers(resumed, found, 1e-6)
     assert resumed["multipliers"] == found["multipliers"] and resumed["states"] == found["states"]
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_the_other_critic_on_two_processes(launcher, model, alone, tmp_path):
+    critic = {"shared": "separate", "separate": "shared"}[CRITICS[launcher]]
+    found = launch(launcher, model, tmp_path, critic)
+    assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
+    assert_same_numbers(found, alone(critic)[0], 1e-3)
