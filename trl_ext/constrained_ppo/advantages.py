@@ -47,14 +47,16 @@ def gae(
         if not 0 <= coefficient <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     values, keep = values.detach(), mask.bool()
-    advantages = torch.zeros_like(values)
+    found: list[torch.Tensor] = []
     next_value, next_advantage = torch.zeros_like(values[..., 0]), torch.zeros_like(values[..., 0])
-    for step in reversed(range(values.size(-1))):
-        delta = rewards[..., step] + gamma * next_value - values[..., step]
+    steps = zip(rewards.unbind(-1), values.unbind(-1), keep.unbind(-1), strict=True)
+    for reward, value, kept in reversed(list(steps)):
+        delta = reward + gamma * next_value - value
         advantage = delta + gamma * gae_lambda * next_advantage
-        next_value = torch.where(keep[:, step], values[..., step], next_value)
-        next_advantage = torch.where(keep[:, step], advantage, next_advantage)
-        advantages[..., step] = torch.where(keep[:, step], advantage, 0.0)
+        next_value = torch.where(kept, value, next_value)
+        next_advantage = torch.where(kept, advantage, next_advantage)
+        found.append(advantage)
+    advantages = torch.stack(found[::-1], dim=-1).masked_fill(~keep, 0.0)
     return advantages, (advantages + values).masked_fill(~keep, 0.0)
 
 

@@ -238,12 +238,8 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             log_probs = recorder.log_probs(length)
             divergence = token_divergence(log_probs, output["ref_per_token_logps"], self.args.kl_estimator) * mask
         streams = reward_streams(self._local_rewards(output), -self.controller.kl_coef * divergence, mask)
-        estimates = [
-            gae(stream, value, mask, self.args.gamma, self.args.gae_lambda)
-            for stream, value in zip(streams, values.unbind(-1), strict=True)
-        ]
-        advantages = torch.stack([advantage for advantage, _ in estimates])
-        output["state_returns"] = torch.stack([returns for _, returns in estimates], dim=-1)
+        advantages, returns = gae(streams, values.movedim(-1, 0), mask, self.args.gamma, self.args.gae_lambda)
+        output["state_returns"] = returns.movedim(0, -1)
         output["old_state_values"] = values
         self._close_rollout(divergence, mask)
         output["advantages"] = self._policy_advantages(advantages, mask)
