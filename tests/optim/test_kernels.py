@@ -41,7 +41,7 @@ def updated(local, by_rows, compiled, num_threads=1):
 
 @pytest.fixture(autouse=True)
 def _needs_a_compiler():
-    if cpu_kernels.library() is None:
+    if cpu_kernels.compiled_library() is None:
         pytest.skip("no C compiler")
 
 
@@ -82,7 +82,7 @@ def test_sums_are_exact_enough():
 def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_kernels.library.cache_clear()
+    cpu_kernels.compiled_library.cache_clear()
     try:
         weight = torch.nn.Parameter(torch.ones(4, 3))
         weight.grad = torch.ones(4, 3)
@@ -90,7 +90,7 @@ def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path):
             AdamP([weight], fused=True).step()
         assert float(weight[0, 0]) == pytest.approx(1 - 1e-3)
     finally:
-        cpu_kernels.library.cache_clear()
+        cpu_kernels.compiled_library.cache_clear()
 
 
 def test_triton_kernels_in_the_interpreter():

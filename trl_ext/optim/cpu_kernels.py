@@ -39,7 +39,7 @@ class _Options(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled_library() -> ctypes.CDLL | None:
     """
     The compiled kernels, built once for each machine and source in the cache folder (`XDG_CACHE_HOME`, or
     `~/.cache`); `None`, with a warning, where that fails.
@@ -77,7 +77,7 @@ def is_usable(local: LocalTensor) -> bool:
         and not group["capturable"]
         and not isinstance(group["lr"], torch.Tensor)
         and all(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
-        and library() is not None
+        and compiled_library() is not None
     )
 
 
@@ -113,7 +113,7 @@ def _run(tasks: list) -> list:
 
 def test_dots(weight: Weight) -> torch.Tensor:
     """`<g, w>`, `<g, g>`, `<w, w>` of the part of a weight that is here, shape `(3,)`."""
-    kernels, local, first = library(), weight.local, weight.shard.start
+    kernels, local, first = compiled_library(), weight.local, weight.shard.start
     assert kernels is not None
 
     def piece(start: int, stop: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ def _rows_of(weight: Weight) -> tuple[int, int]:
 
 def measure(weight: Weight) -> None:
     """Updates a weight's moments and writes its dot products."""
-    kernels, local, (row_size, column) = library(), weight.local, _rows_of(weight)
+    kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
     exp_avg, exp_avg_sq = local.moments
     options = _options(local)
@@ -158,7 +158,7 @@ def measure(weight: Weight) -> None:
 
 def apply(weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
     """Applies decay and the projected update. `scale` of shape `()`, `coefficient` of shape `(R,)` or `(1,)`."""
-    kernels, local, (row_size, column) = library(), weight.local, _rows_of(weight)
+    kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
     if coefficient.numel() == 1:
         row_size, column = weight.numel, 0

@@ -474,6 +474,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _project_moments(self, block: Block, weight: torch.Tensor, coefficient: torch.Tensor) -> None:
         """Projects the stored moments, where the method does. Weight `(R, C)`, coefficient `(R, 1)`."""
+        return None
 
     def _plain_in_one_kernel(
         self, ranges: Sequence[tuple[LocalTensor, int, int]]
