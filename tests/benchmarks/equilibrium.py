@@ -16,7 +16,14 @@ from unittest import mock
 
 import torch
 
-from tests.benchmarks import official_equilibrium
+from tests.benchmarks.official_equilibrium import (
+    FREE_STEPS,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUDGED_STEPS,
+    RADIUS,
+    OfficialCode,
+)
 from tests.benchmarks.peak_memory import PeakMemory
 from trl_ext import EPHead
 from trl_ext.equilibrium import gradient, relaxation
@@ -156,11 +163,7 @@ class PerceptronSteps:
         self.gradients: dict[str, dict[str, torch.Tensor]] = {}
 
     def head(self, **settings) -> EPHead:
-        settings = {
-            "rotated": False,
-            "radius": official_equilibrium.RADIUS,
-            "max_steps": official_equilibrium.FREE_STEPS,
-        } | settings
+        settings = {"rotated": False, "radius": RADIUS, "max_steps": FREE_STEPS} | settings
         return EPHead(
             784, [256, 256, 10], 10, activation="sigmoid", feedback="asymmetric", feedback_angle=self.angle, **settings
         )
@@ -168,9 +171,7 @@ class PerceptronSteps:
     def add_head(self, name: str, forced: bool = False, **settings) -> None:
         head = self.head(**settings)
         head._warned.add("unconverged")
-        optimizer = torch.optim.SGD(
-            head.parameters(), lr=official_equilibrium.LEARNING_RATE, momentum=official_equilibrium.MOMENTUM
-        )
+        optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
 
         def train() -> None:
             loss = torch.nn.functional.cross_entropy(head(self.images), self.labels)
@@ -178,7 +179,7 @@ class PerceptronSteps:
             loss.backward()
             optimizer.step()
 
-        run = forced_counts(train, official_equilibrium.NUDGED_STEPS) if forced else train
+        run = forced_counts(train, NUDGED_STEPS) if forced else train
 
         def step() -> None:
             head.load_state_dict(self.weights)
@@ -188,13 +189,10 @@ class PerceptronSteps:
         self.steps[name], self.sweeps[name] = step, sweep_counts(head)
         self.gradients[name] = {key: parameter.grad for key, parameter in head.named_parameters()}
 
-    def add_official(self, name: str, code: official_equilibrium.OfficialCode) -> None:
+    def add_official(self, name: str, code: OfficialCode) -> None:
         step = code.step(code.initial_state(self.angle), self.images, self.labels)
         self.gradients[name] = code.gradient(step()[0])
-        self.steps[name], self.sweeps[name] = (
-            step,
-            f"{official_equilibrium.FREE_STEPS} + {official_equilibrium.NUDGED_STEPS}",
-        )
+        self.steps[name], self.sweeps[name] = step, f"{FREE_STEPS} + {NUDGED_STEPS}"
 
     def errors(self) -> dict[str, float]:
         """Relative to the gradient that the estimate tends to, converged and at an infinitesimal nudge, in float64."""
@@ -203,13 +201,11 @@ class PerceptronSteps:
         head.double()
         torch.nn.functional.cross_entropy(head(self.images.double()), self.labels).backward()
         limit = gradients(head)
-        names = [name for name, _ in head.named_parameters()]
-        return {
-            step: (
-                (torch.cat([found[name].flatten().double() for name in names]) - limit).norm() / limit.norm()
-            ).item()
-            for step, found in self.gradients.items()
-        }
+        errors = {}
+        for step, found in self.gradients.items():
+            estimate = torch.cat([found[name].flatten().double() for name, _ in head.named_parameters()])
+            errors[step] = ((estimate - limit).norm() / limit.norm()).item()
+        return errors
 
 
 def official_setting(rounds: int, directory: Path | None) -> list[str]:
@@ -217,8 +213,8 @@ def official_setting(rounds: int, directory: Path | None) -> list[str]:
     lines = []
     codes = {}
     if directory is not None:
-        codes["official"] = official_equilibrium.OfficialCode(directory)
-        codes["official, no Jacobian metric"] = official_equilibrium.OfficialCode(directory, jacobian_metric=False)
+        codes["official"] = OfficialCode(directory)
+        codes["official, no Jacobian metric"] = OfficialCode(directory, jacobian_metric=False)
     for angle in (0.0, 90.0):
         steps = PerceptronSteps(angle, codes["official"].weights(angle) if codes else None)
         for name, code in codes.items():
