@@ -24,6 +24,18 @@ import torch
 
 FREE_STEPS, NUDGED_STEPS, NUM_POINTS, RADIUS = 150, 20, 2, 0.05
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
+PATHS = {
+    "input_weight": ("in-l1", "kernel"),
+    "input_bias": ("in-l1", "bias"),
+    "forward_weight_1": ("l1-l2", "kernel"),
+    "backward_weight_1": ("l2-l1", "kernel"),
+    "bias_2": ("l1-l2", "bias"),
+    "forward_weight_2": ("l2-out", "kernel"),
+    "backward_weight_2": ("out-l2", "kernel"),
+    "bias_3": ("l2-out", "bias"),
+    "readout_weight": ("readout", "Dense_0", "kernel"),
+    "readout_bias": ("readout", "Dense_0", "bias"),
+}
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -54,21 +66,27 @@ class OfficialCode:
         # One for all states, or each would compile the step again
         self.optimizer = self.optax.chain(self.optax.add_decayed_weights(0.0), self.optax.sgd(LEARNING_RATE, MOMENTUM))
 
-    def initial_state(self, angle: float) -> Any:
-        """State of the training before the first step, the feedback weights at an angle in degrees."""
+    def initial_weights(self, angle: float) -> dict[str, torch.Tensor]:
+        """
+        Its fresh weights, the feedback at an angle in degrees, under the names of an asymmetric `EPHead`.
+        """
         freeze = importlib.import_module("flax.core.frozen_dict").freeze
         parameters = self.model.init_params(self.jax.numpy.ones((1, 784)), self.jax.numpy.zeros((1, 10)))
+        return as_head_parameters(self.functions.rotate(freeze(parameters), alpha=angle))
+
+    def initial_state(self, weights: dict[str, torch.Tensor]) -> Any:
+        """State of the training before the first step, from the weights of an asymmetric `EPHead`."""
+        layers: dict[str, Any] = {}
+        for name, (*path, leaf) in PATHS.items():
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), path, layers)
+            node[leaf] = self.jax.numpy.array(weights[name].numpy().T)
         return train_state_class().create(
             apply_fn=self.model.fwd,
-            params=self.functions.rotate(freeze(parameters), alpha=angle),
+            params={"params": layers},
             tx=self.optimizer,
             last_steady=None,
             key=self.jax.random.PRNGKey(0),
         )
-
-    def weights(self, angle: float) -> dict[str, torch.Tensor]:
-        """Parameters before the first step under the names of an asymmetric `EPHead`."""
-        return as_head_parameters(self.initial_state(angle).params)
 
     def step(self, state: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
         """A call that makes one training step from `state` and returns the next state and the metrics."""
@@ -106,18 +124,7 @@ def train_state_class() -> Any:
 
 def as_head_parameters(tree: Any) -> dict[str, torch.Tensor]:
     """Parameters or gradients of the official perceptron under the names of an asymmetric `EPHead`."""
-    layers = tree["params"]
-    names = {
-        "input_weight": ("in-l1", "kernel"),
-        "input_bias": ("in-l1", "bias"),
-        "forward_weight_1": ("l1-l2", "kernel"),
-        "backward_weight_1": ("l2-l1", "kernel"),
-        "bias_2": ("l1-l2", "bias"),
-        "forward_weight_2": ("l2-out", "kernel"),
-        "backward_weight_2": ("out-l2", "kernel"),
-        "bias_3": ("l2-out", "bias"),
+    leaves = {
+        name: functools.reduce(lambda node, key: node[key], path, tree["params"]) for name, path in PATHS.items()
     }
-    values = {name: layers[layer][kind] for name, (layer, kind) in names.items()}
-    values["readout_weight"] = layers["readout"]["Dense_0"]["kernel"]
-    values["readout_bias"] = layers["readout"]["Dense_0"]["bias"]
-    return {name: torch.from_numpy(numpy.array(value.T)) for name, value in values.items()}
+    return {name: torch.from_numpy(numpy.array(leaf.T)) for name, leaf in leaves.items()}
