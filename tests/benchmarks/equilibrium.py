@@ -189,7 +189,7 @@ class PerceptronSteps:
 
         step()
         self.steps[name], self.sweeps[name] = step, sweep_counts(head)
-        self.gradients[name] = {key: parameter.grad for key, parameter in head.named_parameters()}
+        self.gradients[name] = {key: p.grad for key, p in head.named_parameters() if p.grad is not None}
 
     def add_official(self, name: str, code: OfficialCode) -> None:
         step = code.step(code.initial_state(self.weights), self.images, self.labels)

@@ -67,9 +67,7 @@ class OfficialCode:
         self.optimizer = self.optax.chain(self.optax.add_decayed_weights(0.0), self.optax.sgd(LEARNING_RATE, MOMENTUM))
 
     def initial_weights(self, angle: float) -> dict[str, torch.Tensor]:
-        """
-        Its fresh weights, the feedback at an angle in degrees, under the names of an asymmetric `EPHead`.
-        """
+        """Its fresh weights, the feedback at an angle in degrees, under the names of an asymmetric `EPHead`."""
         freeze = importlib.import_module("flax.core.frozen_dict").freeze
         parameters = self.model.init_params(self.jax.numpy.ones((1, 784)), self.jax.numpy.zeros((1, 10)))
         return as_head_parameters(self.functions.rotate(freeze(parameters), alpha=angle))
