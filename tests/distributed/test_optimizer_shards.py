@@ -19,17 +19,23 @@ FOLDER = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
 ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3",
         "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip
-TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy"}
+TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy",
+         "tensor_parallel": "Toy", "refused_rows": "Toy", "refused_fsdp2": "FSDPToy"}  # fmt: skip
+REFUSED = {
+    "refused_rows": ("placements (Shard(dim=1),)", "shape (3, 6)", ["first", "last"]),
+    "refused_fsdp2": ("placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)", []),
+}
 MODES = {
     1: ["zero2", "zero3", "fsdp2", "fsdp1"],
     2: [
         "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
         "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
-        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save",
+        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
+        "tensor_parallel", "refused_rows",
     ],
     3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
-    4: ["hsdp", "zero3_groups", "fsdp1_groups"],
+    4: ["hsdp", "zero3_groups", "fsdp1_groups", "refused_fsdp2"],
 }  # fmt: skip
 
 

@@ -133,7 +133,8 @@ def _unknown(param: torch.Tensor, found: str) -> UnknownShardsError:
     return UnknownShardsError(
         f"The optimizer was handed {found}: a {type(param).__name__} of shape {tuple(param.shape)} and dtype "
         f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant ones can't be found. Known "
-        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and FSDP2 sharded on the first dimension. Pass "
+        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and distributed tensors that are cut once, on the "
+        "first dimension, by FSDP2 or tensor parallelism. Pass "
         '`on_unknown_shards="adamw"` to go on without projection, as AdamW does.'
     )
 
