@@ -21,9 +21,10 @@ ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "z
         "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip
 TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy",
          "tensor_parallel": "Toy", "refused_rows": "Toy", "refused_fsdp2": "FSDPToy"}  # fmt: skip
+# What an unreadable layout's error names, and how many of the five weights are projected without those
 REFUSED = {
-    "refused_rows": ("placements (Shard(dim=1),)", "shape (3, 6)", ["first", "last"]),
-    "refused_fsdp2": ("placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)", []),
+    "refused_rows": (["placements (Shard(dim=1),)", "shape (3, 6)"], 4),
+    "refused_fsdp2": (["placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)"], 3),
 }
 MODES = {
     1: ["zero2", "zero3", "fsdp2", "fsdp1"],
@@ -106,10 +107,24 @@ def test_the_right_weights_are_projected(world_size, mode, found):
         return  # torch's distributed checkpoint takes a step with zero gradients, which pass, to create the state
     report = found[world_size, mode]["report"]
     rates = sorted((weight["channel"], weight["layer"]) for weight in report.values())
-    assert len(rates) == 5
-    # Two generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
-    assert all(channel == 0 and layer < 1 for channel, layer in rates[:2])
-    assert rates[2:] == [(0, 1), (1, 0), (1, 0)]
+    assert len(rates) == (REFUSED[mode][1] if mode in REFUSED else 5)
+    # Generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
+    assert all(channel == 0 and layer < 1 for channel, layer in rates[:-3])
+    assert rates[-3:] == [(0, 1), (1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("world_size", "mode"), [case for case in CASES if case[1] in REFUSED])
+def test_unreadable_layouts_are_refused(world_size, mode, found):
+    """Before anything moves; that going on then is AdamW on these weights, `test_equals_one_process` shows."""
+    facts = found[world_size, mode]
+    assert all(part in facts["error"] for part in [*REFUSED[mode][0], 'Pass `on_unknown_shards="adamw"`'])
+    assert facts["moved"] == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups_by_weight_decay_take_one_all_reduce(stage, found):
+    """DeepSpeed steps once for each group, and that of biases and norms has nothing to project."""
+    assert len(found[2, f"zero{stage}_decay"]["calls"]) == 12
 
 
 @pytest.fixture(scope="module")
