@@ -351,7 +351,9 @@ def run_modes(output, modes):
     world_size = dist.get_world_size()
     fused = functools.partial(AdamP, **OPTIONS, fused=True)
     mesh = init_device_mesh("cpu", (world_size,))
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor")) if world_size == 4 else None
+    names = ("data", "tensor")
+    one = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=names)
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=names) if world_size == 4 else None
     sgd = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}
     available = {
         "ddp": lambda: torch_mode(DistributedDataParallel, lambda m: dict(m.module.named_parameters())),
@@ -359,6 +361,7 @@ def run_modes(output, modes):
         "fsdp2_groups": lambda: torch_mode(*fsdp2(mesh), num_groups=3),
         "fsdp2_sgdp": lambda: torch_mode(*fsdp2(mesh), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)),
         "tensor_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first"]), num_batches=1),
+        "fsdp2_tensor_parallel_of_one": lambda: torch_mode(*tensor_parallel(one["tensor"], ["last"], one["data"])),
         "refused_rows": lambda: refused_mode(*tensor_parallel(mesh, ["first", "last"])),
         "refused_fsdp2": lambda: refused_mode(*tensor_parallel(both["tensor"], ["first", "last"], both["data"]), 2),
         "hsdp": lambda: torch_mode(*fsdp2(both)),

@@ -33,7 +33,7 @@ MODES = {
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
         "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
         "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
-        "tensor_parallel", "refused_rows",
+        "tensor_parallel", "fsdp2_tensor_parallel_of_one", "refused_rows",
     ],
     3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
     4: ["hsdp", "zero3_groups", "fsdp1_groups", "refused_fsdp2"],
