@@ -143,7 +143,7 @@ def test_accelerate_launch_and_trainer(stage, trained_alone, tmp_path):
     script = [str(FOLDER / "train_optimizer.py"), "--output", str(tmp_path), "--batch_size", "2"]
     facts = run([*launcher, *script], tmp_path)
     assert facts["world_size"] == 2 and facts["zero_stage"] == stage
-    assert facts["chain"] == ["DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
+    assert facts["chain"] == ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
     assert facts["layer_share"] == {"q_proj": 1.0, "k_proj": 1.0}
     weights = load_file(tmp_path / "model" / "model.safetensors")
     for name, expected in trained_alone.items():
