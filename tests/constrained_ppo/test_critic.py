@@ -129,20 +129,21 @@ def test_critics_that_do_not_fit(settings, critic_model, message, tmp_path, path
 
 
 SHARDED = """
-    import sys, torch, torch.distributed as dist
+    import itertools, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from trl.trainer.utils import add_fused_lm_head
     from tests.tiny import tiny_model
     from trl_ext._compat import gathered_state_dict
     from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
+    from trl_ext.equilibrium.value_heads import EPValueHeads
 
-    def policy(separate):
+    def policy(separate, equilibrium):
         model = tiny_model("qwen3")
         torch.manual_seed(1)
-        critic = SeparateCritic(tiny_model("llama", seed=2).model, 3) if separate else ValueHeads(32, 3)
-        heads = critic.heads if separate else critic
+        heads = EPValueHeads(32, 3, [8, 8]) if equilibrium else ValueHeads(32, 3)
         with torch.no_grad():
-            heads.weight.normal_(std=0.1)
+            (heads.readout_weight if equilibrium else heads.weight).normal_(std=0.1)
+        critic = SeparateCritic(tiny_model("llama", seed=2).model, 3, heads) if separate else heads
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         add_value_heads(model, critic)
         return model
@@ -155,8 +156,8 @@ SHARDED = """
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for separate in (False, True):
-        whole, sharded = policy(separate), policy(separate)
+    for separate, equilibrium in itertools.product((False, True), repeat=2):
+        whole, sharded = policy(separate, equilibrium), policy(separate, equilibrium)
         layers = [*sharded.model.layers, *(sharded.value_heads.backbone.layers if separate else [])]
         for module in [*layers, sharded]:
             fully_shard(module)
