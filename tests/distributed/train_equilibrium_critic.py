@@ -3,11 +3,16 @@
 import argparse
 from pathlib import Path
 
-from tests.distributed.train_ppo import finish, make_trainer, train
+from tests.distributed.train_ppo import LOGGED, finish, make_trainer, train
 
 
 CRITICS = {
-    "shared": {"critic": "shared"},
+    "shared": {
+        "critic": "shared",
+        "critic_feedback": "asymmetric",
+        "critic_feedback_angle": 60.0,
+        "critic_homeostasis_coef": 10.0,
+    },
     "separate": {"critic": "separate"},
 }
 
@@ -23,12 +28,13 @@ def main() -> None:
     for name, settings in CRITICS.items():
         settings = {**settings, "critic_head": "equilibrium", "critic_hidden_features": [8, 8], "dashboard": False}
         folder = Path(options.output) / name
+        logged = (*LOGGED, "ep/homeostasis_loss", "ep/weight_angle") if name == "shared" else LOGGED
         trainer = make_trainer(options, str(folder), **settings)
-        found[name] = train(trainer)
+        found[name] = train(trainer, logged=logged)
         if options.resume:
             # Another seed: all that the resumed critic is comes from the checkpoint
             resumed = make_trainer(options, str(folder / "resumed"), seed=5, data_seed=42, **settings)
-            found[name]["resumed"] = train(resumed, str(folder / "checkpoint-3"))
+            found[name]["resumed"] = train(resumed, str(folder / "checkpoint-3"), logged)
     finish(trainer, found, options.output)
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .feedback import check_homeostasis
+
 
 # Fields of `EPConfig` that are arguments of `EPHead` under the same name
 HEAD_FIELDS = (
@@ -23,22 +25,6 @@ HEAD_FIELDS = (
 )
 
 
-def check_homeostasis(homeostasis_coef: float, feedback: str) -> None:
-    """
-    Refuses a weight of the homeostasis objective that cannot be used.
-
-    Raises:
-        ValueError: If it is negative, or above 0 with symmetric feedback.
-    """
-    if not homeostasis_coef >= 0:
-        raise ValueError(f"`homeostasis_coef` must not be negative, got {homeostasis_coef}.")
-    if homeostasis_coef > 0 and feedback == "symmetric":
-        raise ValueError(
-            f"`homeostasis_coef={homeostasis_coef}` has nothing to do where `feedback='symmetric'`. Leave it at 0, or "
-            "use `feedback='asymmetric'`."
-        )
-
-
 class EPConfig(PreTrainedConfig):
     r"""
     Configuration of [`EPModelForSequenceClassification`].
@@ -51,7 +37,7 @@ class EPConfig(PreTrainedConfig):
         feedback (`str`, *optional*, defaults to `"symmetric"`):
             Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
         feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 90.
+            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
         activation (`str`, *optional*, defaults to `"tanh"`):
             `"tanh"`, `"dsilu"` or `"sigmoid"`.
         estimator (`str`, *optional*, defaults to `"holomorphic"`):

@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from .._compat import gathered_state_dict
-from .configuration import check_homeostasis
+from .feedback import check_homeostasis
 from .head import EPHead
 from .modeling import EPModelForSequenceClassification
 

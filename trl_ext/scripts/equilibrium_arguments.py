@@ -94,7 +94,7 @@ def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> No
     Raises:
         RecipeError: If an argument of the head is wrong.
     """
-    from ..equilibrium.configuration import check_homeostasis
+    from ..equilibrium.feedback import check_homeostasis
     from ..equilibrium.head import EPHead
     from .strict_parser import RecipeError
 
