@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .feedback import check_homeostasis
+from .pooling import check_pooling
 
 
 # Fields of `EPConfig` that are arguments of `EPHead` under the same name
@@ -56,11 +57,16 @@ class EPConfig(PreTrainedConfig):
             Sweeps at most.
         spectral_cap (`float`, *optional*):
             Bound on the spectral norm of every recurrent block.
+        pooling (`str`, *optional*):
+            State that the head reads: `"last"` or `"first"`, of the last or first token that is not padding; `"mean"`,
+            of all such tokens; `"pooler"`, of an encoder's own pooler, as BERT's classifier. Defaults to `"last"` for
+            decoders and, for encoders, to their `classifier_pooling`, as of ModernBERT, or `"first"`.
         homeostasis_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the Jacobian homeostasis objective in the loss.
 
     Raises:
-        ValueError: If `text_config` is missing, or `homeostasis_coef` is negative or has symmetric feedback.
+        ValueError: If `text_config` is missing, `pooling` is unknown, or `homeostasis_coef` is negative or has
+            symmetric feedback.
 
     Example:
 
@@ -90,6 +96,7 @@ class EPConfig(PreTrainedConfig):
     tolerance: float = 1e-4
     max_steps: int = 100
     spectral_cap: float | None = None
+    pooling: str | None = None
     homeostasis_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any):
@@ -99,6 +106,7 @@ class EPConfig(PreTrainedConfig):
             self.hidden_features = [256, 256]
         elif not isinstance(self.hidden_features, int):
             self.hidden_features = list(self.hidden_features)
+        check_pooling(self.pooling)
         check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
 

@@ -41,6 +41,12 @@ def active_head(model: nn.Module) -> EPHead:
     return score if isinstance(score, EPHead) else score.modules_to_save[score.active_adapter]
 
 
+def restore_float32(head: EPHead) -> None:
+    """Casts a head in half precision to float32, in which it relaxes; one in float32 or float64 stays as it is."""
+    if head.input_weight.dtype in (torch.float16, torch.bfloat16):
+        head.float()
+
+
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:
     """
     [`EPHead.asymmetry`] of a head whose weights may be sharded. All processes must call it.
