@@ -4,7 +4,7 @@ import copy
 import functools
 import types
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -260,7 +260,7 @@ def add_value_heads(
         output = ValuedCausalLMOutput(**own, state_values=values)
         if homeostasis and self.training and torch.is_grad_enabled():
             # Here, within the forward that an engine gathers weights for
-            output.homeostasis_loss = value_heads_of(module).homeostasis_loss().reshape(1)
+            output.homeostasis_loss = cast(EPHead, value_heads_of(module)).homeostasis_loss().reshape(1)
         return output
 
     model.forward = types.MethodType(forward, model)

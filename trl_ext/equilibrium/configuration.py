@@ -6,7 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .feedback import check_homeostasis
-from .pooling import check_pooling
+from .pooling import PoolingName, check_pooling
 
 
 # Fields of `EPConfig` that are arguments of `EPHead` under the same name
@@ -96,7 +96,7 @@ class EPConfig(PreTrainedConfig):
     tolerance: float = 1e-4
     max_steps: int = 100
     spectral_cap: float | None = None
-    pooling: str | None = None
+    pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any):

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .configuration import HEAD_FIELDS, EPConfig
 from .head import EPHead
-from .pooling import default_pooling, pooled_states, remove_unused_pooler
+from .pooling import PoolingName, default_pooling, pooled_states, remove_unused_pooler
 from .pooling import last_token_states as last_token_states
 
 
@@ -99,7 +99,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
             )
         self.num_labels = config.num_labels
         self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
-        self.pooling = config.pooling or default_pooling(config.get_text_config())
+        self.pooling: PoolingName = config.pooling or default_pooling(config.get_text_config())
         remove_unused_pooler(self.model, self.pooling)
         hidden_size = config.get_text_config().hidden_size
         self.score = EPHead(hidden_size, out_features=self.num_labels, **config.head_settings())
