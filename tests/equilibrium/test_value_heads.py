@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import low_ids, prompts, rollout
@@ -16,7 +17,7 @@ from trl_ext.equilibrium.value_heads import EPValueHeads
 ASYMMETRIC = {"critic_feedback": "asymmetric", "critic_feedback_angle": 60.0}
 
 
-def make_trainer(model, output, critic_model=None, **settings):
+def make_trainer(model, output, critic_model=None, peft_config=None, **settings):
     torch.manual_seed(0)
     arguments = {
         "method": "xi", "constraints": [{"reward": "low_ids", "threshold": 0.7}], "critic_head": "equilibrium",
@@ -27,7 +28,7 @@ def make_trainer(model, output, critic_model=None, **settings):
     }  # fmt: skip
     return ConstrainedPPOTrainer(
         model, [low_ids], ConstrainedPPOConfig(output_dir=str(output), **arguments), prompts(),
-        processing_class=tiny_tokenizer(), critic_model=critic_model,
+        processing_class=tiny_tokenizer(), critic_model=critic_model, peft_config=peft_config,
     )  # fmt: skip
 
 
@@ -153,6 +154,25 @@ def test_saved_critic_is_rebuilt(critic, model, tmp_path):
         expected = trainer.critic(*states)
         assert expected.abs().max() > 0
         torch.testing.assert_close(loaded(*states), expected)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_with_lora_and_accumulation(critic, model, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+    settings = {
+        "critic": critic, "critic_homeostasis_coef": 10.0, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
+        "gradient_checkpointing": True, **ASYMMETRIC,
+    }  # fmt: skip
+    trainer = make_trainer(model, tmp_path, peft_config=lora, **settings)
+    before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
+    trainer.train()
+    still = [name for name, tensor in before.items() if torch.equal(trainer.model.get_parameter(name), tensor)]
+    assert not still and any("lora_" in name for name in before) and any("backward_weight" in name for name in before)
+    resumed = make_trainer(model, tmp_path / "again", peft_config=lora, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "ep/homeostasis_loss") == logged(trainer, "ep/homeostasis_loss")
+    for name, tensor in trainer.critic.state_dict().items():
+        assert torch.equal(resumed.critic.state_dict()[name], tensor), name
 
 
 def test_own_head_as_critic_takes_the_coefficient(model, tmp_path):
