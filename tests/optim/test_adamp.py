@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.optim.test_official import assert_close, assert_equal, gradients, run, tensors
-from trl_ext.optim import SGDP, AdamP, scale_invariant_weights
+from trl_ext.optim import SGDP, AdamP, cpu_kernels, scale_invariant_weights
 from trl_ext.optim.shards import UnknownShardsError
 
 
@@ -44,6 +44,8 @@ def test_host_is_read_once_for_all_tensors(cls, options, dtype, capturable, monk
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
     params = [torch.nn.Parameter(tensor) for tensor in tensors(dtype).values()]
+    # On a CPU compiled kernels read what they like, on a GPU nothing may
+    monkeypatch.setattr(cpu_kernels, "is_usable", lambda local: False)
     optimizer = cls(params, lr=1e-3, capturable=capturable, **options)
     for step in range(3):
         for param, grad in zip(params, gradients(tensors(dtype), step).values(), strict=True):

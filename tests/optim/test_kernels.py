@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from trl_ext.optim import AdamP, cpu_kernels
+from trl_ext.optim.projected_optimizer import ProjectedOptimizer
 from trl_ext.optim.shards import Shard
 from trl_ext.optim.weight import LocalTensor, Weight
 
@@ -23,19 +25,23 @@ def local_of(shape, offset=0, numel=None, **options):
     return LocalTensor(flat, group, [shard], flat, grad, (exp_avg, exp_avg_sq), 5)
 
 
-def updated(local, by_rows, compiled, num_threads=1):
-    """Dot products and tensors after both passes, by the kernels or in torch."""
-    optimizer = AdamP([torch.nn.Parameter(torch.ones(1))])
-    copied = LocalTensor(
-        local.param, {**local.group, "fused": compiled or None}, local.shards, local.flat.clone(), local.grad,
+def copy_of(local):
+    return LocalTensor(
+        local.param, local.group, local.shards, local.flat.clone(), local.grad,
         tuple(moment.clone() for moment in local.moments), local.step,
     )  # fmt: skip
+
+
+def updated(local, by_rows, compiled):
+    """Dot products and tensors after both passes, by the kernels or in torch."""
+    optimizer, copied = AdamP([torch.nn.Parameter(torch.ones(1))]), copy_of(local)
     weight = Weight(copied, local.shards[0], by_rows=by_rows)
-    optimizer._measure(weight)
+    cpu_kernels.measure(weight) if compiled else ProjectedOptimizer._measure(optimizer, weight)
     coefficient = torch.linspace(-0.5, 0.5, weight.dots.size(1))
-    dots = weight.dots.clone()
+    dots = weight.dots.float()
     dots[0] = dots[0].abs()  # The test does not ask for its sign, which `maximize` may turn
-    optimizer._apply_blocks(weight, torch.tensor(0.9), coefficient)
+    apply = cpu_kernels.apply if compiled else partial(ProjectedOptimizer._apply_blocks, optimizer)
+    apply(weight, torch.tensor(0.9), coefficient)
     return dots, copied.flat, *copied.moments
 
 
@@ -67,29 +73,72 @@ def test_threads_share_a_weight(monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"maximize": True}])
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_short_way_rounds_as_the_long_one(projected, options):
+    """AdamW's step first, redone where the test passes, or the dot products first and then the step."""
+    local = local_of((30, 7), **options)
+    short, long = (Weight(copy_of(local), local.shards[0]) for _ in range(2))
+    coefficient = torch.linspace(-0.5, 0.5, 30) if projected else torch.zeros(1)
+    short.old = torch.empty(210)
+    cpu_kernels.measure(short, 0.95, short.old)
+    if projected:
+        cpu_kernels.apply(short, 0.99, coefficient)
+    cpu_kernels.measure(long)
+    cpu_kernels.apply(long, 0.99 if projected else 0.95, coefficient)
+    assert torch.equal(short.dots, long.dots)
+    assert torch.equal(short.local.flat, long.local.flat)
+    assert not torch.equal(short.local.flat, local.flat)
+
+
+def test_what_the_last_step_did_has_no_influence():
+    """Weights that pass now and then take both ways."""
+    found = []
+    for always_long in (False, True):
+        weight = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))
+        optimizer = AdamP([weight], lr=1e-2, weight_decay=0.1, delta=1.0)
+        generator, ways = torch.Generator().manual_seed(1), []
+        for _ in range(30):
+            weight.grad = torch.randn(8, 6, generator=generator)
+            if always_long:
+                optimizer._projected.add((0, 0))
+            ways.append(len(optimizer._projected))
+            optimizer.step()
+        assert 0.2 < next(iter(optimizer.report().values()))["layer"] < 0.9
+        assert always_long or {0, 1} == set(ways)
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
 def test_sums_are_exact_enough():
     """Ten million products of one sign, where a sum in float32 has lost three digits."""
     torch.manual_seed(0)
     flat, grad = torch.rand(10**7), torch.rand(10**7)
-    group = AdamP([torch.nn.Parameter(torch.ones(1))], fused=True).param_groups[0]
+    group = AdamP([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     shard = Shard(0, (10, 10**6), 0, 0, 10**7)
-    weight = Weight(LocalTensor(flat, group, [shard], flat, grad, (), 1), shard)
+    local = LocalTensor(flat, group, [shard], flat, grad, (torch.zeros(10**7), torch.zeros(10**7)), 1)
+    weight = Weight(local, shard, by_rows=False)
+    cpu_kernels.measure(weight)
     expected = torch.tensor([(grad.double() * flat).sum(), grad.double().square().sum(), flat.double().square().sum()])
-    torch.testing.assert_close(cpu_kernels.test_dots(weight).double(), expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight.totals()[:3].double(), expected.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/cc", "false"])
-def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path):
+def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_kernels._build.cache_clear()
     cpu_kernels.compiled_library.cache_clear()
     try:
-        weight = torch.nn.Parameter(torch.ones(4, 3))
-        weight.grad = torch.ones(4, 3)
-        with pytest.warns(UserWarning, match="torch's own"):
-            AdamP([weight], fused=True).step()
-        assert float(weight[0, 0]) == pytest.approx(1 - 1e-3)
+        for fused in (None, True):
+            weight = torch.nn.Parameter(torch.ones(4, 3))
+            weight.grad = torch.ones(4, 3)
+            AdamP([weight], fused=fused).step()
+            assert float(weight[0, 0]) == pytest.approx(1 - 1e-3)
+            warned = [str(warning.message) for warning in recwarn if "torch's own" in str(warning.message)]
+            assert len(warned) == (fused is True)
     finally:
+        cpu_kernels._build.cache_clear()
         cpu_kernels.compiled_library.cache_clear()
 
 

@@ -4,16 +4,15 @@ import sys
 
 import torch
 
-from tests.optim.test_kernels import local_of
+from tests.optim.test_kernels import copy_of, local_of
 from trl_ext.optim import AdamP, adamp_triton
-from trl_ext.optim.weight import LocalTensor, Weight, layer_dots
+from trl_ext.optim.weight import Weight, layer_dots
 
 
 def updated(local, by_rows, kernels):
-    copied = LocalTensor(
-        local.param, {**local.group, "fused": None}, local.shards, local.flat.clone(), local.grad,
-        tuple(moment.clone() for moment in local.moments), local.step,
-    )  # fmt: skip
+    copied = copy_of(local)
+    # The paths in torch
+    copied.group = {**local.group, "foreach": True}
     weight = Weight(copied, local.shards[0], by_rows=by_rows)
     optimizer = AdamP([torch.nn.Parameter(torch.ones(1))])
     tested = kernels.test_dots(weight) if kernels else layer_dots(weight)

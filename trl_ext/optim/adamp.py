@@ -7,7 +7,7 @@ import numpy
 import torch
 
 from . import cpu_kernels
-from .projected_optimizer import ProjectedOptimizer
+from .projected_optimizer import GROUP_KEY, MAX_KEPT_UPDATE, ProjectedOptimizer
 from .projection import find_view, project_
 from .weight import Block, LocalTensor, Weight
 
@@ -41,10 +41,10 @@ class AdamP(ProjectedOptimizer):
             Whether weights that are not projected are updated by torch's multi-tensor operations. With `fused`, both
             `False`: the reference, one tensor at a time, equal to the authors' package to the last bit.
         fused (`bool`, *optional*):
-            Whether weights that are not projected are updated by torch's fused AdamW kernel. By default where it
-            exists: parameters and state of one dtype, float32 or float64, and no Nesterov momentum. `True` also
-            compiles kernels for the test and the projected update of float32 tensors on a CPU, at the first step, and
-            warns where there is no C compiler.
+            Whether fused kernels are used where they exist: for parameters and state of one dtype, float32 or
+            float64, and, in torch's own AdamW kernel, no Nesterov momentum. For float32 on a CPU, AdamP's own are
+            compiled at the first step, once for each machine, if there is a C compiler; `True` warns where there is
+            none. By default they are used, unless `foreach` is set.
         maximize (`bool`, *optional*, defaults to `False`):
             Whether to ascend.
         capturable (`bool`, *optional*, defaults to `False`):
@@ -111,6 +111,11 @@ class AdamP(ProjectedOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
+    def _prepare(self) -> None:
+        super()._prepare()
+        # Weights that the last step projected: no more than a guess at which way is the faster one
+        self._projected: set[tuple[int, int]] = set()
+
     def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
         super()._initialise(state, param, group)
         if "step" not in state:
@@ -131,14 +136,42 @@ class AdamP(ProjectedOptimizer):
 
     def _test_dots(self, weight: Weight) -> torch.Tensor:
         kernels = self._kernels(weight.local)
-        return super()._test_dots(weight) if kernels is None else kernels.test_dots(weight)
+        return super()._test_dots(weight) if kernels in (None, cpu_kernels) else kernels.test_dots(weight)
+
+    def _candidates(self, weights: Sequence[Weight]) -> list[Weight]:
+        # The first pass of compiled kernels tests as well
+        found = {id(weight) for weight in weights if weight.numel and self._kernels(weight.local) is cpu_kernels}
+        found |= {id(weight) for weight in super()._candidates([w for w in weights if id(w) not in found])}
+        return [weight for weight in weights if id(weight) in found]  # In the same order on each process
 
     def _measure(self, weight: Weight) -> None:
         kernels = self._kernels(weight.local) if weight.numel else None
         if kernels is None:
             super()._measure(weight)
+            return
+        local, key = weight.local, (weight.local.group[GROUP_KEY], weight.shard.index)
+        is_tested = weight.view is None and not weight.shard.borders
+        # Most weights are not projected: they need no second pass
+        if kernels is cpu_kernels and is_tested and weight.numel <= MAX_KEPT_UPDATE and key not in self._projected:
+            weight.old = self._scratch_tensor(weight.numel, local)
+            kernels.measure(weight, self._keep(local, 1.0), weight.old)
         else:
             kernels.measure(weight)
+
+    def _finish(self, weight: Weight) -> None:
+        if weight.view is not None or self._kernels(weight.local) is not cpu_kernels:
+            super()._finish(weight)
+            return
+        key = (weight.local.group[GROUP_KEY], weight.shard.index)
+        weight.view = cpu_kernels.find_view(weight)
+        if weight.view is not None:
+            self._projected.add(key)
+            super()._finish(weight)
+            return
+        self._projected.discard(key)
+        self.projection_counts.add(weight)
+        if weight.old is None:
+            cpu_kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
 
     def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
         kernels = self._kernels(weight.local)

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -13,19 +14,12 @@ from pathlib import Path
 
 import torch
 
+from .projection import VIEWS, threshold
 from .weight import LocalTensor, Weight
 
 
 SOURCE = Path(__file__).with_name("adamp_cpu.c")
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-]
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Elements below which a second thread costs more than it brings
 MIN_PER_THREAD = 2**19
 
@@ -39,19 +33,14 @@ class _Options(ctypes.Structure):
 
 
 @functools.cache
-def compiled_library() -> ctypes.CDLL | None:
-    """
-    The compiled kernels, built once for each machine and source in the cache folder (`XDG_CACHE_HOME`, or
-    `~/.cache`); `None`, with a warning, where that fails.
-    """
+def _build() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        warnings.warn("`fused=True`: no C compiler was found, torch's own kernels are used.", stacklevel=2)
-        return None
+        return "no C compiler was found"
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        machine = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True).stdout
-        key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + version + machine).hexdigest()[:16]
+        key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + version + _machine()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_ext"
         folder.mkdir(parents=True, exist_ok=True)
         built = folder / f"adamp_cpu_{key}.so"
@@ -62,22 +51,43 @@ def compiled_library() -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 os.replace(made, built)  # Processes may build at the same time
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        warnings.warn(f"`fused=True`: the kernels were not built, torch's own are used: {reason}", stacklevel=2)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        return f"the kernels were not built ({getattr(error, 'stderr', None) or error})"
+
+
+def _machine() -> bytes:
+    """What code for this processor may not run on another's: home folders are shared between nodes."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().splitlines() if info.exists() else []
+    features = {line for line in lines if line.lower().startswith((b"flags", b"features"))}
+    return b"".join(sorted(features)) + f"{platform.machine()} {platform.processor()}".encode()
+
+
+@functools.cache
+def compiled_library(needed: bool = False) -> ctypes.CDLL | None:
+    """
+    The compiled kernels, built once for each processor and source in the cache folder (`XDG_CACHE_HOME`, or
+    `~/.cache`); `None` where that fails, with a warning if they are `needed`.
+    """
+    built = _build()
+    if isinstance(built, str):
+        if needed:
+            warnings.warn(f"`fused=True`: {built}; torch's own kernels are used.", stacklevel=2)
         return None
+    return built
 
 
 def is_usable(local: LocalTensor) -> bool:
-    """Whether the kernels can take a tensor: float32 throughout, on a CPU, with `fused=True`."""
+    """Whether the kernels can take a tensor: float32 throughout, on a CPU, and not told otherwise."""
     group, tensors = local.group, (local.flat, local.grad, *local.moments)
     return (
-        group["fused"] is True
+        group["fused"] is not False
+        and not group["foreach"]
         and local.flat.device.type == "cpu"
         and not group["capturable"]
         and not isinstance(group["lr"], torch.Tensor)
         and all(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
-        and compiled_library() is not None
+        and compiled_library(group["fused"] is True) is not None
     )
 
 
@@ -92,6 +102,10 @@ def _options(local: LocalTensor) -> _Options:
 def _at(tensor: torch.Tensor | None, element: int) -> ctypes.c_void_p:
     assert tensor is not None
     return ctypes.c_void_p(tensor.data_ptr() + element * tensor.element_size())
+
+
+def _tensors_at(local: LocalTensor, place: int) -> list[ctypes.c_void_p]:
+    return [_at(tensor, place) for tensor in (local.flat, local.grad, *local.moments)]
 
 
 def _pieces(numel: int) -> list[tuple[int, int]]:
@@ -111,20 +125,6 @@ def _run(tasks: list) -> list:
     return [tasks[0]()] if len(tasks) == 1 else list(_pool(len(tasks)).map(lambda task: task(), tasks))
 
 
-def test_dots(weight: Weight) -> torch.Tensor:
-    """`<g, w>`, `<g, g>`, `<w, w>` of the part of a weight that is here, shape `(3,)`."""
-    kernels, local, first = compiled_library(), weight.local, weight.shard.start
-    assert kernels is not None
-
-    def piece(start: int, stop: int) -> torch.Tensor:
-        dots, place = torch.zeros(3, dtype=torch.float64), first + start
-        kernels.test_dots(ctypes.c_int64(stop - start), _at(local.flat, place), _at(local.grad, place), _at(dots, 0))
-        return dots
-
-    found = _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
-    return torch.stack(found).sum(0).float()
-
-
 def _rows_of(weight: Weight) -> tuple[int, int]:
     """Size of a row, and the column of the first element here; one row where rows don't count."""
     if weight.by_rows:
@@ -132,46 +132,87 @@ def _rows_of(weight: Weight) -> tuple[int, int]:
     return weight.numel, 0
 
 
-def measure(weight: Weight) -> None:
-    """Updates a weight's moments and writes its dot products."""
+def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None = None) -> None:
+    """
+    Updates a weight's moments and writes its dot products.
+
+    Args:
+        weight (`Weight`):
+            The weight.
+        keep (`float`, *optional*):
+            Share that weight decay leaves. If given, the step of AdamW is taken as well.
+        old (`torch.Tensor` of shape `(numel,)`, *optional*):
+            With `keep`, where the weights from before the step are kept.
+    """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
-    exp_avg, exp_avg_sq = local.moments
     options = _options(local)
 
     def piece(start: int, stop: int) -> tuple[int, torch.Tensor]:
         row, first_column = divmod(column + start, row_size)
         num_rows = (column + stop - 1) // row_size - row + 1
         dots, place = torch.zeros(num_rows, 4, dtype=torch.float64), weight.shard.start + start
-        kernels.measure(
-            *map(ctypes.c_int64, (stop - start, row_size, first_column)), _at(local.flat, place),
-            _at(local.grad, place), _at(exp_avg, place), _at(exp_avg_sq, place), options, _at(dots, 0),
-        )  # fmt: skip
+        arguments = [
+            *map(ctypes.c_int64, (stop - start, row_size, first_column)), *_tensors_at(local, place), options,
+            _at(dots, 0),
+        ]  # fmt: skip
+        if keep is None:
+            kernels.measure(*arguments)
+        else:
+            kernels.move(*arguments, ctypes.c_float(keep), _at(old, start))
         return row, dots
 
-    num_rows = weight.num_local_rows if weight.by_rows else 1
-    total = torch.zeros(num_rows, 4, dtype=torch.float64)
-    for row, dots in _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)]):
-        total[row : row + dots.size(0)] += dots
-    weight.dots = total.t().float()
+    found = _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
+    total = found[0][1]
+    if len(found) > 1:
+        total = torch.zeros(weight.num_local_rows if weight.by_rows else 1, 4, dtype=torch.float64)
+        for row, dots in found:
+            total[row : row + dots.size(0)] += dots
+    weight.dots = total.t()
+    if weight.shard.borders:  # In the dtype of processes that hold nothing
+        weight.dots = weight.dots.float()
 
 
-def apply(weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
-    """Applies decay and the projected update. `scale` of shape `()`, `coefficient` of shape `(R,)` or `(1,)`."""
+def find_view(weight: Weight) -> str | None:
+    """The view in which a whole weight passes, after [`measure`] of its rows. For the layer view adds them up."""
+    kernels, group, dots = compiled_library(), weight.local.group, weight.dots.t().contiguous()
+    assert kernels is not None
+    limits = [threshold(group["delta"], size) for size in (weight.shard.row_size, weight.numel)]
+    totals = torch.zeros(4, 1, dtype=torch.float64)
+    doubles = map(ctypes.c_double, (*limits, group["eps"]))
+    view = (None, *VIEWS)[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
+    if view == "layer":
+        weight.dots, weight.by_rows = totals, False
+    return view
+
+
+def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor) -> None:
+    """
+    Applies decay and the projected update, to the old weights where [`measure`] kept them (`weight.old`).
+
+    Args:
+        weight (`Weight`):
+            The weight, after [`measure`].
+        scale (`torch.Tensor` of shape `()` or `float`):
+            Share that weight decay leaves.
+        coefficient (`torch.Tensor` of shape `(R,)` or `(1,)`):
+            Radial coefficient of each local row, or of all.
+    """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
     if coefficient.numel() == 1:
         row_size, column = weight.numel, 0
-    exp_avg, exp_avg_sq = local.moments
     options, coefficient = _options(local), coefficient.float().contiguous()
 
     def piece(start: int, stop: int) -> None:
         row, first_column = divmod(column + start, row_size)
-        place = weight.shard.start + start
-        kernels.apply(
-            *map(ctypes.c_int64, (stop - start, row_size, first_column)), _at(local.flat, place),
-            _at(local.grad, place), _at(exp_avg, place), _at(exp_avg_sq, place), options, _at(scale, 0),
-            _at(coefficient, row),
-        )  # fmt: skip
+        arguments = [
+            *map(ctypes.c_int64, (stop - start, row_size, first_column)),
+            *_tensors_at(local, weight.shard.start + start), options, ctypes.c_float(float(scale)),
+        ]  # fmt: skip
+        if weight.old is None:
+            kernels.apply(*arguments, _at(coefficient, row))
+        else:
+            kernels.apply_to(*arguments, _at(weight.old, start), _at(coefficient, row))
 
     _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])

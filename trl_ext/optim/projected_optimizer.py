@@ -181,9 +181,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for weight in candidates:
             self._measure(weight)
             if not weight.shard.borders:
-                choice = weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots())
-                self._apply(weight, *choice)
-                weight.displacement = None
+                self._finish(weight)
         exchanges = exchange_all([weight for weight in candidates if weight.shard.borders])
         self._plain(self._plain_ranges(locals_, candidates))
         for exchange in exchanges:
@@ -332,6 +330,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if parts:
             weight.add_layer_dots(parts)
         weight.displacement = kept if keep else None
+
+    def _finish(self, weight: Weight) -> None:
+        """Second pass over a weight that is wholly here."""
+        self._apply(weight, *weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots()))
+        weight.displacement = None
 
     def _apply(self, weight: Weight, coefficient: torch.Tensor, channel: torch.Tensor, layer: torch.Tensor) -> None:
         """Second pass: weight decay and the projected update."""

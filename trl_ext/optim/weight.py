@@ -106,6 +106,8 @@ class Weight:
             Where it lies there.
         view (`str`, *optional*):
             View that it is known to be scale-invariant in; `None` to test.
+        old (`torch.Tensor`, *optional*):
+            The weights from before the step without projection, where that has been taken.
     """
 
     local: LocalTensor
@@ -115,6 +117,7 @@ class Weight:
     dots: torch.Tensor = field(default_factory=lambda: torch.zeros(4, 1))
     displacement: torch.Tensor | None = None
     squared_norm: torch.Tensor | None = None
+    old: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.view == "layer":
