@@ -81,12 +81,12 @@ def groups(model, num_groups):
     ]  # fmt: skip
 
 
-def alone(cls, num_groups, num_steps=NUM_STEPS, **options):
-    model = make_model()
+def alone(cls, num_groups, num_steps=NUM_STEPS, dtype=torch.float32, **options):
+    model = make_model().to(dtype)
     optimizer = cls(groups(model, num_groups), **{**OPTIONS, **options})
     for step in range(num_steps):
         optimizer.zero_grad()
-        loss_of(model, step).backward()
+        loss_of(model, step, dtype=dtype).backward()
         optimizer.step()
     return dict(model.named_parameters())
 
@@ -190,16 +190,16 @@ def deepspeed_mode(output, config, num_groups=1, checkpoint=False, optimizer_of=
     return gathered(engine.module), {"chain": chain_of(engine.optimizer), "calls": calls, "report": optimizer.report()}
 
 
-def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None):
+def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None, dtype=torch.float32):
     """`wrap(model)` returns the wrapped model, `gather(model)` its whole parameters."""
     num_batches = num_batches or dist.get_world_size()
-    model = wrap(make_model())
+    model = wrap(make_model().to(dtype))
     optimizer = (optimizer_of or (lambda params: AdamP(params, **OPTIONS)))(groups(model, num_groups))
     calls = []
     with counted_all_reduces(calls):
         for step in range(NUM_STEPS):
             optimizer.zero_grad()
-            loss_of(model, step, dist.get_rank() % num_batches, num_batches).backward()
+            loss_of(model, step, dist.get_rank() % num_batches, num_batches, dtype).backward()
             optimizer.step()
     kinds = sorted({type(p).__name__ + str(p.ndim) for group in optimizer.param_groups for p in group["params"]})
     return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": optimizer.report()}
@@ -327,6 +327,7 @@ def alone_with_adamw(names):
 def references():
     return {
         "decay": alone(adamp.AdamP, 2), "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
+        "in_bf16": alone(adamp.AdamP, 1, dtype=torch.bfloat16),
         "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32),
         "half": alone(adamp.AdamP, 1, NUM_STEPS // 2), "refused_rows": alone_with_adamw(["last.weight"]),
         "refused_fsdp2": alone_with_adamw(["first.weight", "last.weight"]),
@@ -337,7 +338,8 @@ def references():
 def reference(mode):
     """What one process makes of it with the authors' package."""
     endings = {
-        "decay": "decay", "groups": "groups", "sgdp": "sgdp", "bf16": "bf16", "bf16_optimizer": "bf16_optimizer",
+        "decay": "decay", "groups": "groups", "sgdp": "sgdp", "in_bf16": "in_bf16", "bf16": "bf16",
+        "bf16_optimizer": "bf16_optimizer",
         "save": "half", "refused_rows": "refused_rows", "refused_fsdp2": "refused_fsdp2",
     }  # fmt: skip
     kind = next((kind for ending, kind in endings.items() if mode.endswith(ending)), "one")
@@ -358,6 +360,7 @@ def run_modes(output, modes):
     available = {
         "ddp": lambda: torch_mode(DistributedDataParallel, lambda m: dict(m.module.named_parameters())),
         "fsdp2": lambda: torch_mode(*fsdp2(mesh)),
+        "fsdp2_in_bf16": lambda: torch_mode(*fsdp2(mesh), dtype=torch.bfloat16),
         "fsdp2_groups": lambda: torch_mode(*fsdp2(mesh), num_groups=3),
         "fsdp2_sgdp": lambda: torch_mode(*fsdp2(mesh), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)),
         "tensor_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first"]), num_batches=1),

@@ -27,7 +27,7 @@ REFUSED = {
     "refused_fsdp2": (["placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)"], 3),
 }
 MODES = {
-    1: ["zero2", "zero3", "fsdp2", "fsdp1"],
+    1: ["zero2", "zero3", "fsdp2", "fsdp2_in_bf16", "fsdp1"],
     2: [
         "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",

@@ -432,7 +432,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 delta, eps = local.group["delta"], local.group["eps"]
                 for view in ("channel", "layer"):
                     assert local.grad is not None
-                    tested.append((local, view, is_scale_invariant(local.param, local.grad, view, delta, eps)))
+                    tested.append((local, view, is_scale_invariant(local.flat, local.grad, view, delta, eps)))
         answers = _read([answer for _, _, answer in tested])
         for (local, view, _), answer in zip(tested, answers, strict=True):
             if views.get(id(local)) is None:
