@@ -1,9 +1,16 @@
 """The state of a sequence that a classifier's head reads, for decoders and encoders."""
 
-from typing import Any, Literal, get_args
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+
+
+# transformers' own import comes by here, before it has models
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 PoolingName = Literal["last", "first", "mean", "pooler"]

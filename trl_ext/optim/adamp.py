@@ -62,7 +62,7 @@ class AdamP(ProjectedOptimizer):
             small gradients from vanishing in the second moment, and the arithmetic is float32.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Whether bfloat16 parameters are rounded at random, so that updates below half a unit in the last place
-            count on average. Under DDP each process must have the same random state.
+            count on average. The random numbers follow from the number of the step, so that replicas round alike.
         on_unknown_shards (`str`, *optional*, defaults to `"raise"`):
             What to do where the layout of sharded parameters can't be read: `"raise"`, or `"adamw"` to go on without
             projection.
