@@ -37,6 +37,9 @@ contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its 
 benchmark: $(STAMP) ## Measure each method against TRL's trainer or another implementation
 	$(PYTHON) -m tests.benchmarks.sparse_po
 	$(PYTHON) -m tests.benchmarks.constrained_ppo
+	$(PYTHON) -m tests.benchmarks.optimizers
+	$(VENV)/bin/torchrun --standalone --nproc_per_node 2 -m tests.benchmarks.optimizer_exchange
+	$(PYTHON) -m tests.benchmarks.equilibrium
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

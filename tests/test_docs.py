@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -42,6 +43,8 @@ def check_command(words, capsys):
         assert Path(words[words.index("--config_file") + 1]).is_file()
         module = words[words.index("-m") + 1]
         importlib.import_module(module).make_parser().check(words[words.index("-m") + 2 :])
+    elif words[:1] == ["torchrun"]:
+        importlib.import_module(words[words.index("-m") + 1])
     elif words[:2] == ["python", "-m"]:
         module = importlib.import_module(words[2])
         if hasattr(module, "make_parser"):
@@ -58,6 +61,12 @@ def test_commands(block, capsys, monkeypatch):
     assert lines
     for line in lines:
         check_command(shlex.split(line), capsys)
+
+
+def test_modules_that_make_runs():
+    modules = re.findall(r" -m (tests\.[a-z_.]+)", (ROOT / "Makefile").read_text())
+    assert len(modules) == 5
+    assert all(importlib.util.find_spec(name) for name in modules)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda recipe: recipe.stem)

@@ -14,6 +14,7 @@ from trl_ext.scripts.method_comparison import (
     Task,
     alone,
     best_tuning,
+    compare,
     configured,
     first_runs,
     later_runs,
@@ -124,7 +125,8 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
         run_all(make_task, ComparisonArguments(), None, [Run("ppo", 1, {})], tmp_path)
 
 
-def test_proxy_points_are_where_gold_peaks(tmp_path):
+def alone_runs():
+    """Two runs on each reward alone with gold highest at 0.3 and 0.2."""
     results = []
     for seed in range(3):
         for index, name in enumerate(NAMES):
@@ -137,13 +139,49 @@ def test_proxy_points_are_where_gold_peaks(tmp_path):
                 points.append(
                     {"step": step, "gold": value, "kl": 1.0 * step, **dict(zip(NAMES, rewards, strict=True))}
                 )
-            results.append({"name": alone(name), "seed": seed, "curve": points})
-    thresholds = proxy_points(results, NAMES, tmp_path / "points", degree=2)
+            results.append({"name": alone(name), "seed": seed, "curve": points, "test": points[-1], "cpu_seconds": 6})
+    return results
+
+
+def test_proxy_points_are_where_gold_peaks(tmp_path):
+    thresholds = proxy_points(alone_runs(), NAMES, tmp_path / "points", degree=2)
     assert list(thresholds) == NAMES
     assert (tmp_path / "points" / "constraints.yaml").is_file()
     report = json.loads((tmp_path / "points" / "proxy_points.json").read_text())
     assert report["independent"]["good"]["point"][0] == pytest.approx(0.3, abs=0.02)
     assert report["independent"]["length"]["point"][0] == pytest.approx(0.2, abs=0.02)
+
+
+def test_whole_experiment(tmp_path, monkeypatch):
+    """Later runs get the thresholds of the first ones, whose gold metric may come after them."""
+    trained = []
+
+    def instead_of_training(make_task, arguments, config, runs, folder):
+        for run in runs:
+            own = [found for found in alone_runs() if (found["name"], found["seed"]) == (run.name, run.seed)]
+            trained.append({**result(run.name, run.seed, [0.1, 0.2]), "length": 3.0, **(own[0] if own else {})})
+            trained[-1]["settings"] = run.settings
+        return trained
+
+    def rescore(folder, names):
+        return [{**one, "curve": [{**p, "gold": p["gold"] + 1} for p in one["curve"]]} for one in trained]
+
+    monkeypatch.setattr(method_comparison, "run_all", instead_of_training)
+    _, arguments = tiny_task(tmp_path)
+    arguments.seeds, arguments.methods = [0, 1, 2], ["xi"]
+    seen = {}
+    for offset, own in ((0, None), (1, rescore)):
+        trained.clear()
+        compare(make_task, arguments, config(tmp_path), tmp_path, "name of the metric", own)
+        thresholds = json.loads((tmp_path / "thresholds.json").read_text())
+        constraints = trained[-1]["settings"]["constraints"]
+        assert trained[-1]["name"] == "xi" and {one["reward"]: one["threshold"] for one in constraints} == thresholds
+        seen[offset] = json.loads((tmp_path / "proxy_points" / "proxy_points.json").read_text())["independent"]
+        assert thresholds["good"] == pytest.approx(0.3, abs=0.02)
+    assert seen[1]["good"] != seen[0]["good"]
+    text = (tmp_path / "results.md").read_text()
+    assert "| xi |" in text and "above it on" in text and "The runs of this call took" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("methods.png", "overoptimization.png"))
 
 
 def test_report_by_hand(tmp_path):

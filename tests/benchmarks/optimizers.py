@@ -147,6 +147,49 @@ def measure(shapes, device: str, projected: bool, rounds: int, only: list[str]) 
     return lines
 
 
+def compiled_passes(device: str, rounds: int) -> list[str]:
+    """The two passes of a projected update by `torch.compile`, as multiples of fused AdamW on the same weights."""
+    lr, eps, beta1, beta2 = 1e-8, 1e-8, 0.9, 0.999
+    shape, count = (768, 3072), 12
+    sets = [[torch.rand(shape, device=device) * 0.01 for _ in range(4)] for _ in range(count)]
+    step = torch.ones((), device=device)
+
+    def update(exp_avg, exp_avg_sq):
+        return exp_avg / (exp_avg_sq.sqrt() + eps)
+
+    @torch.compile
+    def measure(weight, grad, exp_avg, exp_avg_sq):
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        products = (grad * weight, grad * grad, weight * weight, update(exp_avg, exp_avg_sq) * weight)
+        return [product.sum(1) for product in products]
+
+    @torch.compile
+    def apply(weight, grad, exp_avg, exp_avg_sq, coefficient):
+        weight.mul_(1 - lr * 0.01).sub_(lr * (update(exp_avg, exp_avg_sq) - coefficient * weight))
+
+    def adamw(weight, grad, exp_avg, exp_avg_sq):
+        torch._fused_adamw_(
+            [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.01,
+            eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    coefficient = torch.zeros((), device=device)
+    runs = {"adamw": adamw, "first pass": measure, "second pass": lambda *tensors: apply(*tensors, coefficient)}
+    best = dict.fromkeys(runs, float("inf"))
+    with torch.no_grad():
+        for turn in range(rounds + 2):
+            for name, run in runs.items():
+                start = clock(device)
+                for tensors in sets:
+                    run(*tensors)
+                if turn > 1:
+                    best[name] = min(best[name], clock(device) - start)
+    return [
+        f"| `torch.compile`: {name} | {best[name] / best['adamw']:.2f} |" for name in ("first pass", "second pass")
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
@@ -155,10 +198,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
+    parser.add_argument("--compile", action="store_true", help="measures passes made by torch.compile instead")
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.compile:
+        print("\n".join(compiled_passes(device, options.rounds)))
+        return
     shapes = gpt2_shapes() if options.model == "gpt2" else llama_1b_shapes(options.num_layers)
     machine = (
         torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), {options.threads} thread"

@@ -129,34 +129,37 @@ def test_critics_that_do_not_fit(settings, critic_model, message, tmp_path, path
 
 
 SHARDED = """
-    import sys, torch, torch.distributed as dist
+    import collections, itertools, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from trl.trainer.utils import add_fused_lm_head
     from tests.tiny import tiny_model
     from trl_ext._compat import gathered_state_dict
-    from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
+    from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads, value_heads_of
+    from trl_ext.constrained_ppo.rollout_metrics import record_value_heads
+    from trl_ext.equilibrium.value_heads import EPValueHeads
 
-    def policy(separate):
+    def policy(separate, equilibrium):
         model = tiny_model("qwen3")
         torch.manual_seed(1)
-        critic = SeparateCritic(tiny_model("llama", seed=2).model, 3) if separate else ValueHeads(32, 3)
-        heads = critic.heads if separate else critic
+        heads = EPValueHeads(32, 3, [8, 8], "asymmetric", 60.0) if equilibrium else ValueHeads(32, 3)
         with torch.no_grad():
-            heads.weight.normal_(std=0.1)
+            (heads.readout_weight if equilibrium else heads.weight).normal_(std=0.1)
+        critic = SeparateCritic(tiny_model("llama", seed=2).model, 3, heads) if separate else heads
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        add_value_heads(model, critic)
-        return model
+        add_value_heads(model, critic, homeostasis=equilibrium)
+        return model.train()
 
     def loss_of(model, rows):
         ids = torch.arange(24).view(4, 6)[rows] + 3
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True,
                        with_values=True)
-        return output.log_probs.mean() + output.state_values.square().mean()
+        homeostasis_loss = 0.0 if output.homeostasis_loss is None else output.homeostasis_loss.mean()
+        return output.log_probs.mean() + output.state_values.square().mean() + 10.0 * homeostasis_loss
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for separate in (False, True):
-        whole, sharded = policy(separate), policy(separate)
+    for separate, equilibrium in itertools.product((False, True), repeat=2):
+        whole, sharded = policy(separate, equilibrium), policy(separate, equilibrium)
         layers = [*sharded.model.layers, *(sharded.value_heads.backbone.layers if separate else [])]
         for module in [*layers, sharded]:
             fully_shard(module)
@@ -171,6 +174,11 @@ SHARDED = """
         saved = gathered_state_dict(sharded.value_heads)
         for name, p in whole.value_heads.named_parameters():
             torch.testing.assert_close(saved[name], p.detach())
+        if equilibrium:
+            heads = value_heads_of(whole.value_heads)
+            metrics = collections.defaultdict(list)
+            record_value_heads(metrics, value_heads_of(sharded.value_heads))
+            assert metrics["ep/weight_angle"] == [heads.asymmetry()["ep/weight_angle"]], metrics
     dist.barrier()
     print("rank", rank, "agrees", flush=True)
     dist.destroy_process_group()

@@ -22,6 +22,8 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 import trl_ext.optim.exchange  # noqa: E402
 from trl_ext.optim import SGDP, AdamP  # noqa: E402
+from trl_ext.optim.shards import UnknownShardsError  # noqa: E402
+from trl_ext.parameter_groups import decay_groups  # noqa: E402
 
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.05, "wd_ratio": 0.1}
@@ -65,7 +67,9 @@ def loss_of(model, step, rank=0, world_size=1, dtype=torch.float32):
 
 
 def groups(model, num_groups):
-    """One group, or matrices, kernels and vectors apart, in an order that is not the model's."""
+    """One group, two by weight decay, or matrices, kernels and vectors apart, in an order that is not the model's."""
+    if num_groups == 2:
+        return decay_groups(model, OPTIONS["weight_decay"])
     named = {name.removeprefix("_fsdp_wrapped_module."): param for name, param in model.named_parameters()}
     if num_groups == 1:
         return list(named.values())
@@ -77,12 +81,12 @@ def groups(model, num_groups):
     ]  # fmt: skip
 
 
-def alone(cls, num_groups, num_steps=NUM_STEPS, **options):
-    model = make_model()
+def alone(cls, num_groups, num_steps=NUM_STEPS, dtype=torch.float32, **options):
+    model = make_model().to(dtype)
     optimizer = cls(groups(model, num_groups), **{**OPTIONS, **options})
     for step in range(num_steps):
         optimizer.zero_grad()
-        loss_of(model, step).backward()
+        loss_of(model, step, dtype=dtype).backward()
         optimizer.step()
     return dict(model.named_parameters())
 
@@ -186,15 +190,16 @@ def deepspeed_mode(output, config, num_groups=1, checkpoint=False, optimizer_of=
     return gathered(engine.module), {"chain": chain_of(engine.optimizer), "calls": calls, "report": optimizer.report()}
 
 
-def torch_mode(wrap, gather, num_groups=1, optimizer_of=None):
+def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None, dtype=torch.float32):
     """`wrap(model)` returns the wrapped model, `gather(model)` its whole parameters."""
-    model = wrap(make_model())
+    num_batches = num_batches or dist.get_world_size()
+    model = wrap(make_model().to(dtype))
     optimizer = (optimizer_of or (lambda params: AdamP(params, **OPTIONS)))(groups(model, num_groups))
     calls = []
     with counted_all_reduces(calls):
         for step in range(NUM_STEPS):
             optimizer.zero_grad()
-            loss_of(model, step, dist.get_rank(), dist.get_world_size()).backward()
+            loss_of(model, step, dist.get_rank() % num_batches, num_batches, dtype).backward()
             optimizer.step()
     kinds = sorted({type(p).__name__ + str(p.ndim) for group in optimizer.param_groups for p in group["params"]})
     return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": optimizer.report()}
@@ -262,19 +267,81 @@ def fsdp1(**options):
     return lambda model: FSDP(model, device_id=torch.device("cpu"), **options), gather
 
 
+def tensor_parallel(mesh, layers, data_mesh=None):
+    """Cuts the first layer by its outputs and the last by its inputs; FSDP2 over it with `data_mesh`."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {
+        "first": ColwiseParallel(output_layouts=Replicate()), "last": RowwiseParallel(input_layouts=Replicate()),
+    }  # fmt: skip
+
+    def wrap(model):
+        parallelize_module(model, mesh, {name: plan[name] for name in layers})
+        return model if data_mesh is None else fully_shard(model, mesh=data_mesh)
+
+    def gather(model):
+        return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+
+    return wrap, gather
+
+
+def refused_mode(wrap, gather, num_batches=1):
+    """What the first step says and moves, and what training comes to with `on_unknown_shards="adamw"`."""
+    model, calls = wrap(make_model()), []
+    before = {name: param.detach().clone() for name, param in gather(model).items()}
+    optimizer = AdamP(model.parameters(), **OPTIONS)
+    facts = {"chain": [type(model).__name__], "calls": calls}
+    with counted_all_reduces(calls):
+        for step in range(NUM_STEPS):
+            optimizer.zero_grad()
+            loss_of(model, step, dist.get_rank() * num_batches // dist.get_world_size(), num_batches).backward()
+            if step == 0:
+                try:
+                    optimizer.step()
+                except UnknownShardsError as error:
+                    facts |= {"error": str(error), "moved": difference(gather(model), before)}
+                optimizer = AdamP(model.parameters(), **OPTIONS, on_unknown_shards="adamw")
+            optimizer.step()
+    return gather(model), {**facts, "report": optimizer.report()}
+
+
+def alone_with_adamw(names):
+    """One process: torch's AdamW on some weights, the authors' AdamP on the others."""
+    model = make_model()
+    weights = dict(model.named_parameters())
+    optimizers = [
+        torch.optim.AdamW([weights.pop(name) for name in names], lr=OPTIONS["lr"], weight_decay=0.05),
+        adamp.AdamP(weights.values(), **OPTIONS),
+    ]
+    for step in range(NUM_STEPS):
+        model.zero_grad()
+        loss_of(model, step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return dict(model.named_parameters())
+
+
 @functools.cache
 def references():
     return {
-        "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
+        "decay": alone(adamp.AdamP, 2), "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
+        "in_bf16": alone(adamp.AdamP, 1, dtype=torch.bfloat16),
         "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32),
-        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2),
+        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2), "refused_rows": alone_with_adamw(["last.weight"]),
+        "refused_fsdp2": alone_with_adamw(["first.weight", "last.weight"]),
         "one": alone(adamp.AdamP, 1), "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
     }  # fmt: skip
 
 
 def reference(mode):
     """What one process makes of it with the authors' package."""
-    endings = {"groups": "groups", "sgdp": "sgdp", "bf16": "bf16", "bf16_optimizer": "bf16_optimizer", "save": "half"}
+    endings = {
+        "decay": "decay", "groups": "groups", "sgdp": "sgdp", "in_bf16": "in_bf16", "bf16": "bf16",
+        "bf16_optimizer": "bf16_optimizer",
+        "save": "half", "refused_rows": "refused_rows", "refused_fsdp2": "refused_fsdp2",
+    }  # fmt: skip
     kind = next((kind for ending, kind in endings.items() if mode.endswith(ending)), "one")
     return references()[kind]
 
@@ -286,13 +353,21 @@ def run_modes(output, modes):
     world_size = dist.get_world_size()
     fused = functools.partial(AdamP, **OPTIONS, fused=True)
     mesh = init_device_mesh("cpu", (world_size,))
+    names = ("data", "tensor")
+    one = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=names)
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=names) if world_size == 4 else None
     sgd = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}
     available = {
         "ddp": lambda: torch_mode(DistributedDataParallel, lambda m: dict(m.module.named_parameters())),
         "fsdp2": lambda: torch_mode(*fsdp2(mesh)),
+        "fsdp2_in_bf16": lambda: torch_mode(*fsdp2(mesh), dtype=torch.bfloat16),
         "fsdp2_groups": lambda: torch_mode(*fsdp2(mesh), num_groups=3),
         "fsdp2_sgdp": lambda: torch_mode(*fsdp2(mesh), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)),
-        "hsdp": lambda: torch_mode(*fsdp2(init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("a", "b")))),
+        "tensor_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first"]), num_batches=1),
+        "fsdp2_tensor_parallel_of_one": lambda: torch_mode(*tensor_parallel(one["tensor"], ["last"], one["data"])),
+        "refused_rows": lambda: refused_mode(*tensor_parallel(mesh, ["first", "last"])),
+        "refused_fsdp2": lambda: refused_mode(*tensor_parallel(both["tensor"], ["first", "last"], both["data"]), 2),
+        "hsdp": lambda: torch_mode(*fsdp2(both)),
         "fsdp1": lambda: torch_mode(*fsdp1(use_orig_params=True)),
         "fsdp1_groups": lambda: torch_mode(*fsdp1(use_orig_params=True), num_groups=3),
         "fsdp1_flat": lambda: torch_mode(*fsdp1(use_orig_params=False)),
@@ -301,6 +376,8 @@ def run_modes(output, modes):
         "zero3": lambda: deepspeed_mode(output / "zero3", zero_config(3), checkpoint=True),
         "zero2_fused": lambda: deepspeed_mode(output, zero_config(2), optimizer_of=fused),
         "zero3_fused": lambda: deepspeed_mode(output, zero_config(3), optimizer_of=fused),
+        "zero2_decay": lambda: deepspeed_mode(output, zero_config(2), num_groups=2),
+        "zero3_decay": lambda: deepspeed_mode(output, zero_config(3), num_groups=2),
         "zero2_groups": lambda: deepspeed_mode(output, zero_config(2), num_groups=3),
         "zero3_groups": lambda: deepspeed_mode(output, zero_config(3), num_groups=3),
         "zero1_round_robin": lambda: deepspeed_mode(output, zero_config(1, round_robin_gradients=True)),

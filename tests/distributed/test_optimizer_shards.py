@@ -19,17 +19,24 @@ FOLDER = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
 ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3",
         "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip
-TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy"}
+TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy",
+         "tensor_parallel": "Toy", "refused_rows": "Toy", "refused_fsdp2": "FSDPToy"}  # fmt: skip
+# What an unreadable layout's error names, and how many of the five weights are projected without those
+REFUSED = {
+    "refused_rows": (["placements (Shard(dim=1),)", "shape (3, 6)"], 4),
+    "refused_fsdp2": (["placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)"], 3),
+}
 MODES = {
-    1: ["zero2", "zero3", "fsdp2", "fsdp1"],
+    1: ["zero2", "zero3", "fsdp2", "fsdp2_in_bf16", "fsdp1"],
     2: [
         "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
         "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
-        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save",
+        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
+        "tensor_parallel", "fsdp2_tensor_parallel_of_one", "refused_rows",
     ],
     3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
-    4: ["hsdp", "zero3_groups", "fsdp1_groups"],
+    4: ["hsdp", "zero3_groups", "fsdp1_groups", "refused_fsdp2"],
 }  # fmt: skip
 
 
@@ -100,10 +107,24 @@ def test_the_right_weights_are_projected(world_size, mode, found):
         return  # torch's distributed checkpoint takes a step with zero gradients, which pass, to create the state
     report = found[world_size, mode]["report"]
     rates = sorted((weight["channel"], weight["layer"]) for weight in report.values())
-    assert len(rates) == 5
-    # Two generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
-    assert all(channel == 0 and layer < 1 for channel, layer in rates[:2])
-    assert rates[2:] == [(0, 1), (1, 0), (1, 0)]
+    assert len(rates) == (REFUSED[mode][1] if mode in REFUSED else 5)
+    # Generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
+    assert all(channel == 0 and layer < 1 for channel, layer in rates[:-3])
+    assert rates[-3:] == [(0, 1), (1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("world_size", "mode"), [case for case in CASES if case[1] in REFUSED])
+def test_unreadable_layouts_are_refused(world_size, mode, found):
+    """Before anything moves; that going on then is AdamW on these weights, `test_equals_one_process` shows."""
+    facts = found[world_size, mode]
+    assert all(part in facts["error"] for part in [*REFUSED[mode][0], 'Pass `on_unknown_shards="adamw"`'])
+    assert facts["moved"] == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups_by_weight_decay_take_one_all_reduce(stage, found):
+    """DeepSpeed steps once for each group, and that of biases and norms has nothing to project."""
+    assert len(found[2, f"zero{stage}_decay"]["calls"]) == 12
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +143,7 @@ def test_accelerate_launch_and_trainer(stage, trained_alone, tmp_path):
     script = [str(FOLDER / "train_optimizer.py"), "--output", str(tmp_path), "--batch_size", "2"]
     facts = run([*launcher, *script], tmp_path)
     assert facts["world_size"] == 2 and facts["zero_stage"] == stage
-    assert facts["chain"] == ["DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
+    assert facts["chain"] == ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
     assert facts["layer_share"] == {"q_proj": 1.0, "k_proj": 1.0}
     weights = load_file(tmp_path / "model" / "model.safetensors")
     for name, expected in trained_alone.items():

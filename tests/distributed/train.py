@@ -2,29 +2,14 @@
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
 from peft import LoraConfig
 
-
-# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-from tests.tiny import tiny_pairs, tiny_tokenizer  # noqa: E402
-from trl_ext.sparse_po.sparse_po_config import SparsePOConfig  # noqa: E402
-from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer  # noqa: E402
-
-
-def wrapper_chain(trainer) -> list[str]:
-    chain = [type(trainer.model_wrapped).__name__]
-    optimizer = trainer.optimizer
-    while optimizer is not None:
-        chain.append(type(optimizer).__name__)
-        optimizer = getattr(optimizer, "optimizer", None)
-    return chain
+from tests.distributed.launched import finish
+from tests.tiny import tiny_pairs, tiny_tokenizer
+from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
 
 def main() -> None:
@@ -68,22 +53,14 @@ def main() -> None:
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     weights = trainer.token_masks(batch)
     trainer.save_model(str(Path(options.output) / "final"))
-    if trainer.is_world_process_zero():
-        found = {
-            "world_size": trainer.args.world_size,
-            "chain": wrapper_chain(trainer),
-            "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
-            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
-            "eval_losses": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
-            "mask_means": [e["mask/reward/mean"] for e in trainer.state.log_history if "mask/reward/mean" in e],
-            "weights": weights["divergence"].tolist(),
-        }
-        (Path(options.output) / "found.json").write_text(json.dumps(found))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
-    sys.stdout.flush()
-    os._exit(0)
+    history = trainer.state.log_history
+    found = {
+        "losses": [e["loss"] for e in history if "loss" in e],
+        "eval_losses": [e["eval_loss"] for e in history if "eval_loss" in e],
+        "mask_means": [e["mask/reward/mean"] for e in history if "mask/reward/mean" in e],
+        "weights": weights["divergence"].tolist(),
+    }
+    finish(trainer, options.output, found)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,16 @@
 """Trains a reward model with an equilibrium head and writes what happened; started by the tests."""
 
 import argparse
-import json
-import os
-import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
+import torch
 from peft import LoraConfig
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer
 
-
-# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-import torch  # noqa: E402
-from transformers import set_seed  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
-from tests.distributed.train import wrapper_chain  # noqa: E402
-from tests.tiny import tiny_pairs, tiny_tokenizer  # noqa: E402
-from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer  # noqa: E402
+from tests.distributed.launched import finish
+from tests.tiny import tiny_pairs, tiny_tokenizer
+from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 
 
 COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
@@ -80,9 +71,6 @@ def main() -> None:
     trainer = make_trainer(options, options.output, seed=0)
     trainer.train()
     found = {
-        "world_size": trainer.args.world_size,
-        "chain": wrapper_chain(trainer),
-        "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
         "losses": losses(trainer),
         "angles": [entry["ep/weight_angle"] for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -99,13 +87,7 @@ def main() -> None:
         adapted.save_model(str(options.output / "lora"))
         found["lora"] = losses(adapted)
         found |= use_as_reward(options, options.output / "final")
-    if trainer.is_world_process_zero():
-        (options.output / "found.json").write_text(json.dumps(found))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
-    sys.stdout.flush()
-    os._exit(0)
+    finish(trainer, options.output, found)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
 """Trains a tiny Qwen3 with AdamP in transformers' Trainer; started by the tests in one or several processes."""
 
 import argparse
-import json
-import os
-import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
 import torch
 from transformers import Trainer, TrainingArguments
 
-
-# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-from tests.tiny import WORDS, tiny_model  # noqa: E402
-from trl_ext.optim import AdamP  # noqa: E402
+from tests.distributed.launched import finish
+from tests.tiny import WORDS, tiny_model
+from trl_ext.optim import AdamP
+from trl_ext.optim.optimizer_check_callback import bottom_optimizer
 
 
 def examples(num_examples):
@@ -40,29 +34,14 @@ def main():
         optimizer_cls_and_kwargs=(AdamP, {"lr": 5e-3, "weight_decay": 0.1}),
     )  # fmt: skip
     trainer.train()
-    chain, optimizer = [], trainer.optimizer
-    while True:
-        chain.append(type(optimizer).__name__)
-        if isinstance(optimizer, AdamP):
-            break
-        optimizer = optimizer.optimizer
-    report = optimizer.report()
+    report = bottom_optimizer(trainer.optimizer).report()
     trainer.save_model(str(Path(options.output) / "model"))
-    if trainer.is_world_process_zero():
-        # The first group's parameters are the decayed ones: embedding, then q, k, v, o, gate, up, down of each layer
-        found = {
-            "world_size": trainer.args.world_size,
-            "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
-            "chain": chain,
-            "layer_share": {
-                name: min(report[f"0.{first}"]["layer"], report[f"0.{first + 7}"]["layer"])
-                for name, first in (("q_proj", 1), ("k_proj", 2))
-            },
-        }  # fmt: skip
-        (Path(options.output) / "found.json").write_text(json.dumps(found))
-    trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)
+    # The first group's parameters are the decayed ones: embedding, then q, k, v, o, gate, up, down of each layer
+    layer_share = {
+        name: min(report[f"0.{first}"]["layer"], report[f"0.{first + 7}"]["layer"])
+        for name, first in (("q_proj", 1), ("k_proj", 2))
+    }
+    finish(trainer, options.output, {"layer_share": layer_share})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts  # noqa: E402
-from tests.distributed.train import wrapper_chain  # noqa: E402
+from tests.distributed.launched import wrapper_chain  # noqa: E402
 from tests.tiny import tiny_tokenizer  # noqa: E402
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
 
@@ -24,6 +24,70 @@ LOGGED = (
 )  # fmt: skip
 
 
+def make_trainer(options: argparse.Namespace, output: str, **settings) -> ConstrainedPPOTrainer:
+    arguments = ConstrainedPPOConfig(
+        output_dir=output,
+        method="xi",
+        constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
+        calibration_samples=8,
+        kl_target=0.01,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        max_completion_length=6,
+        generation_kwargs={"do_sample": False},
+        learning_rate=2e-3,
+        critic_learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_steps=4,
+        num_iterations=2,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=4,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    return ConstrainedPPOTrainer(
+        options.model,
+        reward_funcs=[low_ids, length],
+        args=arguments,
+        train_dataset=prompts(),
+        eval_dataset=prompts(8),
+        processing_class=tiny_tokenizer(),
+        gold_reward=low_ids,
+    )
+
+
+def train(trainer: ConstrainedPPOTrainer, resume: str | None = None, logged: tuple[str, ...] = LOGGED) -> dict:
+    """Trains, saves to the folder `final`, and gives what happened."""
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(Path(trainer.args.output_dir) / "final"))
+    history = trainer.state.log_history
+    return {
+        "world_size": trainer.args.world_size,
+        "chain": wrapper_chain(trainer),
+        "multipliers": gather_object([trainer.multipliers.state_dict()]),
+        "states": gather_object([trainer.controller.state_dict()]),
+        **{key: [entry[key] for entry in history if key in entry] for key in logged},
+    }
+
+
+def finish(trainer: ConstrainedPPOTrainer, found: dict, output: str) -> None:
+    """Writes what happened and ends the process."""
+    if trainer.is_world_process_zero():
+        (Path(output) / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -32,60 +96,8 @@ def main() -> None:
     parser.add_argument("--critic", default="shared")
     parser.add_argument("--resume")
     options = parser.parse_args()
-    trainer = ConstrainedPPOTrainer(
-        options.model,
-        reward_funcs=[low_ids, length],
-        args=ConstrainedPPOConfig(
-            output_dir=options.output,
-            method="xi",
-            constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
-            critic=options.critic,
-            calibration_samples=8,
-            kl_target=0.01,
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
-            max_completion_length=6,
-            generation_kwargs={"do_sample": False},
-            learning_rate=2e-3,
-            critic_learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            max_steps=4,
-            num_iterations=2,
-            logging_steps=1,
-            save_strategy="steps",
-            save_steps=3,
-            eval_strategy="steps",
-            eval_steps=4,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=prompts(),
-        eval_dataset=prompts(8),
-        processing_class=tiny_tokenizer(),
-        gold_reward=low_ids,
-    )
-    trainer.train(resume_from_checkpoint=options.resume)
-    trainer.save_model(str(Path(options.output) / "final"))
-    multipliers = gather_object([trainer.multipliers.state_dict()])
-    states = gather_object([trainer.controller.state_dict()])
-    history = trainer.state.log_history
-    if trainer.is_world_process_zero():
-        found = {
-            "world_size": trainer.args.world_size,
-            "chain": wrapper_chain(trainer),
-            "multipliers": multipliers,
-            "states": states,
-            **{key: [e[key] for e in history if key in e] for key in LOGGED},
-        }
-        (Path(options.output) / "found.json").write_text(json.dumps(found))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
-    sys.stdout.flush()
-    os._exit(0)
+    trainer = make_trainer(options, options.output, critic=options.critic)
+    finish(trainer, train(trainer, options.resume), options.output)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,14 @@
 """Searches thresholds on a tiny model and writes what happened; started by the tests in several processes."""
 
 import argparse
-import json
-import os
-import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
 from accelerate.utils import gather_object
 
-
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts  # noqa: E402
-from tests.distributed.train import wrapper_chain  # noqa: E402
-from tests.tiny import tiny_tokenizer  # noqa: E402
-from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
+from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts
+from tests.distributed.launched import finish
+from tests.tiny import tiny_tokenizer
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 
 def gold(completion_ids, **columns):
@@ -65,20 +58,12 @@ def main() -> None:
     trainer.save_model(str(Path(options.output) / "final"))
     searches = gather_object([trainer.threshold_search.search.state_dict()])
     multipliers = gather_object([trainer.multipliers.state_dict()])
-    if trainer.is_world_process_zero():
-        found = {
-            "world_size": trainer.args.world_size,
-            "chain": wrapper_chain(trainer),
-            "searches": searches,
-            "multipliers": multipliers,
-            "best_model_checkpoint": trainer.state.best_model_checkpoint,
-        }
-        (Path(options.output) / "found.json").write_text(json.dumps(found))
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
-    sys.stdout.flush()
-    os._exit(0)
+    found = {
+        "searches": searches,
+        "multipliers": multipliers,
+        "best_model_checkpoint": trainer.state.best_model_checkpoint,
+    }
+    finish(trainer, options.output, found)
 
 
 if __name__ == "__main__":

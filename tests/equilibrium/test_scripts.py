@@ -43,7 +43,7 @@ def texts(labels):
     ("labels", "settings", "problem_type"),
     [
         ([0, 1, 2, 1] * 3, {"num_labels": 3}, "single_label_classification"),
-        ([1, 4, 10] * 4, {"num_labels": 1, "problem_type": "regression"}, "regression"),
+        ([1, 4, 10] * 4, {"num_labels": 1, "problem_type": "regression", "pooling": "mean"}, "regression"),
         ([[1.0, 0.0], [1.0, 1.0]] * 6, {"num_labels": 2}, "multi_label_classification"),
     ],
     ids=["classes", "numbers", "several labels"],
@@ -51,7 +51,9 @@ def texts(labels):
 def test_classifier_of_each_kind(labels, settings, problem_type, folder, tmp_path):
     model = run(equilibrium_classifier, folder, tmp_path, texts(labels), **settings)
     assert model.config.problem_type == problem_type and model.config.num_labels == settings["num_labels"]
-    assert "### Equilibrium-propagation head" in (tmp_path / "out" / "README.md").read_text()
+    assert model.pooling == settings.get("pooling", "last")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "### Equilibrium-propagation head" in card and ("| `pooling` | mean |" in card) == ("pooling" in settings)
 
 
 def test_frozen_backbone_and_dtype(folder, tmp_path):
@@ -82,6 +84,7 @@ def test_lora(folder, tmp_path):
         (equilibrium_reward, {"head_feedback_angle": 30.0}, "feedback_angle.*symmetric"),
         (equilibrium_reward, {"head_feedbak": "symmetric"}, "head_feedbak.*did you mean `head_feedback`"),
         (equilibrium_reward, {"head_feedback": "random"}, "head_feedback.*random.*symmetric"),
+        (equilibrium_reward, {"pooling": "max"}, "pooling.*max.*first"),
         (equilibrium_reward, {"homeostasis_coef": 1.0}, "homeostasis_coef=1.0.*asymmetric"),
         (equilibrium_classifier, {"label_column": "stars"}, "label_column: stars.*'label', 'text'"),
     ],

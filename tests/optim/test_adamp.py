@@ -269,6 +269,44 @@ def test_stochastic_rounding_keeps_small_updates_on_average():
         assert moved == (pytest.approx(num_steps * 2**-8 / 10, rel=0.05) if stochastic else 0)
 
 
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_stochastic_rounding_does_not_depend_on_the_random_state(cls, options):
+    """Replicas whose random states differ, one of them stopped and resumed on the way."""
+    found = []
+    for seed in (0, 1):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 600, dtype=torch.bfloat16).view(20, 30))
+        bias = torch.nn.Parameter(torch.linspace(-1, 1, 30, dtype=torch.bfloat16))
+        settings = {"lr": 1e-3, "state_dtype": torch.float32, "stochastic_rounding": True, **options}
+        optimizer, rounded = cls([param, bias], **settings), []
+        torch.manual_seed(seed)
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            for tensor in (param, bias):
+                tensor.grad = torch.randn(tensor.shape, generator=generator).bfloat16()
+            optimizer.step()
+            rounded.append(param.detach().clone())
+            if seed and step == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = cls([param, bias], **settings)
+                optimizer.load_state_dict(state)
+        found.append(rounded)
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_noise_is_new_at_each_step():
+    for cls, options in BOTH:
+        param = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        optimizer = cls([param], lr=2**-9, state_dtype=torch.float32, stochastic_rounding=True, **options)
+        moved = []
+        for _ in range(3):
+            before = param.detach().clone()
+            param.grad = torch.full_like(param, 0.5)
+            optimizer.step()
+            moved.append(before != param.detach())
+        assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[1], moved[2])
+
+
 # ---------------------------------------------------------------- report
 
 

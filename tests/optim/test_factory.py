@@ -1,10 +1,13 @@
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import trl_ext
 from tests.tiny import tiny_model
 from trl_ext import _compat
 from trl_ext.optim import (
@@ -236,3 +239,18 @@ def test_a_parser_made_after_registering_knows_the_name(registered, tmp_path):
     arguments = ["--optim", "adamp", "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
     (args,) = TrlParser(SFTConfig).parse_args_and_config(arguments)
     assert args.optim == "adamp"
+
+
+def test_recipe_lines_of_the_drop_in_guide(registered, tmp_path):
+    """Read by the parser that alignment-handbook's scripts make."""
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    page = Path(trl_ext.__file__).parents[1] / "docs" / "optimizers.md"
+    lines = re.search(r"### alignment-handbook\n.*?```yaml\n(.*?)```", page.read_text(), re.DOTALL).group(1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(lines + f"dataset_name: none\noutput_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n")
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    _, args, _ = parser.parse_args_and_config(["--config", str(recipe)])
+    optimizer = Trainer(tiny_model(), args).create_optimizer()
+    assert type(optimizer) is AdamP
+    assert [(group["delta"], group["wd_ratio"]) for group in optimizer.param_groups] == [(0.1, 0.1)] * 2

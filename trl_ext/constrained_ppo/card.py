@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..equilibrium.value_heads import EPValueHeads
 from ..model_card import settings_table
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .critic import SeparateCritic, ValueHeads
@@ -40,11 +41,18 @@ _SETTINGS = (
     "kl_coef",
 )
 _OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
+_EQUILIBRIUM = (
+    "critic_head",
+    "critic_hidden_features",
+    "critic_feedback",
+    "critic_feedback_angle",
+    "critic_homeostasis_coef",
+)
 
 
 def run_section(trainer: "ConstrainedPPOTrainer", model_id: str) -> str:
     """[`method_section`] of a trainer as it stands."""
-    kinds = {ValueHeads: "shared", SeparateCritic: "separate"}
+    kinds = {ValueHeads: "shared", EPValueHeads: "shared", SeparateCritic: "separate"}
     return method_section(
         trainer.args,
         trainer.state.log_history,
@@ -85,6 +93,8 @@ def method_section(
     """
     settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
+    if config.critic_head == "equilibrium":
+        settings |= {name: getattr(config, name) for name in _EQUILIBRIUM}
     if config.learns_multipliers:
         settings |= {
             name: getattr(config, name)

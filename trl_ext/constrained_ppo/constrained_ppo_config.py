@@ -5,6 +5,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..optim.factory import check_optim_args, register
+from .critic_settings import check_critic
 from .lagrangian import Constraint, check_constraints
 from .threshold_search_config import ThresholdSearchConfig
 
@@ -149,6 +150,12 @@ class ConstrainedPPOConfig(GRPOConfig):
             ([`EPValueHeads`]).
         critic_hidden_features (`list[int]`, *optional*, defaults to `[64, 64]`):
             Widths of the relaxing layers of equilibrium heads.
+        critic_feedback (`str`, *optional*, defaults to `"symmetric"`):
+            Feedback weights of equilibrium heads: `"symmetric"`, the forward ones transposed, or `"asymmetric"`.
+        critic_feedback_angle (`float`, *optional*, defaults to `0.0`):
+            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
+        critic_homeostasis_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the homeostasis objective, which straightens asymmetric feedback, in the critic's loss.
         critic_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
@@ -240,6 +247,15 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
     critic_hidden_features: list[int] = field(
         default_factory=lambda: [64, 64], metadata={"help": "Widths of the relaxing layers of equilibrium heads."}
+    )
+    critic_feedback: Literal["symmetric", "asymmetric"] = field(
+        default="symmetric", metadata={"help": "Feedback weights of equilibrium heads."}
+    )
+    critic_feedback_angle: float = field(
+        default=0.0, metadata={"help": "Degrees between feedback and transposed forward weights at the start."}
+    )
+    critic_homeostasis_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the homeostasis objective of equilibrium heads."}
     )
     critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
     critic_detach: bool = field(
@@ -356,16 +372,7 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
                 f"{str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another scheduler."
             )
-        if self.critic == "shared" and self.critic_model_name_or_path is not None:
-            raise ValueError(
-                f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: "
-                f"value heads "
-                "on the policy have no backbone of their own."
-            )
-        if self.critic_head not in ("linear", "equilibrium"):
-            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
-        if self.critic_head == "equilibrium" and not all(width >= 1 for width in self.critic_hidden_features or [0]):
-            raise ValueError(f"`critic_hidden_features` must be positive, got {self.critic_hidden_features}.")
+        check_critic(self)
         if self.method == "ppo" and self.constraints:
             others = sorted(set(PRESETS) - {"ppo"})
             raise ValueError(f"`method='ppo'` takes no `constraints`. Remove them, or choose one of {others}.")

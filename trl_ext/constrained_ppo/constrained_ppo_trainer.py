@@ -20,11 +20,11 @@ from .calibration import CalibrationCallback
 from .card import PAPER, run_section
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .controller import RolloutController
-from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss
+from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss, value_heads_of
 from .dashboard import ConstraintDashboardCallback
 from .kl_controller import token_divergence
 from .lagrangian import LagrangeMultipliers
-from .rollout_metrics import mean_divergences, record_critic
+from .rollout_metrics import constant_rewards, mean_divergences, record_critic, record_value_heads
 from .run_state import (
     MULTIPLIERS_FILE,
     STATE_FILE,
@@ -158,7 +158,8 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
         base = self._base_model()
         critic = build_critic(base, len(self.reward_funcs) + 1, self.args, critic_model)
-        add_value_heads(base, critic.to(base.device), self.args.critic_detach)
+        uses_homeostasis = self.args.critic_homeostasis_coef > 0
+        add_value_heads(base, critic.to(base.device), self.args.critic_detach, uses_homeostasis)
         if self.use_vllm:
             keep_from_vllm(self.vllm_generation, f"{VALUE_HEADS}.")
         names = {f"{VALUE_HEADS}.{name}" for name in critic.state_dict()}
@@ -287,12 +288,8 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         if reason is not None:
             self.end_training(reason)
         if training:
-            self._warn_of_constants()
-
-    def _warn_of_constants(self) -> None:
-        for index, name in enumerate(self.reward_func_names):
-            rewards = self._rewards_per_func[:, index]
-            if len(rewards) > 1 and torch.equal(rewards, rewards[:1].expand_as(rewards)):
+            record_value_heads(metrics, value_heads_of(self.critic))
+            for name in constant_rewards(self.reward_func_names, self._rewards_per_func):
                 logger.warning_once(
                     f"The reward {name!r} was the same for every completion of a rollout, so it said nothing about "
                     "their tokens. If it stays so, check the reward function."
@@ -318,6 +315,12 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         errors = (errors * mask.unsqueeze(-1)).sum(dim=(0, 1))
         coefficients = errors.new_tensor([*self.args.vf_coefs(len(self.reward_funcs)), self.args.kl_vf_coef])
         loss = policy_loss + (coefficients * errors).sum() / self._token_normalizer(inputs)
+        homeostasis_loss = recorder.homeostasis_loss()
+        if homeostasis_loss is not None:
+            self._metrics["train"]["ep/homeostasis_loss"].append(homeostasis_loss.item())
+            loss = (
+                loss + self.args.critic_homeostasis_coef * homeostasis_loss / self.current_gradient_accumulation_steps
+            )
         self._check_update(loss.detach(), recorder, values.detach(), errors.detach(), inputs, mask)
         if "episode_rewards" in inputs and self.model.training:
             self._minibatch_dual_step(inputs["episode_rewards"], mask)

@@ -4,7 +4,7 @@ import copy
 import functools
 import types
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._compat import FusedCausalLMOutput
+from ..equilibrium.head import EPHead
+from ..equilibrium.value_heads import EPValueHeads
 from .constrained_ppo_config import ConstrainedPPOConfig
 
 
@@ -26,9 +28,12 @@ class ValuedCausalLMOutput(FusedCausalLMOutput):
     Attributes:
         state_values (`torch.Tensor` of shape `(B, T-1, K+1)`, float32):
             Value of the state before each next token, for each reward and, last, the KL.
+        homeostasis_loss (`torch.Tensor` of shape `(1,)`, float32, *optional*):
+            Homeostasis objective of equilibrium heads, in training and where it has a weight.
     """
 
     state_values: torch.Tensor | None = None
+    homeostasis_loss: torch.Tensor | None = None
 
 
 class ValueHeads(nn.Module):
@@ -93,13 +98,21 @@ class SeparateCritic(nn.Module):
         return self.heads(output.last_hidden_state)
 
 
+def value_heads_of(critic: nn.Module) -> nn.Module:
+    """The module of a critic that maps hidden states to values: a shared critic itself, or a separate one's heads."""
+    return critic.heads if isinstance(critic, SeparateCritic) else critic
+
+
 def build_value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
-    """The heads that `critic_head` names, for hidden states of a width."""
+    """The heads that `critic_head` names, for hidden states of a width; the same on all processes."""
     if args.critic_head == "linear":
         return ValueHeads(hidden_size, num_heads)
-    from ..equilibrium.value_heads import EPValueHeads
-
-    return EPValueHeads(hidden_size, num_heads, args.critic_hidden_features)
+    heads = EPValueHeads(
+        hidden_size, num_heads, args.critic_hidden_features, args.critic_feedback, args.critic_feedback_angle
+    )
+    # TRL seeds every process differently, and `fully_shard` would put a weight together from several draws
+    heads.reset_parameters(torch.Generator().manual_seed(args.seed))
+    return heads
 
 
 def build_critic(
@@ -161,6 +174,13 @@ def build_critic(
             f"`critic_model` maps hidden states `(1, 2, {hidden_size})` to {found}; it must give {wanted}: one value "
             f"for each of the {num_heads - 1} rewards and one for the KL."
         )
+    is_asymmetric = isinstance(critic_model, EPHead) and critic_model.feedback == "asymmetric"
+    if args.critic_homeostasis_coef > 0 and not is_asymmetric:
+        raise ValueError(
+            f"`critic_homeostasis_coef={args.critic_homeostasis_coef}` needs feedback weights, and `critic_model`, a "
+            f"`{type(critic_model).__name__}`, has none. Leave it at 0, or give an `EPHead` with "
+            "`feedback='asymmetric'`."
+        )
     return critic_model
 
 
@@ -199,7 +219,9 @@ def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path:
     return SeparateCritic(backbone, num_heads)
 
 
-def add_value_heads(model: PreTrainedModel, critic: nn.Module, detach: bool = False) -> None:
+def add_value_heads(
+    model: PreTrainedModel, critic: nn.Module, detach: bool = False, homeostasis: bool = False
+) -> None:
     """
     Attaches a critic as `model.value_heads` and adds its values to the output of TRL's fused head, in the same
     forward, when it is called with `with_values=True`.
@@ -211,6 +233,8 @@ def add_value_heads(model: PreTrainedModel, critic: nn.Module, detach: bool = Fa
             [`SeparateCritic`], or a module from hidden states `(B, T, H)` to values `(B, T, K+1)`.
         detach (`bool`, *optional*, defaults to `False`):
             Whether the critic's gradient stops at the policy's backbone.
+        homeostasis (`bool`, *optional*, defaults to `False`):
+            Whether the output has the homeostasis objective of equilibrium heads, in training.
     """
     fused_forward = model.forward
     model.add_module(VALUE_HEADS, critic)
@@ -233,7 +257,11 @@ def add_value_heads(model: PreTrainedModel, critic: nn.Module, detach: bool = Fa
             hidden = kept[0][:, :-1]
             values = module(hidden.detach() if detach else hidden)
         own = {f.name: getattr(output, f.name) for f in fields(FusedCausalLMOutput)}
-        return ValuedCausalLMOutput(**own, state_values=values)
+        output = ValuedCausalLMOutput(**own, state_values=values)
+        if homeostasis and self.training and torch.is_grad_enabled():
+            # Here, within the forward that an engine gathers weights for
+            output.homeostasis_loss = cast(EPHead, value_heads_of(module)).homeostasis_loss().reshape(1)
+        return output
 
     model.forward = types.MethodType(forward, model)
 
@@ -251,11 +279,14 @@ class ValueRecorder:
         self.model = model
         self._values: list[torch.Tensor] = []
         self._log_probs: list[torch.Tensor] = []
+        self._homeostasis: list[torch.Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, with_values=True, **kwargs)
         self._values.append(output.state_values)
         self._log_probs.append(output.log_probs)
+        if output.homeostasis_loss is not None:
+            self._homeostasis.append(output.homeostasis_loss)
         return output
 
     def values(self, length: int) -> torch.Tensor:
@@ -265,6 +296,10 @@ class ValueRecorder:
     def log_probs(self, length: int) -> torch.Tensor:
         """Log-probabilities of the last `length` tokens, `(B, length)`."""
         return torch.cat([log_probs[:, -length:] for log_probs in self._log_probs])
+
+    def homeostasis_loss(self) -> torch.Tensor | None:
+        """The homeostasis objective, scalar, or `None` where no call gave it."""
+        return torch.cat(self._homeostasis).mean() if self._homeostasis else None
 
 
 def clipped_value_loss(

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
+from ..equilibrium.head import EPHead
 from .iterates import IterateStatistics
 from .lagrangian import LagrangeMultipliers
 
@@ -110,3 +112,40 @@ def record_critic(
         for metric, row in zip(("loss", "value", "return"), means, strict=True):
             metrics[f"critic/{name}/{metric}"].append(row[index])
     return totals[streams.numel() :].tolist()
+
+
+def record_value_heads(metrics: Metrics, heads: nn.Module) -> None:
+    """
+    Records how equilibrium heads relaxed, and the asymmetry of their feedback. Nothing for other heads. All processes
+    must call it.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Metrics of the mode, added to.
+        heads (`torch.nn.Module`):
+            Value heads, sharded or not.
+    """
+    if not isinstance(heads, EPHead):
+        return
+    from ..equilibrium.head_access import gathered_asymmetry
+
+    for name, value in heads.metrics().items():
+        # A count so far, of which only the last is of interest
+        metrics[name] = [value] if "num_" in name else [*metrics[name], value]
+    if heads.feedback == "asymmetric":
+        for name, value in gathered_asymmetry(heads).items():
+            metrics[name].append(value)
+
+
+def constant_rewards(names: Sequence[str], rewards: torch.Tensor) -> list[str]:
+    """
+    Names of the rewards that were the same for all completions, if there are several.
+
+    Args:
+        names (`Sequence[str]`):
+            Names of the rewards.
+        rewards (`torch.Tensor` of shape `(N, K)`):
+            Rewards of a rollout.
+    """
+    same = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
+    return [name for name, is_same in zip(names, same, strict=False) if is_same]

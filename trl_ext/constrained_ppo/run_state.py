@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from .._compat import gathered_state_dict
-from .critic import SeparateCritic, ValueHeads
+from ..equilibrium.value_heads import EPValueHeads
+from .critic import SeparateCritic, ValueHeads, value_heads_of
 
 
 CRITIC_FILE = "critic.safetensors"
@@ -43,6 +44,9 @@ def save_critic(critic: nn.Module, folder: Path, reward_names: list[str], write:
         metadata = {"rewards": json.dumps(reward_names)}
         if isinstance(critic, SeparateCritic):
             metadata["backbone"] = json.dumps(critic.backbone.config.to_dict(), default=str)
+        heads = value_heads_of(critic)
+        if isinstance(heads, EPValueHeads):
+            metadata["heads"] = json.dumps(heads.settings())
         save_file(state, folder / CRITIC_FILE, metadata=metadata)
 
 
@@ -55,8 +59,8 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
             Folder or Hub id of the policy.
 
     Returns:
-        [`ValueHeads`], to be called with the policy's last hidden states, or [`SeparateCritic`], to be called with
-        token ids and their attention mask. In evaluation mode, float32.
+        [`ValueHeads`] or [`EPValueHeads`], to be called with the policy's last hidden states, or [`SeparateCritic`],
+        to be called with token ids and their attention mask. In evaluation mode, float32.
 
     Raises:
         ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it.
@@ -66,10 +70,14 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
         metadata = file.metadata() or {}
     state = load_file(path)
     critic: nn.Module
+    heads = EPValueHeads(**json.loads(metadata["heads"])) if "heads" in metadata else None
     if "backbone" in metadata:
         config = json.loads(metadata["backbone"])
         backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-        critic = SeparateCritic(backbone.float(), len(state["heads.bias"]))
+        num_heads = len(json.loads(metadata["rewards"])) + 1
+        critic = SeparateCritic(backbone.float(), num_heads, heads)
+    elif heads is not None:
+        critic = heads
     elif state.keys() == {"weight", "bias"}:
         critic = ValueHeads(state["weight"].size(1), state["weight"].size(0))
     else:

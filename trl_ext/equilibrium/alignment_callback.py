@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from .head_access import active_head, equilibrium_model
-from .modeling import last_token_states
+from .pooling import pooled_states
 
 
 class EPAlignmentCallback(TrainerCallback):
@@ -70,12 +70,13 @@ class EPAlignmentCallback(TrainerCallback):
         batch = {name: tensor.to(model.device) for name, tensor in self.trainer.data_collator(examples).items()}
         training = model.training
         with torch.no_grad():
-            states = model.eval().model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        pooled = last_token_states(states, batch["input_ids"], model.config.get_text_config().pad_token_id).float()
+            outputs = model.eval().model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        pad_token_id = model.config.get_text_config().pad_token_id
+        pooled = pooled_states(outputs, model.pooling, batch["input_ids"], batch["attention_mask"], pad_token_id)
         asymmetry = head.asymmetry()
         self.history.append({
             "step": step,
-            "cosines": head.alignment(pooled),
+            "cosines": head.alignment(pooled.float()),
             "symmetry": asymmetry["ep/symmetry"],
             "weight_angle": asymmetry["ep/weight_angle"],
         })  # fmt: skip

@@ -39,6 +39,8 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id
     if config.feedback == "symmetric":
         unused |= {"feedback_angle", "correction"}
     settings: dict[str, object] = {name: getattr(config, name) for name in HEAD_FIELDS if name not in unused}
+    if config.pooling is not None:
+        settings["pooling"] = config.pooling
     if config.feedback == "asymmetric":
         settings["homeostasis_coef"] = config.homeostasis_coef
     parts = ["### Equilibrium-propagation head", settings_table(settings)]

@@ -5,6 +5,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .feedback import check_homeostasis
+from .pooling import PoolingName, check_pooling
+
 
 # Fields of `EPConfig` that are arguments of `EPHead` under the same name
 HEAD_FIELDS = (
@@ -23,22 +26,6 @@ HEAD_FIELDS = (
 )
 
 
-def check_homeostasis(homeostasis_coef: float, feedback: str) -> None:
-    """
-    Refuses a weight of the homeostasis objective that cannot be used.
-
-    Raises:
-        ValueError: If it is negative, or above 0 with symmetric feedback.
-    """
-    if not homeostasis_coef >= 0:
-        raise ValueError(f"`homeostasis_coef` must not be negative, got {homeostasis_coef}.")
-    if homeostasis_coef > 0 and feedback == "symmetric":
-        raise ValueError(
-            f"`homeostasis_coef={homeostasis_coef}` has nothing to do where `feedback='symmetric'`. Leave it at 0, or "
-            "use `feedback='asymmetric'`."
-        )
-
-
 class EPConfig(PreTrainedConfig):
     r"""
     Configuration of [`EPModelForSequenceClassification`].
@@ -51,7 +38,7 @@ class EPConfig(PreTrainedConfig):
         feedback (`str`, *optional*, defaults to `"symmetric"`):
             Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
         feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 90.
+            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
         activation (`str`, *optional*, defaults to `"tanh"`):
             `"tanh"`, `"dsilu"` or `"sigmoid"`.
         estimator (`str`, *optional*, defaults to `"holomorphic"`):
@@ -70,11 +57,16 @@ class EPConfig(PreTrainedConfig):
             Sweeps at most.
         spectral_cap (`float`, *optional*):
             Bound on the spectral norm of every recurrent block.
+        pooling (`str`, *optional*):
+            State that the head reads: `"last"` or `"first"`, of the last or first token that is not padding; `"mean"`,
+            of all such tokens; `"pooler"`, of an encoder's own pooler, as BERT's classifier. Defaults to `"last"` for
+            decoders and, for encoders, to their `classifier_pooling`, as of ModernBERT, or `"first"`.
         homeostasis_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the Jacobian homeostasis objective in the loss.
 
     Raises:
-        ValueError: If `text_config` is missing, or `homeostasis_coef` is negative or has symmetric feedback.
+        ValueError: If `text_config` is missing, `pooling` is unknown, or `homeostasis_coef` is negative or has
+            symmetric feedback.
 
     Example:
 
@@ -104,6 +96,7 @@ class EPConfig(PreTrainedConfig):
     tolerance: float = 1e-4
     max_steps: int = 100
     spectral_cap: float | None = None
+    pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any):
@@ -113,6 +106,7 @@ class EPConfig(PreTrainedConfig):
             self.hidden_features = [256, 256]
         elif not isinstance(self.hidden_features, int):
             self.hidden_features = list(self.hidden_features)
+        check_pooling(self.pooling)
         check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
 

@@ -2,6 +2,8 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
+from .feedback import check_homeostasis
+
 
 @dataclass
 class EPRewardConfig(RewardConfig):
@@ -25,10 +27,10 @@ class EPRewardConfig(RewardConfig):
 
 def check_homeostasis_coef(value: float | None) -> None:
     """
-    Refuses a negative weight.
+    Refuses a weight that no feedback can use; `None` is the model's own.
 
     Raises:
-        ValueError: If it is negative, or no number.
+        ValueError: If it is negative or not finite.
     """
-    if value is not None and not value >= 0:
-        raise ValueError(f"`homeostasis_coef` must not be negative, got {value}.")
+    if value is not None:
+        check_homeostasis(value, "asymmetric")

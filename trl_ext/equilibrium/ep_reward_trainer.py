@@ -6,7 +6,7 @@ from trl import RewardTrainer
 
 from .card import CITATION, method_section, write_card
 from .ep_reward_config import EPRewardConfig
-from .head_access import HeadMetrics, equilibrium_model, use_homeostasis_coef
+from .head_access import HeadMetrics, active_head, equilibrium_model, restore_float32, use_homeostasis_coef
 from .modeling import EPModelForSequenceClassification
 
 
@@ -66,6 +66,8 @@ class EPRewardTrainer(RewardTrainer):
             args.model_init_kwargs = None
         use_homeostasis_coef(equilibrium_model(model), args.homeostasis_coef)
         super().__init__(model=model, args=args, **kwargs)
+        # TRL casts all that trains on a quantized backbone to bf16
+        restore_float32(active_head(self.model))
         self._head_metrics = HeadMetrics(self)
 
     def compute_loss(

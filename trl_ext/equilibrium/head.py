@@ -3,19 +3,19 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from .equilibrium_function import EquilibriumSettings, RelaxationStatistics, equilibrium
+from .feedback import FeedbackName, check_feedback
 from .gradient import CorrectionName, Estimator, EstimatorName, layer_cosines
 from .homeostasis import homeostasis_loss, symmetry_measure, weight_angle
 from .network import ACTIVATIONS, ActivationName, LayeredNetwork
 from .spectral_cap import SUBSPACE_SIZE, cap_singular_values
 
 
-FeedbackName = Literal["symmetric", "asymmetric"]
 INITIAL_GAIN = 0.5
 
 
@@ -133,7 +133,7 @@ class EPHead(nn.Module):
         for name, values in {**widths, "out_features": [self.out_features]}.items():
             if not values or any(not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
-        choices = {"feedback": FeedbackName, "estimator": EstimatorName, "correction": CorrectionName}
+        choices = {"estimator": EstimatorName, "correction": CorrectionName}
         if self.activation not in ACTIVATIONS:
             reason = ""
             if self.estimator == "holomorphic":
@@ -148,13 +148,7 @@ class EPHead(nn.Module):
         for name in ("num_points", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.feedback_angle <= 180:
-            raise ValueError(f"`feedback_angle` must be from 0 to 180 degrees, got {self.feedback_angle}.")
-        if self.feedback == "symmetric" and self.feedback_angle != 0:
-            raise ValueError(
-                f"`feedback_angle` is {self.feedback_angle} but `feedback` is 'symmetric', which has an angle of 0 "
-                "throughout. Set `feedback='asymmetric'`."
-            )
+        check_feedback(self.feedback, self.feedback_angle)
         if self.spectral_cap is not None and not self.spectral_cap > 0:
             raise ValueError(f"`spectral_cap` must be positive or None, got {self.spectral_cap}.")
 

@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from .._compat import gathered_state_dict
-from .configuration import check_homeostasis
+from .feedback import check_homeostasis
 from .head import EPHead
 from .modeling import EPModelForSequenceClassification
 
@@ -39,6 +39,12 @@ def active_head(model: nn.Module) -> EPHead:
     """The head that runs: under PEFT's `modules_to_save=["score"]`, the active adapter's copy."""
     score: Any = equilibrium_model(model).score
     return score if isinstance(score, EPHead) else score.modules_to_save[score.active_adapter]
+
+
+def restore_float32(head: EPHead) -> None:
+    """Casts a head in half precision to float32, in which it relaxes; one in float32 or float64 stays as it is."""
+    if head.input_weight.dtype in (torch.float16, torch.bfloat16):
+        head.float()
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:

@@ -19,11 +19,15 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from .configuration import HEAD_FIELDS, EPConfig
 from .head import EPHead
+from .pooling import PoolingName, default_pooling, pooled_states, remove_unused_pooler
+from .pooling import last_token_states as last_token_states
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token",
                 "trust_remote_code")  # fmt: skip
-_CONFIG_FIELDS = (*HEAD_FIELDS, "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
+# What quantized models of transformers carry, which trainers and PEFT ask for
+_QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_CONFIG_FIELDS = (*HEAD_FIELDS, "pooling", "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
 
 
 @dataclass
@@ -39,39 +43,10 @@ class EPSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     homeostasis_loss: torch.Tensor | None = None
 
 
-def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
-    """
-    The state of the last token of each row that is not padding, left or right, as transformers' classifiers pool.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(B, T, H)`):
-            States.
-        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Tokens. Without them the last position counts.
-        pad_token_id (`int`, *optional*):
-            Padding token.
-
-    Returns:
-        `torch.Tensor` of shape `(B, H)`.
-
-    Raises:
-        ValueError: If there are several rows and no padding token.
-    """
-    rows = torch.arange(len(hidden), device=hidden.device)
-    if pad_token_id is None and len(hidden) > 1:
-        raise ValueError(
-            f"A batch of {len(hidden)} rows needs a padding token. Set `model.config.get_text_config().pad_token_id`."
-        )
-    if pad_token_id is None or input_ids is None:
-        return hidden[:, -1]
-    kept = (input_ids != pad_token_id).to(hidden.device, torch.int32)
-    positions = torch.arange(input_ids.size(1), device=hidden.device, dtype=torch.int32)
-    return hidden[rows, (positions * kept).argmax(-1)]
-
-
 class EPModelForSequenceClassification(PreTrainedModel):
     """
-    Any backbone with an [`EPHead`] named `score` on its last token's state (https://huggingface.co/papers/2309.02214).
+    Any backbone with an [`EPHead`] named `score` on its pooled state (https://huggingface.co/papers/2309.02214): that
+    of the last token that is not padding, or for encoders such as BERT of the first, see `pooling` of [`EPConfig`].
 
     Classification, regression and several labels at once, as `problem_type` says, and reward models with
     `num_labels=1`. Saved and loaded as any model of transformers;
@@ -85,7 +60,8 @@ class EPModelForSequenceClassification(PreTrainedModel):
 
     Raises:
         TypeError: If `config` is not an [`EPConfig`].
-        ValueError: If an argument of the head is wrong, or the backbone has an encoder and a decoder.
+        ValueError: If an argument of the head is wrong, the backbone has an encoder and a decoder, or `pooling` asks
+            for a pooler and it has none.
 
     Example:
 
@@ -123,6 +99,8 @@ class EPModelForSequenceClassification(PreTrainedModel):
             )
         self.num_labels = config.num_labels
         self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
+        self.pooling: PoolingName = config.pooling or default_pooling(config.get_text_config())
+        remove_unused_pooler(self.model, self.pooling)
         hidden_size = config.get_text_config().hidden_size
         self.score = EPHead(hidden_size, out_features=self.num_labels, **config.head_settings())
         self._backward_passes: Counter[str] = Counter()
@@ -193,7 +171,13 @@ class EPModelForSequenceClassification(PreTrainedModel):
         config = EPConfig(text_config=backbone.config, dtype=backbone.dtype, **implementations, **settings)
         # Where trainers look for the tokenizer, and model cards for the name of the base model
         config.name_or_path = str(name)
-        return cls(config, backbone=backbone).to(backbone.device).eval()
+        model = cls(config, backbone=backbone).to(backbone.device).eval()
+        if getattr(backbone, "is_quantized", False):
+            config.quantization_config = backbone.config.quantization_config
+            for name in _QUANTIZATION:
+                if hasattr(backbone, name):
+                    setattr(model, name, getattr(backbone, name))
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, EPHead):
@@ -244,7 +228,8 @@ class EPModelForSequenceClassification(PreTrainedModel):
                  "use_cache": use_cache}  # fmt: skip
         kwargs |= {name: value for name, value in given.items() if value is not None}
         outputs = self.model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
-        pooled = last_token_states(outputs.last_hidden_state, input_ids, self.config.get_text_config().pad_token_id)
+        pad_token_id = self.config.get_text_config().pad_token_id
+        pooled = pooled_states(outputs, self.pooling, input_ids, attention_mask, pad_token_id)
         logits, homeostasis_loss = self._score(pooled)
         loss = None
         if labels is not None:

@@ -1,9 +1,11 @@
 """Value heads of a critic that relax to a fixed point."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from .feedback import FeedbackName
 from .head import EPHead
 
 
@@ -22,15 +24,39 @@ class EPValueHeads(EPHead):
         num_heads (`int`):
             Number of streams: rewards, and one for the KL.
         hidden_features (`int` or `list[int]`, *optional*, defaults to `(64, 64)`):
-            Widths of the relaxing layers. Feedback is symmetric, and its spectral norm is bounded by 0.9, so that
+            Widths of the relaxing layers. The spectral norm of the weights between them is bounded by 0.9, so that
             relaxation always converges.
+        feedback (`str`, *optional*, defaults to `"symmetric"`):
+            Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
+        feedback_angle (`float`, *optional*, defaults to `0.0`):
+            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
 
     Raises:
-        ValueError: If a width is not positive.
+        ValueError: If a width is not positive, or the feedback is wrong.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, hidden_features: int | Sequence[int] = (64, 64)):
-        super().__init__(hidden_size, hidden_features, num_heads, spectral_cap=SPECTRAL_CAP)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        hidden_features: int | Sequence[int] = (64, 64),
+        feedback: FeedbackName = "symmetric",
+        feedback_angle: float = 0.0,
+    ):
+        super().__init__(
+            hidden_size, hidden_features, num_heads, feedback=feedback, feedback_angle=feedback_angle,
+            spectral_cap=SPECTRAL_CAP,
+        )  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments that build heads of the same shape, as JSON can hold them."""
+        return {
+            "hidden_size": self.in_features,
+            "num_heads": self.out_features,
+            "hidden_features": self.hidden_features,
+            "feedback": self.feedback,
+            "feedback_angle": self.feedback_angle,
+        }
 
     def initial_parameters(self, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """As [`EPHead.initial_parameters`], with a readout of zero."""

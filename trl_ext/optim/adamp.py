@@ -7,6 +7,7 @@ import numpy
 import torch
 
 from . import cpu_kernels
+from .kernel_batches import Range, Stretches, is_of_one_dtype, kernel_batches, wants_kernel
 from .projected_optimizer import GROUP_KEY, MAX_KEPT_UPDATE, ProjectedOptimizer
 from .projection import find_view, project_
 from .weight import Block, LocalTensor, Weight
@@ -62,7 +63,7 @@ class AdamP(ProjectedOptimizer):
             small gradients from vanishing in the second moment, and the arithmetic is float32.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Whether bfloat16 parameters are rounded at random, so that updates below half a unit in the last place
-            count on average. Under DDP each process must have the same random state.
+            count on average. The random numbers follow from the number of the step, so that replicas round alike.
         on_unknown_shards (`str`, *optional*, defaults to `"raise"`):
             What to do where the layout of sharded parameters can't be read: `"raise"`, or `"adamw"` to go on without
             projection.
@@ -187,7 +188,7 @@ class AdamP(ProjectedOptimizer):
         if self._has_kernel(block.local):
             # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes minus the update
             out.zero_()
-            self._fused_adamw([(block.local, out, block.grad, exp_avg, exp_avg_sq)], lr=1.0, weight_decay=0.0)
+            self._fused_adamw([(block.local, [out, block.grad, exp_avg, exp_avg_sq])], lr=1.0, weight_decay=0.0)
             return
         grad = block.grad.to(out.dtype)
         grad = -grad if group["maximize"] else grad
@@ -225,31 +226,14 @@ class AdamP(ProjectedOptimizer):
 
     def _has_kernel(self, local: LocalTensor) -> bool:
         """Whether the stock fused kernel can take a tensor."""
-        tensors = (local.flat, local.grad, *local.moments)
-        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-        group = local.group
-        return (
-            group["fused"] is not False
-            and not group["foreach"]
-            and not group["nesterov"]
-            and local.flat.device.type in ("cpu", "cuda")
-            and dtypes <= {local.compute_dtype}
-        )
+        return wants_kernel(local) and not local.group["nesterov"] and is_of_one_dtype(local)
 
-    def _fused_adamw(
-        self,
-        tensors: Sequence[tuple[LocalTensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-        **options: Any,
-    ) -> None:
+    def _fused_adamw(self, batch: Sequence[Stretches], **options: Any) -> None:
         """Runs the stock kernel on tensors of one group, device and dtype."""
-        group = tensors[0][0].group
+        group = batch[0][0].group
+        params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*(tensors for _, tensors in batch), strict=True))
         torch._fused_adamw_(
-            [param for _, param, *_ in tensors],
-            [grad for _, _, grad, *_ in tensors],
-            [exp_avg for *_, exp_avg, _ in tensors],
-            [exp_avg_sq for *_, exp_avg_sq in tensors],
-            [],
-            [self._step_tensor(local) for local, *_ in tensors],
+            params, grads, exp_avgs, exp_avg_sqs, [], [self._step_tensor(local) for local, _ in batch],
             lr=options["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=options["weight_decay"],
             eps=group["eps"], amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
@@ -272,24 +256,9 @@ class AdamP(ProjectedOptimizer):
             self._step_tensors[device] = (local.step, torch.full((), float(local.step), device=device))
         return self._step_tensors[device][1]
 
-    def _plain_in_one_kernel(
-        self, ranges: Sequence[tuple[LocalTensor, int, int]]
-    ) -> Sequence[tuple[LocalTensor, int, int]]:
-        batches: dict[
-            tuple[Any, ...], list[tuple[LocalTensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
-        ] = {}
-        rest = []
-        for local, start, stop in ranges:
-            if self._has_kernel(local):
-                assert local.grad is not None
-                exp_avg, exp_avg_sq = local.moments
-                tensors = (local.flat, local.grad, exp_avg, exp_avg_sq)
-                param, grad, first, second = (tensor[start:stop] for tensor in tensors)
-                key = (id(local.group), local.flat.device, local.flat.dtype)
-                batches.setdefault(key, []).append((local, param, grad, first, second))
-            else:
-                rest.append((local, start, stop))
-        for batch in batches.values():
+    def _plain_in_one_kernel(self, ranges: Sequence[Range]) -> Sequence[Range]:
+        batches, rest = kernel_batches(ranges, self._has_kernel)
+        for batch in batches:
             group = batch[0][0].group
             self._fused_adamw(batch, lr=group["lr"], weight_decay=self._rounded_decay(group, batch[0][0].flat.dtype))
         return rest

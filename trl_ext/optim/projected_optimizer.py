@@ -12,7 +12,7 @@ from .known_views import known_view
 from .memory import has_order_of, is_flat, local_part, memory
 from .projection import is_scale_invariant, threshold
 from .report import ProjectionCounts, report
-from .rounding import copy_rounded_
+from .rounding import RoundingNoise, copy_rounded_
 from .shards import Original, Shard, UnknownShardsError, read_shards
 from .weight import Block, LocalTensor, Weight, layer_dots, plain_blocks
 
@@ -66,6 +66,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
         self._step_tensors: dict[torch.device, tuple[int, torch.Tensor]] = {}
+        self._noise = RoundingNoise()
         self.projection_counts = ProjectionCounts()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,8 +177,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _take_step(self) -> None:
         locals_, single = self._local_tensors()
         self._single_tensor_steps(single)
-        weights = list(self._weights(locals_))
-        candidates = self._candidates(weights)
+        self._noise.restart(locals_)
+        candidates = self._candidates(list(self._weights(locals_)))
         for weight in candidates:
             self._measure(weight)
             if not weight.shard.borders:
@@ -383,7 +384,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         else:
             value.add_(displacement, alpha=lr)
         if value is not flat:
-            copy_rounded_(flat, value, group["stochastic_rounding"])
+            copy_rounded_(flat, value, group["stochastic_rounding"], self._noise.on(flat.device))
 
     def _keep(self, local: LocalTensor, ratio: float) -> Any:
         """The share of a weight that weight decay leaves."""
@@ -432,7 +433,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 delta, eps = local.group["delta"], local.group["eps"]
                 for view in ("channel", "layer"):
                     assert local.grad is not None
-                    tested.append((local, view, is_scale_invariant(local.param, local.grad, view, delta, eps)))
+                    tested.append((local, view, is_scale_invariant(local.flat, local.grad, view, delta, eps)))
         answers = _read([answer for _, _, answer in tested])
         for (local, view, _), answer in zip(tested, answers, strict=True):
             if views.get(id(local)) is None:

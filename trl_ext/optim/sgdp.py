@@ -1,9 +1,11 @@
 """SGDP (https://huggingface.co/papers/2006.08217, algorithm 1)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .kernel_batches import Range, is_of_one_dtype, kernel_batches, wants_kernel
 from .projected_optimizer import ProjectedOptimizer
 from .projection import find_view, project_
 from .weight import Block, LocalTensor
@@ -37,7 +39,9 @@ class SGDP(ProjectedOptimizer):
             Whether the projection also changes the stored momentum, as the official package does without Nesterov's
             momentum and the paper's algorithm does not. With `nesterov=True` it has no effect, there as here.
         foreach, fused (`bool`, *optional*):
-            Both `False`: the reference, one tensor at a time, equal to the authors' package to the last bit.
+            Which kernels update weights that are not projected: by default torch's fused SGD, where there is momentum
+            and one dtype. Both `False`: the reference, one tensor at a time, equal to the authors' package to the last
+            bit.
         maximize, capturable, differentiable, projection, state_dtype, stochastic_rounding, on_unknown_shards:
             As in [`AdamP`].
 
@@ -112,6 +116,26 @@ class SGDP(ProjectedOptimizer):
         group, momentum = block.local.group, block.moments[0]
         if group["project_momentum"] and not group["nesterov"]:
             momentum.view(weight.shape).sub_(weight * coefficient)
+
+    def _has_kernel(self, local: LocalTensor) -> bool:
+        """Whether torch's fused SGD can take a tensor; it has no buffer without momentum."""
+        can = wants_kernel(local) and is_of_one_dtype(local)
+        return can and local.group["momentum"] != 0 and not isinstance(local.group["lr"], torch.Tensor)
+
+    def _plain_in_one_kernel(self, ranges: Sequence[Range]) -> Sequence[Range]:
+        batches, rest = kernel_batches(ranges, self._has_kernel)
+        for batch in batches:
+            local = batch[0][0]
+            group, keep = local.group, self._keep(local, 1.0)
+            params, grads, momenta = map(list, zip(*(tensors for _, tensors in batch), strict=True))
+            if keep != 1:
+                torch._foreach_mul_(params, keep)
+            torch._fused_sgd_(
+                params, grads, momenta, weight_decay=0.0, momentum=group["momentum"], lr=group["lr"],
+                dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+                is_first_step=False,
+            )  # fmt: skip
+        return rest
 
     def _single_tensor(self, local: LocalTensor, view: str | None) -> str | None:
         assert local.grad is not None

@@ -133,7 +133,8 @@ def _unknown(param: torch.Tensor, found: str) -> UnknownShardsError:
     return UnknownShardsError(
         f"The optimizer was handed {found}: a {type(param).__name__} of shape {tuple(param.shape)} and dtype "
         f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant ones can't be found. Known "
-        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and FSDP2 sharded on the first dimension. Pass "
+        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and distributed tensors that FSDP2 or tensor "
+        "parallelism cuts, not both, on the first dimension. Pass "
         '`on_unknown_shards="adamw"` to go on without projection, as AdamW does.'
     )
 
@@ -164,7 +165,8 @@ def _overlap(index: int, shape: tuple[int, ...], start: int, size: int, rank: in
 
 def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
     shape, mesh = tuple(param.shape), param.device_mesh
-    cut = [dim for dim, placement in enumerate(param.placements) if not isinstance(placement, Replicate)]
+    placements = [(dim, placement) for dim, placement in enumerate(param.placements) if mesh.size(dim) > 1]
+    cut = [dim for dim, placement in placements if not isinstance(placement, Replicate)]
     local = param.to_local()
     if not cut:
         return Shard(place, shape, 0, 0, param.numel())

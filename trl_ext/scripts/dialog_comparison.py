@@ -13,21 +13,11 @@ python -m trl_ext.scripts.dialog_comparison --config recipes/constrained_ppo/dai
 
 import json
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .method_comparison import (
-    ComparisonArguments,
-    Task,
-    alone,
-    first_runs,
-    later_runs,
-    proxy_points,
-    read_finished,
-    run_all,
-)
+from .method_comparison import ComparisonArguments, Task, alone, compare, read_finished
 
 
 if TYPE_CHECKING:
@@ -120,27 +110,6 @@ def normalise(folder: Path, reward_names: list[str]) -> list[dict[str, Any]]:
     return results
 
 
-def report(results: list[dict], task: Task, arguments: Any, folder: Path, seconds: float) -> str:
-    """Writes pictures and tables; returns the tables, Markdown."""
-    from .method_comparison_report import (
-        compute_used,
-        draw_methods,
-        draw_overoptimization,
-        method_table,
-        paired_differences,
-    )
-
-    draw_overoptimization(
-        results, {name: alone(name) for name in task.reward_names}, folder / "overoptimization.png", "score"
-    )
-    draw_methods(results, folder / "methods.png", "evaluation score")
-    tables = [method_table(results, task.reward_names), paired_differences(results, "ppo")]
-    tables.append(f"{compute_used(results, arguments.num_processes)} This call took {seconds / 60:.1f} minutes.")
-    text = "\n\n".join(tables)
-    (folder / "dialog_comparison.md").write_text(text + "\n")
-    return text
-
-
 def main(training_args: Any, arguments: DialogArguments) -> None:
     """Runs what is missing and writes the report into the experiment's folder."""
     from .prepare_dialog import prepare
@@ -148,16 +117,9 @@ def main(training_args: Any, arguments: DialogArguments) -> None:
 
     if arguments.dialog_dir is None:
         raise RecipeError("`dialog_dir` is missing. Name the folder of XDailyDialog's English files.")
-    folder, start = Path(arguments.experiment_dir), time.monotonic()
+    folder = Path(arguments.experiment_dir)
     prepare(arguments.dialog_dir, folder, arguments.policy_steps)
-    task = dialog_task(arguments)
-    run_all(dialog_task, arguments, training_args, first_runs(task, training_args, arguments), folder)
-    results = normalise(folder, task.reward_names)
-    thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
-    (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
-    later = later_runs(task, training_args, arguments, thresholds, results)
-    results = run_all(dialog_task, arguments, training_args, later, folder)
-    report(results, task, arguments, folder, time.monotonic() - start)
+    compare(dialog_task, arguments, training_args, folder, "evaluation score", normalise)
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":

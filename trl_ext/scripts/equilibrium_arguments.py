@@ -37,6 +37,9 @@ class EPHeadArguments:
             Sweeps at most.
         head_spectral_cap (`float`, *optional*):
             Bound on the spectral norm of every recurrent block.
+        pooling (`str`, *optional*):
+            State that the head reads: `"last"`, `"first"`, `"mean"` or `"pooler"`. Defaults to the last token's for
+            decoders and, for encoders, to what their configuration says or the first token's.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether only the head trains.
         show_alignment (`int`, *optional*, defaults to `0`):
@@ -70,6 +73,9 @@ class EPHeadArguments:
     head_spectral_cap: float | None = field(
         default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
     )
+    pooling: Literal["last", "first", "mean", "pooler"] | None = field(
+        default=None, metadata={"help": "State that the head reads: 'last', 'first', 'mean' or 'pooler'."}
+    )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
     show_alignment: int = field(
         default=0, metadata={"help": "Evaluation examples on which the gradient is compared with the exact one."}
@@ -94,7 +100,7 @@ def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> No
     Raises:
         RecipeError: If an argument of the head is wrong.
     """
-    from ..equilibrium.configuration import check_homeostasis
+    from ..equilibrium.feedback import check_homeostasis
     from ..equilibrium.head import EPHead
     from .strict_parser import RecipeError
 
@@ -137,7 +143,11 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
         **(getattr(training_args, "model_init_kwargs", None) or {}),
     }
     model = EPModelForSequenceClassification.from_pretrained(
-        resolve_model(model_args.model_name_or_path), **options, **head_args.head_settings(), **settings
+        resolve_model(model_args.model_name_or_path),
+        **options,
+        **head_args.head_settings(),
+        **settings,
+        pooling=head_args.pooling,
     )
     if head_args.freeze_backbone:
         model.model.requires_grad_(False)

@@ -352,6 +352,51 @@ def run_all(
     return finished
 
 
+def compare(
+    make_task: Callable[[Any], Task],
+    arguments: Any,
+    config: Any,
+    folder: Path,
+    gold: str,
+    rescore: Callable[[Path, list[str]], list[dict[str, Any]]] | None = None,
+) -> str:
+    """
+    The whole experiment: trains what is missing and writes `thresholds.json`, `methods.png`, `overoptimization.png`
+    and `results.md`.
+
+    Args:
+        make_task (`Callable`):
+            Function of a module that makes the task from the arguments.
+        arguments ([`ComparisonArguments`]):
+            Arguments.
+        config ([`ConstrainedPPOConfig`]):
+            Settings of all runs.
+        folder (`Path`):
+            Folder of the experiment.
+        gold (`str`):
+            Name of the gold metric, for the pictures.
+        rescore (`Callable`, *optional*):
+            Called with the folder and the rewards' names after the first runs; returns them with their gold metric,
+            where that is known only then.
+
+    Returns:
+        `str`: the tables, Markdown.
+    """
+    from .method_comparison_report import compute_used, write_report
+
+    start, task = time.monotonic(), make_task(arguments)
+    results = run_all(make_task, arguments, config, first_runs(task, config, arguments), folder)
+    if rescore is not None:
+        results = rescore(folder, task.reward_names)
+    thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
+    (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
+    later = later_runs(task, config, arguments, thresholds, results)
+    results = run_all(make_task, arguments, config, later, folder)
+    minutes = (time.monotonic() - start) / 60
+    cost = f"{compute_used(results, arguments.num_processes)} The runs of this call took {minutes:.1f} minutes."
+    return write_report(results, {name: alone(name) for name in task.reward_names}, folder, gold, cost)
+
+
 def read_finished(folder: Path) -> list[dict[str, Any]]:
     """The finished runs of an experiment."""
     path = folder / "runs.jsonl"

@@ -91,6 +91,32 @@ def compute_used(results: Results, num_processes: int) -> str:
     )
 
 
+def write_report(results: Results, names: dict[str, str], folder: Path, gold: str, cost: str) -> str:
+    """
+    Writes `overoptimization.png`, `methods.png` and `results.md`.
+
+    Args:
+        results (`Sequence[dict]`):
+            Finished runs.
+        names (`dict[str, str]`):
+            Reward to the name of the runs that maximise it.
+        folder (`Path`):
+            Folder.
+        gold (`str`):
+            Name of the gold metric.
+        cost (`str`):
+            Last paragraph.
+
+    Returns:
+        `str`: the text of `results.md`.
+    """
+    draw_overoptimization(results, names, folder / "overoptimization.png", gold)
+    draw_methods(results, folder / "methods.png", gold)
+    text = "\n\n".join([method_table(results, list(names)), paired_differences(results, "ppo"), cost])
+    (folder / "results.md").write_text(text + "\n")
+    return text
+
+
 def draw_overoptimization(results: Results, names: dict[str, str], path: Path, gold: str) -> None:
     """
     For the runs that maximise one reward: every reward and the gold metric as training goes on, mean over seeds with

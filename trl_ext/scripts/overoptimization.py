@@ -8,13 +8,11 @@ method of constrained PPO, over seeds.
 python -m trl_ext.scripts.overoptimization --config recipes/constrained_ppo/overoptimization.yaml
 """
 
-import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .method_comparison import ComparisonArguments, Task, alone, first_runs, later_runs, proxy_points, run_all
+from .method_comparison import ComparisonArguments, Task, compare
 
 
 if TYPE_CHECKING:
@@ -60,38 +58,11 @@ def playground_task(arguments: OveroptimizationArguments) -> Task:
     )
 
 
-def report(results: list[dict], task: Task, arguments: Any, folder: Path, seconds: float) -> str:
-    """Writes pictures and tables; returns the tables, Markdown."""
-    from .method_comparison_report import (
-        compute_used,
-        draw_methods,
-        draw_overoptimization,
-        method_table,
-        paired_differences,
-    )
-
-    draw_overoptimization(
-        results, {name: alone(name) for name in task.reward_names}, folder / "overoptimization.png", "gold"
-    )
-    draw_methods(results, folder / "methods.png", "playground_gold")
-    tables = [method_table(results, task.reward_names), paired_differences(results, "ppo")]
-    tables.append(f"{compute_used(results, arguments.num_processes)} This call took {seconds / 60:.1f} minutes.")
-    text = "\n\n".join(tables)
-    (folder / "overoptimization.md").write_text(text + "\n")
-    return text
-
-
 def main(training_args: Any, arguments: OveroptimizationArguments) -> None:
     """Runs what is missing and writes the report into the output folder."""
-    folder, start = Path(training_args.output_dir), time.monotonic()
+    folder = Path(training_args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    task = playground_task(arguments)
-    results = run_all(playground_task, arguments, training_args, first_runs(task, training_args, arguments), folder)
-    thresholds = proxy_points(results, task.reward_names, folder / "proxy_points", arguments.proxy_degree)
-    (folder / "thresholds.json").write_text(json.dumps(thresholds, indent=1))
-    later = later_runs(task, training_args, arguments, thresholds, results)
-    results = run_all(playground_task, arguments, training_args, later, folder)
-    report(results, task, arguments, folder, time.monotonic() - start)
+    compare(playground_task, arguments, training_args, folder, "playground_gold")
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":
