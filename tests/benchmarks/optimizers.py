@@ -19,7 +19,7 @@ from pathlib import Path
 import adamp
 import torch
 
-from trl_ext.optim import AdamP
+from trl_ext.optim import SGDP, AdamP
 from trl_ext.optim.weight import LocalTensor
 
 
@@ -147,6 +147,25 @@ def measure(shapes, device: str, projected: bool, rounds: int, only: list[str]) 
     return lines
 
 
+def compare_sgd(shapes, device: str, projected: bool, rounds: int) -> str:
+    """SGDP and the official one against torch's fused SGD, all with momentum."""
+    params = make_params(shapes, device, projected)
+    options = {"lr": 1e-9, "momentum": 0.9}
+    optimizers = {
+        "torch SGD fused": torch.optim.SGD(params, **options, fused=True),
+        "SGDP": SGDP(params, **options),
+        "official SGDP": adamp.SGDP(params, **options),
+    }
+    best = dict.fromkeys(optimizers, float("inf"))
+    for turn in range(rounds + 2):
+        for name, optimizer in optimizers.items():
+            start = clock(device)
+            optimizer.step()
+            if turn > 1:
+                best[name] = min(best[name], clock(device) - start)
+    return "; ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best.items())
+
+
 def compiled_passes(device: str, rounds: int) -> list[str]:
     """The two passes of a projected update by `torch.compile`, as multiples of fused AdamW on the same weights."""
     lr, eps, beta1, beta2 = 1e-8, 1e-8, 0.9, 0.999
@@ -199,6 +218,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
     parser.add_argument("--compile", action="store_true", help="measures passes made by torch.compile instead")
+    parser.add_argument("--sgd", action="store_true", help="measures SGDP instead")
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -207,6 +227,10 @@ def main() -> None:
         print("\n".join(compiled_passes(device, options.rounds)))
         return
     shapes = gpt2_shapes() if options.model == "gpt2" else llama_1b_shapes(options.num_layers)
+    if options.sgd:
+        for gradients in options.gradients:
+            print(f"{gradients}: {compare_sgd(shapes, device, gradients == 'orthogonal', options.rounds)}")
+        return
     machine = (
         torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), {options.threads} thread"
     )
