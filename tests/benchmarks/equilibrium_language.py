@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup, set_see
 
 from trl_ext.equilibrium.modeling import EPModelForSequenceClassification, last_token_states
 from trl_ext.playground import preference_dataset
-from trl_ext.scripts.sentiment_frontier import tune_language_model
 
 
 WIDTHS = [64, 64]
@@ -272,7 +271,8 @@ def load_tasks(options: argparse.Namespace, path: str) -> list[Task]:
         tasks.append(pairs_task("playground", preference_dataset(sum(halves)), tokenizer, length, halves))
     if "HH harmless" in options.tasks:
         rows = load_dataset("json", data_files=options.hh_file, split="train").shuffle(seed=0)
-        tasks.append(pairs_task("HH harmless", rows, tokenizer, length, halves))
+        smaller = (min(halves[0], len(rows) - sum(halves[1:])), *halves[1:])
+        tasks.append(pairs_task("HH harmless", rows, tokenizer, length, smaller))
     return tasks
 
 
@@ -282,8 +282,6 @@ def main() -> None:
     parser.add_argument("--hh_file")
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--table", nargs="+", help="print what earlier runs wrote as tables, and run nothing")
-    parser.add_argument("--tune_into", type=Path, help="tune the language model on the unlabelled reviews and stop")
-    parser.add_argument("--tuning_steps", type=int, default=800, help="of 32 texts, with --tune_into")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
@@ -293,18 +291,15 @@ def main() -> None:
     parser.add_argument("--frozen_steps", type=int, default=600)
     parser.add_argument("--frozen_batch_size", type=int, default=64)
     parser.add_argument("--frozen_learning_rates", type=float, nargs="+", default=[1e-3, 5e-3])
-    parser.add_argument("--trained_steps", type=int, default=320)
+    parser.add_argument("--trained_steps", type=int, default=160)
     parser.add_argument("--trained_batch_size", type=int, default=32)
-    parser.add_argument("--trained_learning_rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--trained_learning_rates", type=float, nargs="+", default=[5e-4, 1e-3])
     options = parser.parse_args()
     if options.table:
         print(tables([json.loads(line) for file in options.table for line in open(file) if line.startswith("{")]))
         return
     torch.set_num_threads(1)
     path = options.model_name_or_path
-    if options.tune_into:
-        print(f"loss {tune_language_model(path, str(options.imdb_dir), options.tuning_steps, options.tune_into):.2f}")
-        return
     tasks = load_tasks(options, path)
     for backbone in options.backbones:
         chosen = {name: getattr(options, f"{backbone}_{name}") for name in ("steps", "batch_size", "learning_rates")}
