@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
+from trl_ext.equilibrium.head import EPHead
 from trl_ext.equilibrium.modeling import EPModelForSequenceClassification, last_token_states
 from trl_ext.playground import preference_dataset
 
@@ -34,8 +35,13 @@ HEADS: dict[str, dict | None] = {
         "feedback": "asymmetric", "feedback_angle": 90.0, "homeostasis_coef": 10.0,
     },
     "EP, 90 degrees, AsymEP": {"feedback": "asymmetric", "feedback_angle": 90.0, "correction": "asymep"},
+    "EP, exact adjoint": {"estimator": "exact"},
+    "EP's weights without feedback": None,
 }  # fmt: skip
-TRAINED_HEADS = ("linear", "perceptron", "EP", "EP, 90 degrees, homeostasis")
+# To find a cause: the adjoint in place of the estimate, and the same weights without feedback
+CONTROLS = ("EP, exact adjoint", "EP's weights without feedback")
+FROZEN_HEADS = [head for head in HEADS if head not in CONTROLS]
+TRAINED_HEADS = ["linear", "perceptron", "EP", "EP, 90 degrees, homeostasis"]
 BACKBONES = {"frozen": True, "trained": False}
 TASKS = ("IMDB", "playground", "HH harmless")
 
@@ -99,6 +105,19 @@ def perceptron(in_features: int, out_features: int, num_parameters: int) -> nn.M
     return nn.Sequential(nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, out_features))
 
 
+def without_feedback(head: EPHead) -> nn.Module:
+    """A perceptron of the same layers, with a copy of the weights."""
+    biases, forward, _ = head.recurrent_parameters()
+    maps = [(head.input_weight, head.input_bias), *zip(forward, biases, strict=True)]
+    maps.append((head.readout_weight, head.readout_bias))
+    parts: list[nn.Module] = []
+    for weight, bias in maps:
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+        linear.weight, linear.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+        parts += [linear, nn.Tanh()]
+    return nn.Sequential(*parts[:-1])
+
+
 def build_model(path: str, head: str, num_labels: int) -> Any:
     """The backbone with one of `HEADS`."""
     settings = HEADS[head] or {}
@@ -110,6 +129,8 @@ def build_model(path: str, head: str, num_labels: int) -> Any:
         model.score = nn.Linear(width, num_labels)
     elif head == "perceptron":
         model.score = perceptron(width, num_labels, count(model.score))
+    elif head == "EP's weights without feedback":
+        model.score = without_feedback(model.score)
     return model
 
 
@@ -286,7 +307,7 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--heads", nargs="+", choices=HEADS, help="by default all, or four with a trained backbone")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, help="by default six, or four with a trained backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frozen_steps", type=int, default=600)
     parser.add_argument("--frozen_batch_size", type=int, default=64)
@@ -305,7 +326,7 @@ def main() -> None:
         chosen = {name: getattr(options, f"{backbone}_{name}") for name in ("steps", "batch_size", "learning_rates")}
         budget = Budget(BACKBONES[backbone], seeds=options.seeds, **chosen)
         for task in tasks:
-            compare(path, task, options.heads or list(HEADS if budget.frozen else TRAINED_HEADS), budget)
+            compare(path, task, options.heads or (FROZEN_HEADS if budget.frozen else TRAINED_HEADS), budget)
 
 
 def of_head(results: list[dict], head: str, task: str) -> list[dict]:
