@@ -244,6 +244,8 @@ def run(path: str, task: Task, head: str, budget: Budget, rate: float, seed: int
         states = cache[split] if budget.frozen else features(model, getattr(task, split), pad)
         with torch.no_grad():
             scores[split] = accuracy(model.score(states), task.labels.get(split))
+    if isinstance(model.score, EPHead):
+        scores["weight_angle"] = model.score.asymmetry()["ep/weight_angle"]
     return {
         "task": task.name,
         "frozen": budget.frozen,
