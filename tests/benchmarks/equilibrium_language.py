@@ -37,9 +37,12 @@ HEADS: dict[str, dict | None] = {
     "EP, 90 degrees, AsymEP": {"feedback": "asymmetric", "feedback_angle": 90.0, "correction": "asymep"},
     "EP, exact adjoint": {"estimator": "exact"},
     "EP's weights without feedback": None,
+    "perceptron 64-64": None,
+    "EP, weights of perceptron 64-64": {},
 }  # fmt: skip
-# To find a cause: the adjoint in place of the estimate, and the same weights without feedback
-CONTROLS = ("EP, exact adjoint", "EP's weights without feedback")
+# To find a cause: the adjoint in place of the estimate, the same weights without feedback, torch's initial weights
+CONTROLS = ("EP, exact adjoint", "EP's weights without feedback", "perceptron 64-64",
+            "EP, weights of perceptron 64-64")  # fmt: skip
 FROZEN_HEADS = [head for head in HEADS if head not in CONTROLS]
 TRAINED_HEADS = ["linear", "perceptron", "EP", "EP, 90 degrees, homeostasis"]
 BACKBONES = {"frozen": True, "trained": False}
@@ -105,17 +108,28 @@ def perceptron(in_features: int, out_features: int, num_parameters: int) -> nn.M
     return nn.Sequential(nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, out_features))
 
 
-def without_feedback(head: EPHead) -> nn.Module:
-    """A perceptron of the same layers, with a copy of the weights."""
+def linear_maps(head: EPHead) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Weight and bias of every map from the input to the output, feedback left out."""
     biases, forward, _ = head.recurrent_parameters()
-    maps = [(head.input_weight, head.input_bias), *zip(forward, biases, strict=True)]
-    maps.append((head.readout_weight, head.readout_bias))
+    ends = (head.input_weight, head.input_bias), (head.readout_weight, head.readout_bias)
+    return [ends[0], *zip(forward, biases, strict=True), ends[1]]
+
+
+def layered_perceptron(head: EPHead) -> nn.Sequential:
+    """A perceptron of the layers of an equilibrium head, with torch's initial weights."""
     parts: list[nn.Module] = []
-    for weight, bias in maps:
-        linear = nn.Linear(weight.shape[1], weight.shape[0])
-        linear.weight, linear.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-        parts += [linear, nn.Tanh()]
+    for weight, _ in linear_maps(head):
+        parts += [nn.Linear(weight.shape[1], weight.shape[0]), nn.Tanh()]
     return nn.Sequential(*parts[:-1])
+
+
+@torch.no_grad()
+def share_weights(head: EPHead, layers: Any, to_head: bool) -> None:
+    """Copies all weights from a layered perceptron to the head, or the other way."""
+    for (weight, bias), linear in zip(linear_maps(head), layers[::2], strict=True):
+        pairs = (weight, linear.weight), (bias, linear.bias)
+        for own, other in pairs:
+            (own if to_head else other).copy_(other if to_head else own)
 
 
 def build_model(path: str, head: str, num_labels: int) -> Any:
@@ -129,8 +143,12 @@ def build_model(path: str, head: str, num_labels: int) -> Any:
         model.score = nn.Linear(width, num_labels)
     elif head == "perceptron":
         model.score = perceptron(width, num_labels, count(model.score))
-    elif head == "EP's weights without feedback":
-        model.score = without_feedback(model.score)
+    elif head in CONTROLS and head != "EP, exact adjoint":
+        layers = layered_perceptron(model.score)
+        if head != "perceptron 64-64":
+            share_weights(model.score, layers, to_head=head.startswith("EP, "))
+        if not head.startswith("EP, "):
+            model.score = layers
     return model
 
 
