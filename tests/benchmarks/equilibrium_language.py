@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
+from trl_ext.equilibrium.head import EPHead
 from trl_ext.equilibrium.modeling import EPModelForSequenceClassification, last_token_states
 from trl_ext.playground import preference_dataset
 
@@ -33,10 +35,16 @@ HEADS: dict[str, dict | None] = {
         "feedback": "asymmetric", "feedback_angle": 90.0, "homeostasis_coef": 10.0,
     },
     "EP, 90 degrees, AsymEP": {"feedback": "asymmetric", "feedback_angle": 90.0, "correction": "asymep"},
+    "EP, exact adjoint": {"estimator": "exact"},
+    "EP's weights without feedback": None,
+    "perceptron 64-64": None,
+    "EP, weights of perceptron 64-64": {},
 }  # fmt: skip
-# The first seed's validation accuracy decides, where the backbone is frozen; with the backbone all heads train at 1e-3
-LEARNING_RATES = (1e-3, 5e-3)
-TRAINED_HEADS = ("linear", "perceptron", "EP", "EP, 90 degrees", "EP, 90 degrees, homeostasis")
+# To find a cause: the adjoint in place of the estimate, the same weights without feedback, torch's initial weights
+CONTROLS = ("EP, exact adjoint", "EP's weights without feedback", "perceptron 64-64",
+            "EP, weights of perceptron 64-64")  # fmt: skip
+FROZEN_HEADS = [head for head in HEADS if head not in CONTROLS]
+TRAINED_HEADS = ["linear", "perceptron", "EP", "EP, 90 degrees, homeostasis"]
 BACKBONES = {"frozen": True, "trained": False}
 TASKS = ("IMDB", "playground", "HH harmless")
 
@@ -100,10 +108,34 @@ def perceptron(in_features: int, out_features: int, num_parameters: int) -> nn.M
     return nn.Sequential(nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, out_features))
 
 
-def build_model(path: str, head: str, num_labels: int) -> EPModelForSequenceClassification:
+def linear_maps(head: EPHead) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Weight and bias of every map from the input to the output, feedback left out."""
+    biases, forward, _ = head.recurrent_parameters()
+    ends = (head.input_weight, head.input_bias), (head.readout_weight, head.readout_bias)
+    return [ends[0], *zip(forward, biases, strict=True), ends[1]]
+
+
+def layered_perceptron(head: EPHead) -> nn.Sequential:
+    """A perceptron of the layers of an equilibrium head, with torch's initial weights."""
+    parts: list[nn.Module] = []
+    for weight, _ in linear_maps(head):
+        parts += [nn.Linear(weight.shape[1], weight.shape[0]), nn.Tanh()]
+    return nn.Sequential(*parts[:-1])
+
+
+@torch.no_grad()
+def share_weights(head: EPHead, layers: Any, to_head: bool) -> None:
+    """Copies all weights from a layered perceptron to the head, or the other way."""
+    for (weight, bias), linear in zip(linear_maps(head), layers[::2], strict=True):
+        pairs = (weight, linear.weight), (bias, linear.bias)
+        for own, other in pairs:
+            (own if to_head else other).copy_(other if to_head else own)
+
+
+def build_model(path: str, head: str, num_labels: int) -> Any:
     """The backbone with one of `HEADS`."""
     settings = HEADS[head] or {}
-    model = EPModelForSequenceClassification.from_pretrained(
+    model: Any = EPModelForSequenceClassification.from_pretrained(
         path, num_labels=num_labels, hidden_features=WIDTHS, spectral_cap=0.9, dtype=torch.float32, **settings
     )
     width = model.config.get_text_config().hidden_size
@@ -111,6 +143,12 @@ def build_model(path: str, head: str, num_labels: int) -> EPModelForSequenceClas
         model.score = nn.Linear(width, num_labels)
     elif head == "perceptron":
         model.score = perceptron(width, num_labels, count(model.score))
+    elif head in CONTROLS and head != "EP, exact adjoint":
+        layers = layered_perceptron(model.score)
+        if head != "perceptron 64-64":
+            share_weights(model.score, layers, to_head=head.startswith("EP, "))
+        if not head.startswith("EP, "):
+            model.score = layers
     return model
 
 
@@ -163,33 +201,120 @@ def optimise(parameters, rate: float, steps: int):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
 
 
-def run(model, task: Task, frozen: bool, rate: float, seed: int, epochs: int, cache: dict, split: str) -> float:
-    """Trains one model and returns its accuracy on a split; a frozen backbone's features come from `cache`."""
+@dataclass
+class Budget:
+    """
+    What every head of a comparison gets.
+
+    Attributes:
+        frozen (`bool`): Whether the head alone trains, on states computed once.
+        steps (`int`): Optimizer steps.
+        batch_size (`int`): Texts of a batch.
+        learning_rates (`list[float]`): Tried on the first seed; its validation accuracy decides.
+        seeds (`list[int]`): Of head and order.
+    """
+
+    frozen: bool
+    steps: int
+    batch_size: int
+    learning_rates: list[float]
+    seeds: list[int]
+
+
+def train(model, task: Task, budget: Budget, rate: float, seed: int, cache: dict[str, torch.Tensor]) -> list[float]:
+    """Trains one model, on states from `cache` if the backbone is frozen, and returns the loss of every step."""
     generator, pad = torch.Generator().manual_seed(seed), model.config.get_text_config().pad_token_id
-    coefficient = model.config.homeostasis_coef
     model.train()
-    trained = model.score if frozen else model
-    per_epoch = len(batches(task, 64, torch.Generator()))
-    optimizer, scheduler = optimise(trained.parameters(), rate, epochs * per_epoch)
-    for _ in range(epochs):
-        for rows in batches(task, 64, generator):
-            if frozen:
-                states = cache["train"][rows]
-            else:
-                ids, mask = padded([task.train[row] for row in rows], pad)
-                states = last_token_states(model.model(ids, attention_mask=mask).last_hidden_state, ids, pad)
-            loss = objective(model.score(states), task.labels["train"][rows] if task.labels else None)
-            if coefficient > 0:
-                loss = loss + coefficient * model.score.homeostasis_loss()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+    trained = model.score if budget.frozen else model
+    optimizer, scheduler = optimise(trained.parameters(), rate, budget.steps)
+    losses: list[float] = []
+    queue: list[torch.Tensor] = []
+    while len(losses) < budget.steps:
+        queue = queue or batches(task, budget.batch_size, generator)
+        rows = queue.pop(0)
+        if budget.frozen:
+            states = cache["train"][rows]
+        else:
+            ids, mask = padded([task.train[row] for row in rows], pad)
+            states = last_token_states(model.model(ids, attention_mask=mask).last_hidden_state, ids, pad)
+        loss = objective(model.score(states), task.labels["train"][rows] if task.labels else None)
+        losses.append(loss.item())
+        if model.config.homeostasis_coef > 0:
+            loss = loss + model.config.homeostasis_coef * model.score.homeostasis_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def run(path: str, task: Task, head: str, budget: Budget, rate: float, seed: int, cache: dict) -> dict:
+    """Trains one model and measures it on both other splits."""
+    start = time.process_time()
+    set_seed(seed)
+    model = build_model(path, head, task.num_labels)
+    losses = train(model, task, budget, rate, seed, cache)
     model.eval()
-    states = cache[split] if frozen else features(model, getattr(task, split), pad)
-    with torch.no_grad():
-        return accuracy(model.score(states), task.labels.get(split))
+    pad = model.config.get_text_config().pad_token_id
+    scores = {}
+    for split in ("validation", "test"):
+        states = cache[split] if budget.frozen else features(model, getattr(task, split), pad)
+        with torch.no_grad():
+            scores[split] = accuracy(model.score(states), task.labels.get(split))
+    if isinstance(model.score, EPHead):
+        scores["weight_angle"] = model.score.asymmetry()["ep/weight_angle"]
+    return {
+        "task": task.name,
+        "frozen": budget.frozen,
+        "head": head,
+        "learning_rate": rate,
+        "seed": seed,
+        **scores,
+        "losses": [round(float(part.mean()), 4) for part in np.array_split(losses, min(8, len(losses)))],
+        "steps": budget.steps,
+        "parameters": count(model.score),
+        "seconds": time.process_time() - start,
+    }
+
+
+def compare(path: str, task: Task, heads: list[str], budget: Budget) -> None:
+    """Every head on one task, one line of JSON for each run: all rates on the first seed, the best on the others."""
+    cache: dict[str, torch.Tensor] = {}
+    if budget.frozen:
+        model = build_model(path, "linear", task.num_labels)
+        pad = model.config.get_text_config().pad_token_id
+        cache = {split: features(model, getattr(task, split), pad) for split in ("train", "validation", "test")}
+    for head in heads:
+        tried = []
+        for rate in budget.learning_rates:
+            tried.append(run(path, task, head, budget, rate, budget.seeds[0], cache))
+            print(json.dumps(tried[-1]), flush=True)
+        rate = best(tried)["learning_rate"]
+        for seed in budget.seeds[1:]:
+            print(json.dumps(run(path, task, head, budget, rate, seed, cache)), flush=True)
+
+
+def best(results: list[dict]) -> dict:
+    """The run with the highest validation accuracy, the first of equal ones."""
+    return max(results, key=lambda result: result["validation"])
+
+
+def load_tasks(options: argparse.Namespace, path: str) -> list[Task]:
+    """The tasks that were asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sizes, length = (options.num_train, 400, 1000), options.max_length
+    halves = (options.num_train // 2, 200, 500)
+    tasks = []
+    if "IMDB" in options.tasks:
+        tasks.append(imdb_task(options.imdb_dir, tokenizer, length, sizes))
+    if "playground" in options.tasks:
+        tasks.append(pairs_task("playground", preference_dataset(sum(halves)), tokenizer, length, halves))
+    if "HH harmless" in options.tasks:
+        rows = load_dataset("json", data_files=options.hh_file, split="train").shuffle(seed=0)
+        smaller = (min(halves[0], len(rows) - sum(halves[1:])), *halves[1:])
+        tasks.append(pairs_task("HH harmless", rows, tokenizer, length, smaller))
+    return tasks
 
 
 def main() -> None:
@@ -202,62 +327,48 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=None)
+    parser.add_argument("--heads", nargs="+", choices=HEADS, help="by default six, or four with a trained backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--frozen_epochs", type=int, default=15)
-    parser.add_argument("--trained_epochs", type=int, default=1)
+    parser.add_argument("--frozen_steps", type=int, default=600)
+    parser.add_argument("--frozen_batch_size", type=int, default=64)
+    parser.add_argument("--frozen_learning_rates", type=float, nargs="+", default=[1e-3, 5e-3])
+    parser.add_argument("--trained_steps", type=int, default=160)
+    parser.add_argument("--trained_batch_size", type=int, default=32)
+    parser.add_argument("--trained_learning_rates", type=float, nargs="+", default=[5e-4, 1e-3])
     options = parser.parse_args()
     if options.table:
         print(tables([json.loads(line) for file in options.table for line in open(file) if line.startswith("{")]))
         return
     torch.set_num_threads(1)
     path = options.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    sizes = (options.num_train, 400, 1000)
-    halves = (options.num_train // 2, 200, 500)
-    hh = load_dataset("json", data_files=options.hh_file, split="train").shuffle(seed=0)
-    tasks = [
-        imdb_task(options.imdb_dir, tokenizer, options.max_length, sizes),
-        pairs_task("playground", preference_dataset(sum(halves)), tokenizer, options.max_length, halves),
-        pairs_task("HH harmless", hh, tokenizer, options.max_length, halves),
-    ]
+    tasks = load_tasks(options, path)
     for backbone in options.backbones:
-        for task in (task for task in tasks if task.name in options.tasks):
-            compare(path, task, BACKBONES[backbone], options)
+        chosen = {name: getattr(options, f"{backbone}_{name}") for name in ("steps", "batch_size", "learning_rates")}
+        budget = Budget(BACKBONES[backbone], seeds=options.seeds, **chosen)
+        for task in tasks:
+            compare(path, task, options.heads or (FROZEN_HEADS if budget.frozen else TRAINED_HEADS), budget)
 
 
-def compare(path: str, task: Task, frozen: bool, options: argparse.Namespace) -> None:
-    """Every head on one task: accuracy on the test split for every seed, printed as one line of JSON each."""
-    epochs = options.frozen_epochs if frozen else options.trained_epochs
-    cache: dict[str, torch.Tensor] = {}
-    if frozen:
-        model = build_model(path, "linear", task.num_labels)
-        pad = model.config.get_text_config().pad_token_id
-        cache = {split: features(model, getattr(task, split), pad) for split in ("train", "validation", "test")}
+def of_head(results: list[dict], head: str, task: str) -> list[dict]:
+    """The runs of a head on a task at its learning rate."""
+    own = [result for result in results if result["head"] == head and result["task"] == task]
+    if not own:
+        return []
+    rate = best([result for result in own if result["seed"] == own[0]["seed"]])["learning_rate"]
+    return [result for result in own if result["learning_rate"] == rate]
 
-    def attempt(head: str, rate: float, seed: int, split: str) -> float:
-        set_seed(seed)
-        return run(build_model(path, head, task.num_labels), task, frozen, rate, seed, epochs, cache, split)
 
-    for head in options.heads or (HEADS if frozen else TRAINED_HEADS):
-        start = time.process_time()
-        tried = {rate: attempt(head, rate, options.seeds[0], "validation") for rate in LEARNING_RATES if frozen}
-        rate = max(tried, key=tried.__getitem__, default=1e-3)
-        scores = [attempt(head, rate, seed, "test") for seed in options.seeds]
-        result = {
-            "task": task.name,
-            "frozen": frozen,
-            "head": head,
-            "learning_rate": rate,
-            "accuracy": scores,
-            "parameters": count(build_model(path, head, task.num_labels).score),
-            "seconds_per_run": (time.process_time() - start) / (len(tried) + len(scores)),
-        }
-        print(json.dumps(result), flush=True)
+def cell(results: list[dict]) -> str:
+    """Mean test accuracy and standard deviation over the seeds, and the learning rate."""
+    if not results:
+        return "not run"
+    scores = [result["test"] for result in results]
+    spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.3f}{spread} ({results[0]['learning_rate']:g})"
 
 
 def tables(results: list[dict]) -> str:
-    """Markdown: a table for frozen and one for trained backbones, mean accuracy and standard deviation over seeds."""
+    """Markdown: a table for frozen and one for trained backbones."""
     parts = []
     for name, frozen in BACKBONES.items():
         rows = [result for result in results if result["frozen"] is frozen]
@@ -269,14 +380,11 @@ def tables(results: list[dict]) -> str:
             "|---|" + "---|" * (len(tasks) + 2),
         ]
         for head in HEADS:
-            own = {row["task"]: row for row in rows if row["head"] == head}
+            own = [row for row in rows if row["head"] == head]
             if own:
-                cells = [
-                    f"{np.mean(own[task]['accuracy']):.3f} ± {np.std(own[task]['accuracy'], ddof=1):.3f}"
-                    if task in own else "not run" for task in tasks
-                ]  # fmt: skip
-                seconds = np.mean([row["seconds_per_run"] for row in own.values()])
-                parameters = " / ".join(str(n) for n in sorted({row["parameters"] for row in own.values()}))
+                cells = [cell(of_head(own, head, task)) for task in tasks]
+                parameters = " / ".join(f"{n:,}" for n in sorted({row["parameters"] for row in own}))
+                seconds = np.mean([row["seconds"] for row in own])
                 lines.append(f"| {head} | {parameters} | {' | '.join(cells)} | {seconds:.1f} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
