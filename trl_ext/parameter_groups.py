@@ -60,7 +60,7 @@ def move_to_own_groups(
 ) -> None:
     """
     Takes parameters out of an optimizer's groups and adds them as groups of their own, last, so that the learning rate
-    that a trainer logs stays the first group's. Does nothing the second time.
+    that a trainer logs stays the first group's. A group that they leave empty goes. Does nothing the second time.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
@@ -80,7 +80,11 @@ def move_to_own_groups(
         id(p): n for group in previous for p, n in zip(group["params"], group.get("param_names", ()), strict=False)
     }
     new = {"lr": learning_rate, tag: True}
-    regrouped = [{**group, "params": [p for p in group["params"] if id(p) not in owned]} for group in previous]
+    regrouped = [
+        {**group, "params": [p for p in group["params"] if id(p) not in owned]}
+        for group in previous
+        if not group["params"] or any(id(p) not in owned for p in group["params"])
+    ]
     regrouped += [{"params": list(ps), "weight_decay": decay, **new} for ps, decay in groups if ps]
     # Groups are added anew, since an optimizer may keep records of those it was given
     optimizer.param_groups = []

@@ -195,12 +195,6 @@ def batches(task: Task, batch_size: int, generator: torch.Generator) -> list[tor
     return [torch.stack([2 * pair, 2 * pair + 1], dim=1).flatten() for pair in pairs]
 
 
-def optimise(parameters, rate: float, steps: int):
-    """AdamW with a cosine schedule."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-
-
 @dataclass
 class Budget:
     """
@@ -212,6 +206,7 @@ class Budget:
         batch_size (`int`): Texts of a batch.
         learning_rates (`list[float]`): Tried on the first seed; its validation accuracy decides.
         seeds (`list[int]`): Of head and order.
+        head_factor (`float`): Learning rate of the head over that of the backbone.
     """
 
     frozen: bool
@@ -219,6 +214,18 @@ class Budget:
     batch_size: int
     learning_rates: list[float]
     seeds: list[int]
+    head_factor: float = 1.0
+
+
+def optimise(model, budget: Budget, rate: float):
+    """AdamW with a cosine schedule."""
+    head = list(model.score.parameters())
+    groups: list[dict[str, Any]] = [{"params": head, "lr": rate * budget.head_factor}]
+    if not budget.frozen:
+        owned = {id(parameter) for parameter in head}
+        groups.append({"params": [p for p in model.parameters() if id(p) not in owned]})
+    optimizer, steps = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01), budget.steps
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
 
 
 def train(model, task: Task, budget: Budget, rate: float, seed: int, cache: dict[str, torch.Tensor]) -> list[float]:
@@ -226,7 +233,7 @@ def train(model, task: Task, budget: Budget, rate: float, seed: int, cache: dict
     generator, pad = torch.Generator().manual_seed(seed), model.config.get_text_config().pad_token_id
     model.train()
     trained = model.score if budget.frozen else model
-    optimizer, scheduler = optimise(trained.parameters(), rate, budget.steps)
+    optimizer, scheduler = optimise(model, budget, rate)
     losses: list[float] = []
     queue: list[torch.Tensor] = []
     while len(losses) < budget.steps:
@@ -269,6 +276,7 @@ def run(path: str, task: Task, head: str, budget: Budget, rate: float, seed: int
         "frozen": budget.frozen,
         "head": head,
         "learning_rate": rate,
+        "head_factor": budget.head_factor,
         "seed": seed,
         **scores,
         "losses": [round(float(part.mean()), 4) for part in np.array_split(losses, min(8, len(losses)))],
@@ -327,6 +335,7 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=2560, help="texts, or twice the pairs")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--head_factor", type=float, default=1.0, help="learning rate of head over that of backbone")
     parser.add_argument("--heads", nargs="+", choices=HEADS, help="by default six, or four with a trained backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--frozen_steps", type=int, default=600)
@@ -344,7 +353,7 @@ def main() -> None:
     tasks = load_tasks(options, path)
     for backbone in options.backbones:
         chosen = {name: getattr(options, f"{backbone}_{name}") for name in ("steps", "batch_size", "learning_rates")}
-        budget = Budget(BACKBONES[backbone], seeds=options.seeds, **chosen)
+        budget = Budget(BACKBONES[backbone], seeds=options.seeds, head_factor=options.head_factor, **chosen)
         for task in tasks:
             compare(path, task, options.heads or (FROZEN_HEADS if budget.frozen else TRAINED_HEADS), budget)
 

@@ -102,6 +102,44 @@ def test_homeostasis_is_in_the_loss_and_straightens_the_weights(folder, tmp_path
     assert angles[100.0] < 50 < 70 < angles[0.0]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_head_learning_rate(frozen, folder, tmp_path):
+    """At a rate of zero for the backbone the head alone moves, by its own rate, which is Adam's first step."""
+    model = reward_model(folder, **ASYMMETRIC)
+    model.model.requires_grad_(not frozen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"learning_rate": 0.0, "head_learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 1}
+    trainer = trainer_of(EPRewardTrainer, folder, tmp_path, model, **settings, weight_decay=0.1)
+    trainer.train()
+    steps = {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}
+    # A constant added to every reward leaves a pair's difference alone, up to rounding
+    expected = {name for name in steps if name.startswith("score.")}
+    assert expected - {"score.readout_bias"} <= {name for name, step in steps.items() if step > 0} <= expected
+    assert steps["score.forward_weight_1"] == pytest.approx(1e-2, rel=0.2)
+    groups = [group for group in trainer.optimizer.param_groups if group["params"]]
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == (
+        {(1e-2, 0.1), (1e-2, 0.0)} | (set() if frozen else {(0.0, 0.1), (0.0, 0.0)})
+    )
+    num_trained = sum(parameter.requires_grad for parameter in model.parameters())
+    assert sum(len(group["params"]) for group in groups) == num_trained
+
+
+def test_head_learning_rate_under_lora_and_resume(folder, tmp_path):
+    peft = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    settings = {"head_learning_rate": 5e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (
+        trainer_of(
+            EPRewardTrainer, folder, tmp_path / name, reward_model(folder, **ASYMMETRIC), peft_config=peft, **settings
+        )
+        for name in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert {5e-3} == {group["initial_lr"] for group in resumed.optimizer.param_groups if "equilibrium_head" in group}
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
 def test_homeostasis_does_not_depend_on_accumulation(folder, tmp_path):
     found = []
     for batch, accumulated in ((4, 1), (2, 2)):
@@ -232,6 +270,12 @@ def linear(folder):
             "homeostasis_coef=1.0.*asymmetric",
         ),
         (lambda f, o: EPRewardConfig(o, homeostasis_coef=-1.0, **COMMON), ValueError, "homeostasis_coef.*-1"),
+        (lambda f, o: EPRewardConfig(o, head_learning_rate=0.0, **COMMON), ValueError, "head_learning_rate.*0.0"),
+        (
+            lambda f, o: EPTrainingArguments(o, head_learning_rate=math.inf, **COMMON),
+            ValueError,
+            "head_learning_rate.*inf",
+        ),
         (
             lambda f, o: EPTrainingArguments(o, homeostasis_coef=math.nan, **COMMON),
             ValueError,

@@ -6,7 +6,14 @@ from trl import RewardTrainer
 
 from .card import CITATION, method_section, write_card
 from .ep_reward_config import EPRewardConfig
-from .head_access import HeadMetrics, active_head, equilibrium_model, restore_float32, use_homeostasis_coef
+from .head_access import (
+    HeadMetrics,
+    active_head,
+    equilibrium_model,
+    restore_float32,
+    use_head_learning_rate,
+    use_homeostasis_coef,
+)
 from .modeling import EPModelForSequenceClassification
 
 
@@ -82,6 +89,11 @@ class EPRewardTrainer(RewardTrainer):
             loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
         self._head_metrics.record(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        use_head_learning_rate(optimizer, self.model if model is None else model, self.args.head_learning_rate)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self._head_metrics.pop()

@@ -2,30 +2,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 from .card import method_section, write_card
-from .ep_reward_config import check_homeostasis_coef
-from .head_access import HeadMetrics, equilibrium_model, use_homeostasis_coef
+from .ep_reward_config import check_head_learning_rate, check_homeostasis_coef
+from .head_access import HeadMetrics, equilibrium_model, use_head_learning_rate, use_homeostasis_coef
 
 
 @dataclass
 class EPTrainingArguments(TrainingArguments):
     r"""
-    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with one field more.
+    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
             Weight of the Jacobian homeostasis objective. Defaults to the model's own, `config.homeostasis_coef`.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the head. Defaults to `learning_rate`.
     """
 
     homeostasis_coef: float | None = field(
         default=None, metadata={"help": "Weight of the homeostasis objective. Defaults to the model's."}
     )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the head. Defaults to `learning_rate`."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         check_homeostasis_coef(self.homeostasis_coef)
+        check_head_learning_rate(self.head_learning_rate)
 
 
 class EPTrainer(Trainer):
@@ -59,6 +66,11 @@ class EPTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self._head_metrics.record(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        use_head_learning_rate(optimizer, self.model if model is None else model, self.args.head_learning_rate)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self._head_metrics.pop()

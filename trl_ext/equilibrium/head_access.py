@@ -8,6 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from .._compat import gathered_state_dict
+from ..parameter_groups import move_to_own_groups
 from .feedback import check_homeostasis
 from .head import EPHead
 from .modeling import EPModelForSequenceClassification
@@ -72,6 +73,28 @@ def use_homeostasis_coef(model: EPModelForSequenceClassification, value: float |
         return
     check_homeostasis(value, model.config.feedback)
     model.config.homeostasis_coef = value
+
+
+def use_head_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float | None) -> None:
+    """
+    Gives the head's parameters groups of their own, with the weight decay they have. `None` leaves them as they are.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            Optimizer without state.
+        model (`nn.Module`):
+            Model that it steps, whatever wraps it.
+        learning_rate (`float`, *optional*):
+            Their learning rate.
+    """
+    if learning_rate is None:
+        return
+    heads = {id(parameter) for name, parameter in model.named_parameters() if "score" in name.split(".")}
+    groups = [
+        ([parameter for parameter in group["params"] if id(parameter) in heads], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
+    move_to_own_groups(optimizer, groups, learning_rate, tag="equilibrium_head")
 
 
 class HeadMetrics:
