@@ -104,8 +104,8 @@ def test_adamp_production_is_the_official_one(options, execution):
 
 @pytest.mark.parametrize("options", ADAM)
 def test_adamp_production_in_bf16_is_the_official_one(options):
-    expected, _ = run(lambda params: adamp.AdamP(params, lr=1e-2, **options), steps=30, dtype=torch.bfloat16)
-    found, _ = run(lambda params: AdamP(params, lr=1e-2, **options), steps=30, dtype=torch.bfloat16)
+    expected, _ = run(lambda params: adamp.AdamP(params, lr=1e-2, **options), steps=100, dtype=torch.bfloat16)
+    found, _ = run(lambda params: AdamP(params, lr=1e-2, **options), steps=100, dtype=torch.bfloat16)
     assert_equal(found, expected)
 
 
