@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP) ## Compare methods on the playground: tables and pictures (15 minutes on 2 cores)
+demo: $(STAMP) ## Compare methods on the playground: tables and pictures (11 minutes on 2 idle cores)
 	$(VENV)/bin/trl-ext demo
 
 lint: $(STAMP) ## Check style and types
