@@ -110,6 +110,20 @@ def test_what_the_last_step_did_has_no_influence():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("delta", [0.0, 1e6])
+def test_autograd_notices_the_step(delta):
+    """A step between forward and backward, projected or not."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = AdamP([weight], delta=delta)
+    inputs = torch.ones(2, 3, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    for _ in range(2):  # Both ways
+        loss = (inputs @ weight.t()).sum()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_sums_are_exact_enough():
     """Ten million products of one sign, where a sum in float32 has lost three digits."""
     torch.manual_seed(0)

@@ -20,7 +20,6 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from .configuration import HEAD_FIELDS, EPConfig
 from .head import EPHead
 from .pooling import PoolingName, default_pooling, pooled_states, remove_unused_pooler
-from .pooling import last_token_states as last_token_states
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token",

@@ -137,7 +137,7 @@ class AdamP(ProjectedOptimizer):
 
     def _test_dots(self, weight: Weight) -> torch.Tensor:
         kernels = self._kernels(weight.local)
-        return super()._test_dots(weight) if kernels in (None, cpu_kernels) else kernels.test_dots(weight)
+        return super()._test_dots(weight) if kernels is None else kernels.test_dots(weight)
 
     def _candidates(self, weights: Sequence[Weight]) -> list[Weight]:
         # The first pass of compiled kernels tests as well

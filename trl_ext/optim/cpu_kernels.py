@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import increment_version
 
 from .projection import VIEWS, threshold
 from .weight import LocalTensor, Weight
@@ -163,6 +164,8 @@ def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None 
         return row, dots
 
     found = _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
+    # Autograd is told, as by torch's own operations
+    increment_version([*local.moments, *([] if keep is None else [local.flat])])
     total = found[0][1]
     if len(found) > 1:
         total = torch.zeros(weight.num_local_rows if weight.by_rows else 1, 4, dtype=torch.float64)
@@ -216,3 +219,4 @@ def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor
             kernels.apply_to(*arguments, _at(weight.old, start), _at(coefficient, row))
 
     _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
+    increment_version(local.flat)
