@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.tiny import save_tiny_model, tiny_pairs
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext.dialog.evaluation import evaluation_score
 from trl_ext.scripts import dialog_comparison, method_comparison, method_comparison_report
 from trl_ext.scripts.method_comparison import (

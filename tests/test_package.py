@@ -23,7 +23,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_private_names_stand_in_compat_only():
+def test_private_names_stand_in_one_module():
     import re
     from pathlib import Path
 
@@ -32,4 +32,4 @@ def test_private_names_stand_in_compat_only():
         r"^\s*from (trl|transformers|accelerate|deepspeed|peft)\.(trainer\.utils|models\.utils|\S*\._)", re.M
     )
     found = [path.name for path in root.rglob("*.py") if pattern.search(path.read_text())]
-    assert found == ["_compat.py"]
+    assert found == ["_upstream.py"]

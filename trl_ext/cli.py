@@ -114,7 +114,7 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
     Raises:
         ValueError: If the accelerate config is unknown, or does not run the number of processes asked for.
     """
-    from .scripts.strict_parser import take_option
+    from .scripts.recipe.strict_parser import take_option
 
     script_arguments = list(arguments)
     name, num_processes = (take_option(script_arguments, f"--{option}") for option in _LAUNCH_OPTIONS)
@@ -151,7 +151,7 @@ def _train(module: str, arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    from .playground.demo import main as demo
+    from .demo.demo import main as demo
 
     return demo(arguments)
 

@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
-from tests.tiny import save_tiny_model, tiny_pairs
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext.scripts import equilibrium_classifier, equilibrium_reward
-from trl_ext.scripts.strict_parser import RecipeError
+from trl_ext.scripts.recipe.strict_parser import RecipeError
 
 
 @pytest.fixture(scope="module")

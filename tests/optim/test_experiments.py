@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.tiny import WORDS, tiny_tokenizer
+from tests.helpers.tiny import WORDS, tiny_tokenizer
 from trl_ext.scripts import optimizer_language_models, scale_invariance
 from trl_ext.scripts.optimizer_language_models import (
     LanguageModelArguments,

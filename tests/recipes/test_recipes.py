@@ -11,10 +11,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import trl_ext
-from tests.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
+from tests.helpers.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext.cli import TRAINING_COMMANDS
 from trl_ext.dialog.intent import IntentClassifier
-from trl_ext.scripts.strict_parser import load_recipe
+from trl_ext.scripts.recipe.strict_parser import load_recipe
 
 
 ROOT = Path(trl_ext.__file__).parents[1]

@@ -21,7 +21,7 @@ from .method_comparison import ComparisonArguments, Task, alone, compare, read_f
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 RANGES = "ranges.json"
 
@@ -113,7 +113,7 @@ def normalise(folder: Path, reward_names: list[str]) -> list[dict[str, Any]]:
 def main(training_args: Any, arguments: DialogArguments) -> None:
     """Runs what is missing and writes the report into the experiment's folder."""
     from .prepare_dialog import prepare
-    from .strict_parser import RecipeError
+    from .recipe.strict_parser import RecipeError
 
     if arguments.dialog_dir is None:
         raise RecipeError("`dialog_dir` is missing. Name the folder of XDailyDialog's English files.")
@@ -125,12 +125,12 @@ def main(training_args: Any, arguments: DialogArguments) -> None:
 def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the experiment's arguments."""
     from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser((ConstrainedPPOConfig, DialogArguments), prog=prog)
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ..core.parameter_groups import decay_groups
 from ..optim.adamp import AdamP
 from ..optim.step_geometry import StepRecorder
-from ..parameter_groups import decay_groups
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 console = Console(highlight=False)
 
@@ -335,12 +335,12 @@ def main(args: LanguageModelArguments) -> None:
 
 def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the script's arguments."""
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser((LanguageModelArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

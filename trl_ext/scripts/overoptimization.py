@@ -16,7 +16,7 @@ from .method_comparison import ComparisonArguments, Task, compare
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 @dataclass
@@ -68,12 +68,12 @@ def main(training_args: Any, arguments: OveroptimizationArguments) -> None:
 def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the experiment's arguments."""
     from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser((ConstrainedPPOConfig, OveroptimizationArguments), prog=prog)
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

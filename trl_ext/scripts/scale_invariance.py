@@ -31,7 +31,7 @@ from ..optim.step_geometry import StepRecorder
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 console = Console(highlight=False)
 COLORS = {"SGD": "#6b6b6b", "SGDP": "#2f9e5b", "Adam": "#3b7dd8", "AdamP": "#c1272d"}
@@ -245,12 +245,12 @@ def main(args: ScaleInvarianceArguments) -> None:
 
 def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the script's arguments."""
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser((ScaleInvarianceArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..sparse_po.evaluation import RewardAndDivergence
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 logger = get_logger(__name__)
 
@@ -361,12 +361,12 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import ModelConfig
 
     from ..sparse_po.sparse_po_config import SparsePOConfig
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser((SparsePOConfig, ModelConfig, FrontierArguments), prog=prog)
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

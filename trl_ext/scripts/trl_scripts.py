@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 @dataclass
@@ -35,7 +35,7 @@ def trl_script(name: str) -> ModuleType:
 def make_parser(name: str, prog: str | None = None) -> "StrictParser":
     """The strict parser of a TRL script's arguments, with our optimizers among the choices of `optim`."""
     from ..optim import register
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     register()
     return StrictParser((*trl_script(name).make_parser().dataclass_types, OptimizerScriptArguments), prog=prog)
@@ -47,7 +47,7 @@ def main(
     """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
     from ..optim.factory import check_optim_args
     from ..optim.optimizer_report_callback import OptimizerReportCallback, default_callback
-    from .loading import last_checkpoint, require_model_and_data, resolve_model
+    from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
     require_model_and_data(model_args, script_args, dataset_args)
@@ -61,6 +61,6 @@ def main(
 
 def run(name: str) -> None:
     """Runs a script on the process's arguments."""
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(name), partial(main, name))

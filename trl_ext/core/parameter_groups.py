@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ._compat import decay_parameter_names
+from .._upstream import decay_parameter_names
 
 
 def decay_groups(model: nn.Module, weight_decay: float, named: bool = False) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def reward_quality(folder: Path) -> dict[str, float]:
     """Accuracy of a saved reward model on test pairs, and the correlation of its rewards with the exact sentiment."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from . import preference_dataset, sentiment
+    from ..playground import preference_dataset, sentiment
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -100,8 +100,8 @@ def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> No
     Raises:
         RecipeError: If an argument of the head is wrong.
     """
-    from ..equilibrium.feedback import check_homeostasis
-    from ..equilibrium.head import EPHead
+    from ...equilibrium.feedback import check_homeostasis
+    from ...equilibrium.head import EPHead
     from .strict_parser import RecipeError
 
     try:
@@ -130,7 +130,7 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
     """
     from trl import get_quantization_config
 
-    from ..equilibrium.modeling import EPModelForSequenceClassification
+    from ...equilibrium.modeling import EPModelForSequenceClassification
     from .loading import resolve_model
 
     quantization = get_quantization_config(model_args)

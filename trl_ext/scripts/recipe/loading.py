@@ -30,7 +30,7 @@ def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any)
 def resolve_model(name: str) -> str:
     """The model to load; `"playground"` is the small base model that the package trains and caches."""
     if name == PLAYGROUND:
-        from ..playground import resolve
+        from ...playground import resolve
 
         return resolve(name)
     return name
@@ -56,7 +56,7 @@ def load_datasets(script_args: Any, dataset_args: Any) -> Any:
             logger.warning(f"`datasets` is given, so `dataset_name: {script_args.dataset_name}` is not used.")
         return get_dataset(dataset_args)
     if script_args.dataset_name == PLAYGROUND:
-        from ..playground import load_playground_dataset
+        from ...playground import load_playground_dataset
 
         return load_playground_dataset()
     return load_dataset(

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", FutureWarning)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     console = Console(width=max(Console().width, 100))
-    from . import resolve
+    from ..playground import resolve
 
     console.rule("Base model of the playground")
     resolve("playground")
@@ -110,14 +110,14 @@ def demonstrate_sparse_po(options: argparse.Namespace, console: Console) -> None
 
 def demonstrate_constrained_ppo(options: argparse.Namespace, console: Console) -> None:
     """Two hackable proxies, with and without constraints."""
-    from .demo_constrained_ppo import demonstrate_constrained_ppo as demonstrate
+    from .constrained_ppo import demonstrate_constrained_ppo as demonstrate
 
     demonstrate(Path(options.output_dir) / "constrained_ppo", console, options.max_steps)
 
 
 def demonstrate_equilibrium(options: argparse.Namespace, console: Console) -> None:
     """Reward models with an equilibrium-propagation head."""
-    from .demo_equilibrium import demonstrate_equilibrium as demonstrate
+    from .equilibrium import demonstrate_equilibrium as demonstrate
 
     demonstrate(Path(options.output_dir) / "equilibrium", console, options.max_steps)
 
@@ -151,8 +151,8 @@ def measure(name: str, folder: Path) -> MethodResult:
     """Measures a finished run: every checkpoint on the frontier, the masks against the truth."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..playground import grammaticality, prompts, resolve, sentiment_reward
     from ..sparse_po.evaluation import mask_recovery, reward_and_divergence
-    from . import grammaticality, prompts, resolve, sentiment_reward
 
     reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
     tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
@@ -182,8 +182,8 @@ def weighted_test_responses(
     folder: Path, reference, tokenizer, num_pairs: int = 100
 ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
     """For test responses, the weights of both masks and the sentiment of each token."""
+    from ..playground import preference_dataset, token_truth
     from ..sparse_po.evaluation import mask_weights
-    from . import preference_dataset, token_truth
 
     masks = run_masks(folder)
     pairs = preference_dataset(num_pairs, split="test")
@@ -267,9 +267,9 @@ def draw_pair(folder: Path, path: Path) -> None:
     """One test pair, each token coloured by its weight, with the known truth below it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..core.token_colors import WeightedText, save_png, token_pieces
+    from ..playground import preference_dataset, resolve, token_truth
     from ..sparse_po.evaluation import mask_weights
-    from ..token_colors import WeightedText, save_png, token_pieces
-    from . import preference_dataset, resolve, token_truth
 
     reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
     tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
