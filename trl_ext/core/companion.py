@@ -205,7 +205,8 @@ class CompanionMixin(Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             head = nn.Linear(self.model.config.hidden_size, 1)
-            self.attach_companion(Companion("length_head", head, "length_head.safetensors", "length heads"), self.forward)
+            head = Companion("length_head", head, "length_head.safetensors", "length heads")
+            self.attach_companion(head, self.forward)
 
         def forward(self, forward, *args, with_length=False, **kwargs):
             if not with_length:
