@@ -13,7 +13,8 @@ owned by DeepSpeed and FSDP like any layer. [`CompanionMixin`] sees to the rest 
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,26 @@ def base_policy(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+@contextmanager
+def last_hidden_states(policy: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """
+    Observes the backbone while the context lasts.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`]):
+            Model with a language-model head.
+
+    Yields:
+        `list[torch.Tensor]`: to which each pass of the backbone adds its last hidden states, `(B, T, H)`.
+    """
+    states: list[torch.Tensor] = []
+    hook = policy.base_model.register_forward_hook(lambda _m, _i, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
 class CompanionMixin(Trainer):
     """
     Base of a trainer, before TRL's, whose policy has a companion. Call [`CompanionMixin.attach_companion`] after
@@ -193,10 +214,9 @@ class CompanionMixin(Trainer):
     Example:
 
     ```python
-    import torch
     from torch import nn
     from trl import SFTTrainer
-    from trl_ext.core.companion import Companion, CompanionMixin
+    from trl_ext.core.companion import Companion, CompanionMixin, last_hidden_states
     from trl_ext.core.recorder import ForwardRecorder
 
     class LengthSFTTrainer(CompanionMixin, SFTTrainer):
@@ -211,22 +231,29 @@ class CompanionMixin(Trainer):
         def forward(self, forward, *args, with_length=False, **kwargs):
             if not with_length:
                 return forward(*args, **kwargs)
-            output = forward(*args, **kwargs, output_hidden_states=True)
+            with last_hidden_states(self.policy) as states:
+                output = forward(*args, **kwargs)
             mask = kwargs["attention_mask"]
             to_come = mask.flip(1).cumsum(1).flip(1).float()
-            lengths = self.companion.module(output.hidden_states[-1].float()).squeeze(-1)
-            output["length_loss"] = ((lengths - to_come) * mask).square().sum() / mask.sum()
+            lengths = self.policy.length_head(states[0].float()).squeeze(-1)
+            output.loss = 0.01 * ((lengths - to_come) * mask).square().sum() / mask.sum()
             return output
 
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            recorder = ForwardRecorder(model, {"with_length": True}, first_only=True)
-            loss, outputs = super().compute_loss(recorder, inputs, return_outputs=True, **kwargs)
-            loss = loss + 0.01 * recorder.outputs[0].length_loss
-            return (loss, outputs) if return_outputs else loss
+            recorder = ForwardRecorder(model, {"with_length": True})
+            result = super().compute_loss(recorder, inputs, return_outputs, **kwargs)
+            loss, *rest = result if return_outputs else (result,)
+            loss = loss + recorder.outputs[0].loss
+            return (loss, *rest) if return_outputs else loss
     ```
     """
 
     companion: Companion
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The transformers model that holds the companion, without the wrappers of engines and adapters."""
+        return base_policy(self.accelerator.unwrap_model(self.model))
 
     def attach_companion(self, companion: Companion, forward: Forward) -> None:
         """
@@ -243,7 +270,7 @@ class CompanionMixin(Trainer):
             ValueError: If the DeepSpeed config has an optimizer of its own, which would ignore the learning rate.
         """
         self.companion = companion
-        policy = base_policy(self.accelerator.unwrap_model(self.model))
+        policy = self.policy
         policy.add_module(companion.name, companion.module.to(policy.device))
         extend_forward(policy, forward)
         names = {f"{companion.name}.{name}" for name in companion.module.state_dict()}
