@@ -4,12 +4,13 @@ PINNED := trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 datas
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+SEED := $(shell date +%s)
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint contract benchmark clean
+.PHONY: help demo test shuffle lint contract benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -30,6 +31,10 @@ lint: $(STAMP) ## Check style and types
 
 test: lint ## Check style and types and run the test-suite
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+
+shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, which `make shuffle SEED=...` repeats
+	@echo "SEED=$(SEED)"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --random-order-seed=$(SEED)
 
 contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its own environment
 	bash tests/contract/run_matrix.sh "$(TORCH)" "$(filter-out trl==%,$(PINNED))"

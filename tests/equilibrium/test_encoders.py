@@ -54,7 +54,8 @@ def test_encoders_train_and_are_saved_bit_equal(family, tmp_path):
     assert loaded.pooling == "first" and loaded.config.text_config.model_type == family
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert torch.equal(loaded(RIGHT, attention_mask=MASK).logits, output.logits)
+    # To rounding: loaded weights lie elsewhere in memory, and on some machines kernels add by alignment
+    torch.testing.assert_close(loaded(RIGHT, attention_mask=MASK).logits, output.logits)
 
 
 def test_pooler_is_that_of_berts_classifier(tmp_path):

@@ -187,9 +187,14 @@ def test_lora_with_the_head_among_modules_to_save(kind, folder, tmp_path):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("score" in name and "forward_weight_1" in name for name in saved)
     loaded = PeftModel.from_pretrained(reward_model(folder, seed=1, **settings), tmp_path / "adapter")
+    trained = trainer.model.state_dict()
+    kept = [name for name in trained if "lora_" in name or "modules_to_save" in name]
+    assert len(kept) > 8
+    for name in kept:
+        assert torch.equal(loaded.state_dict()[name], trained[name]), name
     inputs = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "attention_mask": torch.ones(1, 4)}
     trainer.model.eval()
-    assert torch.equal(loaded(**inputs).logits, trainer.model(**inputs).logits)
+    torch.testing.assert_close(loaded(**inputs).logits, trainer.model(**inputs).logits)
 
 
 def test_all_linear_leaves_the_head_whole(folder, tmp_path):

@@ -12,6 +12,7 @@ from trl_ext.equilibrium.head_access import active_head
 
 
 LABELS = torch.tensor([0, 2, 1])
+IN_BF16 = {"rtol": torch.finfo(torch.bfloat16).eps, "atol": torch.finfo(torch.bfloat16).eps}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,14 @@ def quantized(folder, **settings):
     return classifier(folder, quantization_config=options, **settings)
 
 
+def assert_same_weights(found, expected):
+    """Bit for bit, those of four bits with their scales."""
+    found, expected = found.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys() and any("quant_state" in name for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def lora():
     return LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
 
@@ -85,7 +94,10 @@ def test_four_bits_on_a_backbone_and_on_a_saved_model(folder, tmp_path):
     fresh.save_pretrained(tmp_path / "four_bits")
     loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "four_bits", output_loading_info=True)
     assert not any(info.values()) and loaded.is_loaded_in_4bit
-    assert torch.equal(loaded(IDS, attention_mask=MASK).logits, fresh(IDS, attention_mask=MASK).logits)
+    assert_same_weights(loaded, fresh)
+    torch.testing.assert_close(
+        loaded(IDS, attention_mask=MASK).logits, fresh(IDS, attention_mask=MASK).logits, **IN_BF16
+    )
 
 
 def test_qlora_trains_the_head_in_float32(folder, tmp_path):
@@ -103,8 +115,10 @@ def test_qlora_trains_the_head_in_float32(folder, tmp_path):
 
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantized(folder), str(tmp_path)).eval()
+    assert_same_weights(again, model)
     with torch.no_grad():  # with a gradient bitsandbytes takes another kernel
-        assert torch.equal(again(IDS, attention_mask=MASK).logits, model(IDS, attention_mask=MASK).logits)
+        found, expected = again(IDS, attention_mask=MASK).logits, model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found, expected, **IN_BF16)
 
 
 def test_reward_trainer_with_qlora(folder, tmp_path):
