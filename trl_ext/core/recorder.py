@@ -1,5 +1,5 @@
-"""How a subclass extends a parent's method without copying its body: it widens the model's forward ([`extend_forward`]),
-lets `super()` call it, and records what it returned there ([`ForwardRecorder`])."""
+"""How a subclass extends a parent's method without copying its body: it widens the model's forward
+([`extend_forward`]), lets `super()` call it, and records what it returned there ([`ForwardRecorder`])."""
 
 import functools
 import types
