@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["trl-ext"]
-# ///
 """
 AdamW against AdamP in language modelling at equal tuning budget, on small models with and without scale-invariant
 weights: Llama (none), Qwen3 (norms on queries and keys) and Gemma 3 (norms around every block).
@@ -9,30 +6,38 @@ Every optimizer trains every model from scratch at every learning rate and seed;
 half of the held-out text and the loss reported on the other. Finished runs are kept in `runs.jsonl`, so an interrupted
 experiment goes on where it stopped.
 
-python -m trl_ext.scripts.optimizer_language_models --config recipes/optim/imdb_language_models.yaml \
+python -m recipes.experiments.adamp_language_models.run \
+    --config recipes/experiments/adamp_language_models/config.yaml \
     --imdb_dir DATA/imdb --tokenizer_name_or_path DATA/stories260k
 """
 
 import itertools
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
 
-from ..core.parameter_groups import decay_groups
-from ..optim.adamp import AdamP
-from ..optim.step_geometry import StepRecorder
+from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.parameter_groups import decay_groups
+from trl_ext.optim import AdamP
+from trl_ext.optim.step_geometry import StepRecorder
+from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
+from ..runner import FinishedRuns, markdown_table
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .recipe.strict_parser import StrictParser
 
 console = Console(highlight=False)
 
@@ -114,20 +119,16 @@ class Run:
     seconds: float
 
 
-def token_blocks(args: LanguageModelArguments, tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
+def token_blocks(args: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Reviews as rows of `block_size` tokens, int64."""
-    import pandas as pd
-
     texts = pd.read_parquet(Path(args.imdb_dir) / "imdb_unsup.parquet")["text"][: args.num_texts]
     encoded = tokenizer([text.replace("<br />", " ") for text in texts], add_special_tokens=False)["input_ids"]
     ids = torch.tensor([token for text in encoded for token in (*text, tokenizer.eos_token_id)])
     return ids[: len(ids) // args.block_size * args.block_size].view(-1, args.block_size)
 
 
-def build_model(args: LanguageModelArguments, family: str, vocab_size: int, seed: int) -> "PreTrainedModel":
+def build_model(args: LanguageModelArguments, family: str, vocab_size: int, seed: int) -> PreTrainedModel:
     """A small model of a family, random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     heads = 4
     config = AutoConfig.for_model(
         family,
@@ -153,8 +154,6 @@ def train(
     args: LanguageModelArguments, data: torch.Tensor, family: str, optimizer_name: str, learning_rate: float, seed: int
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Trains one model; returns the run and the geometry of every tenth step, averaged over the weights."""
-    from transformers import get_scheduler
-
     start = time.perf_counter()
     held_out, training = data[:256], data[256:]
     model = build_model(args, family, int(data.max()) + 1, seed)
@@ -203,7 +202,7 @@ def _is_invariant(name: str, family: str) -> bool:
 
 
 @torch.no_grad()
-def _loss(model: "PreTrainedModel", blocks: torch.Tensor) -> float:
+def _loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
     return float(model(input_ids=blocks, labels=blocks).loss)
 
 
@@ -216,10 +215,8 @@ def best_learning_rate(runs: list[Run]) -> float:
 
 def table(runs: list[Run]) -> str:
     """The results at each optimizer's own best learning rate, as Markdown; differences are paired by seed."""
-    lines = [
-        "| model | optimizer | best rate | test loss | AdamP - AdamW, by seed | share of tests passed | norm growth |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["model", "optimizer", "best rate", "test loss", "AdamP - AdamW, by seed", "share of tests passed"]
+    rows = []
     for family in dict.fromkeys(run.family for run in runs):
         best = {}
         for name in dict.fromkeys(run.optimizer for run in runs):
@@ -231,36 +228,30 @@ def table(runs: list[Run]) -> str:
             pairs = zip(own, best.get("AdamW", own), strict=False)
             difference = ", ".join(f"{run.test_loss - other.test_loss:+.3f}" for run, other in pairs)
             spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
-            lines.append(
-                f"| {TITLES[family]} | {name} | {own[0].learning_rate:g} | {np.mean(losses):.3f}{spread} | "
-                f"{difference if name != 'AdamW' else ''} | "
-                f"{np.mean([run.share for run in own]):.2f} | {np.mean([run.norm_growth for run in own]):.2f} |"
-            )
-    return "\n".join(lines)
+            cells = [f"{own[0].learning_rate:g}", f"{np.mean(losses):.3f}{spread}", difference * (name != "AdamW")]
+            cells += [f"{np.mean([getattr(run, key) for run in own]):.2f}" for key in ("share", "norm_growth")]
+            rows.append([TITLES[family], name, *cells])
+    return markdown_table([*columns, "norm growth"], rows)
 
 
 def grid(runs: list[Run]) -> str:
     """Mean test loss of every learning rate, as Markdown."""
     rates = sorted({run.learning_rate for run in runs})
-    lines = [
-        "| model | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|---" * (2 + len(rates)) + "|",
-    ]
+    rows = []
     for family, name in dict.fromkeys((run.family, run.optimizer) for run in runs):
         cells = []
         for rate in rates:
             losses = [r.test_loss for r in runs if (r.family, r.optimizer, r.learning_rate) == (family, name, rate)]
             cells.append(f"{np.mean(losses):.3f}" if losses else "")
-        lines.append(f"| {TITLES[family]} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([TITLES[family], name, *cells])
+    return markdown_table(["model", "optimizer", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def differences(runs: list[Run]) -> str:
     """Test loss of AdamP minus that of AdamW at every learning rate, seed by seed, as Markdown."""
     rates = sorted({run.learning_rate for run in runs})
     losses = {(run.family, run.optimizer, run.learning_rate, run.seed): run.test_loss for run in runs}
-    lines = ["| AdamP - AdamW, by seed | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("|---" * (1 + len(rates)) + "|")
+    rows = []
     for family in dict.fromkeys(run.family for run in runs):
         cells = []
         for rate in rates:
@@ -271,23 +262,21 @@ def differences(runs: list[Run]) -> str:
                 if (family, "AdamW", rate, seed) in losses
             ]
             cells.append(", ".join(f"{pair:+.3f}" for pair in pairs))
-        lines.append(f"| {TITLES[family]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([TITLES[family], *cells])
+    return markdown_table(["AdamP - AdamW, by seed", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
     """Loss against learning rate, and effective step size in training at the rate that suits AdamW best."""
-    import matplotlib.pyplot as plt
-
     families = list(dict.fromkeys(run.family for run in runs))
-    figure, axes = plt.subplots(2, len(families), figsize=(4 * len(families), 6.4), squeeze=False)
-    for column, family in enumerate(families):
+    figure, panels = new_axes(2, len(families), width=4, height=3.2, dpi=110)
+    for by_rate, by_step, family in zip(panels, panels[len(families) :], families, strict=False):
         rate = best_learning_rate([r for r in runs if (r.family, r.optimizer) == (family, "AdamW")])
         for name, color in COLORS.items():
             own = [run for run in runs if (run.family, run.optimizer) == (family, name)]
             rates = sorted({run.learning_rate for run in own})
             losses = [[run.test_loss for run in own if run.learning_rate == r] for r in rates]
-            axes[0, column].errorbar(
+            by_rate.errorbar(
                 rates, [np.mean(values) for values in losses], [np.std(values) for values in losses],
                 color=color, marker="o", label=name, capsize=2,
             )  # fmt: skip
@@ -298,49 +287,35 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 kept = [trace[1:] for trace in kept]  # The first step of a warm-up is none
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
-                axes[1, column].plot(steps, angles, color=color, label=name)
-        axes[0, column].set(title=TITLES[family], xscale="log", xlabel="learning rate", ylabel="test loss")
-        axes[1, column].set(
-            xlabel=f"step (learning rate {rate:g})", ylabel="effective step size (radians)", yscale="log"
-        )
-        axes[0, column].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+                by_step.plot(steps, angles, color=color, label=name)
+        by_rate.set(title=TITLES[family], xscale="log", xlabel="learning rate", ylabel="test loss")
+        by_step.set(xlabel=f"step (learning rate {rate:g})", ylabel="effective step size (radians)", yscale="log")
+        by_rate.legend(frameon=False)
+    save_figure(figure, path)
 
 
 def main(args: LanguageModelArguments) -> None:
     """Runs what is missing of the experiment and writes `results.md` and `results.png`."""
-    from transformers import AutoTokenizer
-
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "runs.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    finished = FinishedRuns(folder)
     data = token_blocks(args, AutoTokenizer.from_pretrained(args.tokenizer_name_or_path))
     console.print(f"{data.numel()} tokens")
     for seed, family, rate, name in itertools.product(args.seeds, args.families, args.learning_rates, args.optimizers):
-        wanted = {"family": family, "optimizer": name, "learning_rate": rate, "seed": seed}
-        if any(wanted.items() <= row["run"].items() for row in done):
+        setting = {"family": family, "optimizer": name, "learning_rate": rate, "seed": seed}
+        if finished.has(**setting):
             continue
         run, trace = train(args, data, family, name, rate, seed)
-        done.append({"run": asdict(run), **wanted, "trace": trace})
-        with kept.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        finished.add({"run": asdict(run), **setting, "trace": trace})
         console.print(run)
-    runs = [Run(**row["run"]) for row in done]
+    runs = [Run(**row["run"]) for row in finished.rows]
     (folder / "results.md").write_text("\n\n".join([table(runs), grid(runs), differences(runs)]) + "\n")
-    plot(runs, done, folder / "results.png")
+    plot(runs, finished.rows, folder / "results.png")
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
-    """The strict parser of the script's arguments."""
-    from .recipe.strict_parser import StrictParser
-
-    return StrictParser((LanguageModelArguments,), prog=prog)
+def make_parser() -> StrictParser:
+    """The strict parser of the experiment's arguments."""
+    return StrictParser((LanguageModelArguments,))
 
 
 if __name__ == "__main__":
-    from .recipe.strict_parser import run_strictly
-
     run_strictly(make_parser(), main)

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["trl-ext"]
-# ///
 """
 The phenomenon behind AdamP and SGDP (https://huggingface.co/papers/2006.08217, sections 2 and 3): momentum inflates
 the norm of scale-invariant weights, and a larger norm makes the same update a smaller turn.
@@ -8,7 +5,8 @@ the norm of scale-invariant weights, and a larger norm makes the same update a s
 Two problems, with SGD, SGDP, Adam and AdamP: a scale-invariant function whose optimum is known, and a small network
 with batch normalisation on images of digits.
 
-python -m trl_ext.scripts.scale_invariance --images_dir DATA/images --output_dir outputs/scale_invariance
+python -m recipes.experiments.adamp_scale_invariance.run \
+    --config recipes/experiments/adamp_scale_invariance/config.yaml --images_dir DATA/images
 """
 
 import gzip
@@ -17,7 +15,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +23,13 @@ from rich.console import Console
 from torch import nn
 from transformers import get_scheduler
 
-from ..optim.adamp import AdamP
-from ..optim.sgdp import SGDP
-from ..optim.step_geometry import StepRecorder
+from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.optim import SGDP, AdamP
+from trl_ext.optim.step_geometry import StepRecorder
+from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
+from ..runner import markdown_table
 
-if TYPE_CHECKING:
-    from .recipe.strict_parser import StrictParser
 
 console = Console(highlight=False)
 COLORS = {"SGD": "#6b6b6b", "SGDP": "#2f9e5b", "Adam": "#3b7dd8", "AdamP": "#c1272d"}
@@ -165,62 +163,56 @@ def run_network(
 
 def network_table(rows: list[dict[str, Any]]) -> str:
     """Accuracy, norm growth and last effective step size of every optimizer and learning rate, as Markdown."""
-    lines = [
-        "| optimizer | learning rate | accuracy, % | norm, last / first | effective step at the end | test passed |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["optimizer", "learning rate", "accuracy, %", "norm, last / first", "effective step at the end"]
+    table = []
     for name, rate in dict.fromkeys((row["name"], row["learning_rate"]) for row in rows):
         own = [row for row in rows if (row["name"], row["learning_rate"]) == (name, rate)]
         accuracy = [100 * row["accuracy"] for row in own]
         tail = [np.mean(row["angle"][-len(row["angle"]) // 10 :]) for row in own]
-        lines.append(
-            f"| {name} | {rate:g} | {np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1) if len(own) > 1 else 0:.2f} | "
-            f"{np.mean([row['growth'][-1] for row in own]):.2f} | {np.mean(tail):.4f} | "
-            f"{np.mean([np.mean(row['passed']) for row in own]):.2f} |"
-        )
-    return "\n".join(lines)
+        cells = [
+            f"{np.mean(accuracy):.2f} ± {np.std(accuracy, ddof=1) if len(own) > 1 else 0:.2f}",
+            f"{np.mean([row['growth'][-1] for row in own]):.2f}",
+            f"{np.mean(tail):.4f}",
+            f"{np.mean([np.mean(row['passed']) for row in own]):.2f}",
+        ]
+        table.append([name, f"{rate:g}", *cells])
+    return markdown_table([*columns, "test passed"], table)
 
 
 def toy_table(toys: dict[str, dict[str, list[float]]]) -> str:
     """What is left of the distance to the minimum at a third of the steps and at the end, as Markdown."""
-    lines = ["| optimizer | gap at a third | gap at the end | norm at the end |", "|---|---|---|---|"]
+    rows = []
     for name, trace in toys.items():
-        third = trace["gap"][len(trace["gap"]) // 3]
-        lines.append(f"| {name} | {third:.5f} | {trace['gap'][-1]:.5f} | {trace['norm'][-1]:.2f} |")
-    return "\n".join(lines)
+        gaps = trace["gap"][len(trace["gap"]) // 3], trace["gap"][-1]
+        rows.append([name, *(f"{gap:.5f}" for gap in gaps), f"{trace['norm'][-1]:.2f}"])
+    return markdown_table(["optimizer", "gap at a third", "gap at the end", "norm at the end"], rows)
 
 
 def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], path: Path) -> None:
     """Norm and effective step size of both problems; the network at the first schedule, third learning rate."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
+    figure, panels = new_axes(2, 3, width=4, height=3.2, dpi=110)
+    toy_axes, network_axes = panels[:3], panels[3:]
     for name, trace in toys.items():
-        for axis, key in zip(axes[0], ("norm", "angle", "gap"), strict=True):
+        for axis, key in zip(toy_axes, ("norm", "angle", "gap"), strict=True):
             axis.plot(trace[key], color=COLORS[name], label=name)
     for name, color in COLORS.items():
         own = [row for row in rows if (row["name"], row["schedule"]) == (name, rows[0]["schedule"])]
         rates = sorted({row["learning_rate"] for row in own})
         chosen = [row for row in own if row["learning_rate"] == rates[len(rates) // 2]]
-        for axis, key in zip(axes[1], ("growth", "angle"), strict=False):
+        for axis, key in zip(network_axes, ("growth", "angle"), strict=False):
             axis.plot(chosen[0]["step"], np.mean([row[key] for row in chosen], axis=0), color=color, label=name)
         accuracy = [np.mean([row["accuracy"] for row in own if row["learning_rate"] == rate]) for rate in rates]
-        axes[1, 2].plot(rates, accuracy, color=color, marker="o", label=name)
-    for axis, label in zip(
-        axes.flat, ("norm", "effective step (radians)", "distance to the minimum") * 2, strict=True
-    ):
+        network_axes[2].plot(rates, accuracy, color=color, marker="o", label=name)
+    labels = ("norm", "effective step (radians)", "distance to the minimum")
+    for axis, label in zip(panels, labels * 2, strict=True):
         axis.set(xlabel="step", ylabel=label)
-    axes[0, 1].set(yscale="log")
-    axes[0, 2].set(yscale="log")
-    axes[1, 0].set(ylabel="norm / first norm")
-    axes[1, 1].set(yscale="log")
-    axes[1, 2].set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(0.95, 0.99))
-    axes[0, 0].set(title="scale-invariant function")
-    axes[1, 0].set(title="network with batch normalisation")
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    for axis in (*toy_axes[1:], network_axes[1]):
+        axis.set(yscale="log")
+    toy_axes[0].set(title="scale-invariant function")
+    toy_axes[0].legend(frameon=False)
+    network_axes[0].set(title="network with batch normalisation", ylabel="norm / first norm")
+    network_axes[2].set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(0.95, 0.99))
+    save_figure(figure, path)
 
 
 def main(args: ScaleInvarianceArguments) -> None:
@@ -243,14 +235,10 @@ def main(args: ScaleInvarianceArguments) -> None:
     plot(toys, rows, folder / "results.png")
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
-    """The strict parser of the script's arguments."""
-    from .recipe.strict_parser import StrictParser
-
-    return StrictParser((ScaleInvarianceArguments,), prog=prog)
+def make_parser() -> StrictParser:
+    """The strict parser of the experiment's arguments."""
+    return StrictParser((ScaleInvarianceArguments,))
 
 
 if __name__ == "__main__":
-    from .recipe.strict_parser import run_strictly
-
     run_strictly(make_parser(), main)

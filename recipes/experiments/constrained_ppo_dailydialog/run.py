@@ -1,27 +1,30 @@
-# /// script
-# dependencies = ["trl-ext[dialog,proxy-points]"]
-# ///
 """
 The paper's dialogue experiment at reduced size: METEOR and intent accuracy as rewards, its evaluation score as the
 gold metric, and PPO, PPO-SAT, All-PPO, mu-PPO and xi-PPO over seeds.
 
 The score is min-max normalised over the runs on each reward alone, which therefore come first.
 
-python -m trl_ext.scripts.dialog_comparison --config recipes/constrained_ppo/dailydialog_comparison.yaml \
-    --dialog_dir DATA/dialog
+python -m recipes.experiments.constrained_ppo_dailydialog.run \
+    --config recipes/experiments/constrained_ppo_dailydialog/config.yaml --dialog_dir DATA/dialog
 """
 
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .method_comparison import ComparisonArguments, Task, alone, compare, read_finished
+from datasets import load_dataset
 
+from trl_ext import ConstrainedPPOConfig
+from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
-if TYPE_CHECKING:
-    from .recipe.strict_parser import StrictParser
+from ..method_comparison import ComparisonArguments, Task, alone, compare
+from ..runner import FinishedRuns
+from .evaluation import evaluation_score, lexical_metrics, ranges_of
+from .prepare import POLICY, SPLITS, prepare
+from .rewards import CLASSIFIER_VARIABLE, intent_match, meteor
+
 
 RANGES = "ranges.json"
 
@@ -62,8 +65,6 @@ class EvaluationScore:
         self.measured: list[dict[str, float]] = []
 
     def __call__(self, completions: list[Any], reference: list[str], **columns: Any) -> list[float]:
-        from ..dialog.evaluation import evaluation_score, lexical_metrics
-
         self.measured.append(lexical_metrics(completions, reference))
         score = 0.0 if self.ranges is None else evaluation_score(self.measured[-1], self.ranges)
         return [score] * len(completions)
@@ -71,11 +72,6 @@ class EvaluationScore:
 
 def dialog_task(arguments: DialogArguments) -> Task:
     """The policy, contexts with references and intents, both rewards and the score."""
-    from datasets import load_dataset
-
-    from ..dialog.rewards import CLASSIFIER_VARIABLE, intent_match, meteor
-    from .prepare_dialog import POLICY, SPLITS
-
     folder = Path(arguments.experiment_dir)
     os.environ[CLASSIFIER_VARIABLE] = str(folder)
     files = {name: str(folder / f"{name}.jsonl") for name in SPLITS}
@@ -97,24 +93,19 @@ def normalise(folder: Path, reward_names: list[str]) -> list[dict[str, Any]]:
     Takes the range of each measure from the runs on each reward alone, writes it, and gives every run whose score
     was not known its score.
     """
-    from ..dialog.evaluation import evaluation_score, ranges_of
-
-    results = read_finished(folder)
-    own = [result for result in results if result["name"] in {alone(name) for name in reward_names}]
+    finished = FinishedRuns(folder)
+    own = [result for result in finished.rows if result["name"] in {alone(name) for name in reward_names}]
     ranges = ranges_of([point["measures"] for result in own for point in result["curve"]])
     (folder / RANGES).write_text(json.dumps(ranges, indent=1))
-    for result in results:
+    for result in finished.rows:
         for point in (*result["curve"], result["test"]):
             point["gold"] = evaluation_score(point["measures"], ranges)
-    (folder / "runs.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
-    return results
+    finished.rewrite()
+    return finished.rows
 
 
-def main(training_args: Any, arguments: DialogArguments) -> None:
+def main(training_args: ConstrainedPPOConfig, arguments: DialogArguments) -> None:
     """Runs what is missing and writes the report into the experiment's folder."""
-    from .prepare_dialog import prepare
-    from .recipe.strict_parser import RecipeError
-
     if arguments.dialog_dir is None:
         raise RecipeError("`dialog_dir` is missing. Name the folder of XDailyDialog's English files.")
     folder = Path(arguments.experiment_dir)
@@ -122,15 +113,10 @@ def main(training_args: Any, arguments: DialogArguments) -> None:
     compare(dialog_task, arguments, training_args, folder, "evaluation score", normalise)
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
+def make_parser() -> StrictParser:
     """The strict parser of the experiment's arguments."""
-    from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-    from .recipe.strict_parser import StrictParser
-
-    return StrictParser((ConstrainedPPOConfig, DialogArguments), prog=prog)
+    return StrictParser((ConstrainedPPOConfig, DialogArguments))
 
 
 if __name__ == "__main__":
-    from .recipe.strict_parser import run_strictly
-
     run_strictly(make_parser(), main)

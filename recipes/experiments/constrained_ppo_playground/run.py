@@ -1,22 +1,26 @@
-# /// script
-# dependencies = ["trl-ext[proxy-points]"]
-# ///
 """
 Overoptimisation on the playground: two rewards that can be hacked, the exact gold metric they stand for, and every
 method of constrained PPO, over seeds.
 
-python -m trl_ext.scripts.overoptimization --config recipes/constrained_ppo/overoptimization.yaml
+python -m recipes.experiments.constrained_ppo_playground.run \
+    --config recipes/experiments/constrained_ppo_playground/config.yaml
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .method_comparison import ComparisonArguments, Task, compare
+from trl_ext import ConstrainedPPOConfig
+from trl_ext.playground import (
+    BaseModelSettings,
+    base_model_path,
+    playground_gold,
+    positive_word_share,
+    preference_dataset,
+    reference_similarity,
+)
+from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
-
-if TYPE_CHECKING:
-    from .recipe.strict_parser import StrictParser
+from ..method_comparison import ComparisonArguments, Task, compare
 
 
 @dataclass
@@ -40,13 +44,7 @@ class OveroptimizationArguments(ComparisonArguments):
 
 def playground_task(arguments: OveroptimizationArguments) -> Task:
     """The policy, the prompts with their references, both rewards and the gold metric."""
-    from ..playground import playground_gold, positive_word_share, preference_dataset, reference_similarity
-    from ..playground.base_model import BaseModelSettings, base_model_path
-
-    settings = BaseModelSettings(
-        steps=400, learning_rate=8e-3, hidden_size=arguments.hidden_size, intermediate_size=3 * arguments.hidden_size,
-        num_layers=arguments.num_layers, num_drafts=4,
-    )  # fmt: skip
+    settings = BaseModelSettings.of_one_mind(arguments.hidden_size, arguments.num_layers)
     validation, test = (preference_dataset(arguments.num_prompts, split=name) for name in ("validation", "test"))
     return Task(
         model=str(base_model_path(settings=settings, show_progress=False)),
@@ -58,22 +56,15 @@ def playground_task(arguments: OveroptimizationArguments) -> Task:
     )
 
 
-def main(training_args: Any, arguments: OveroptimizationArguments) -> None:
+def main(training_args: ConstrainedPPOConfig, arguments: OveroptimizationArguments) -> None:
     """Runs what is missing and writes the report into the output folder."""
-    folder = Path(training_args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    compare(playground_task, arguments, training_args, folder, "playground_gold")
+    compare(playground_task, arguments, training_args, Path(training_args.output_dir), "playground_gold")
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
+def make_parser() -> StrictParser:
     """The strict parser of the experiment's arguments."""
-    from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-    from .recipe.strict_parser import StrictParser
-
-    return StrictParser((ConstrainedPPOConfig, OveroptimizationArguments), prog=prog)
+    return StrictParser((ConstrainedPPOConfig, OveroptimizationArguments))
 
 
 if __name__ == "__main__":
-    from .recipe.strict_parser import run_strictly
-
     run_strictly(make_parser(), main)

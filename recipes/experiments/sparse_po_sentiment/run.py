@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["trl-ext"]
-# ///
 """
 The paper's sentiment experiment at the scale of one machine: reward against KL of DPO, TDPO1, TDPO2, MaPO and
 SparsePO, over values of beta and seeds.
@@ -9,7 +6,7 @@ A language model is tuned on IMDB, a classifier of sentiment is trained on IMDB'
 language model and ordered by the classifier, and every method is trained on the same pairs. Finished runs are kept in
 `runs.jsonl`, so an interrupted experiment goes on where it stopped.
 
-python -m trl_ext.scripts.sentiment_frontier --config recipes/sparse_po/imdb_stories260k.yaml \
+python -m recipes.experiments.sparse_po_sentiment.run --config recipes/experiments/sparse_po_sentiment/config.yaml \
     --imdb_dir DATA/imdb --odpo_file DATA/odpo_imdb_gpt2large_scored.jsonl.gz --model_name_or_path DATA/stories260k
 """
 
@@ -18,20 +15,32 @@ import json
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+from trl import ModelConfig
 
+from trl_ext import SparsePOConfig, SparsePOTrainer
+from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
+from trl_ext.sparse_po.evaluation import RewardAndDivergence, reward_and_divergence
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ..runner import FinishedRuns, markdown_table
 
-    from ..sparse_po.evaluation import RewardAndDivergence
-    from .recipe.strict_parser import StrictParser
 
 logger = get_logger(__name__)
 
@@ -115,8 +124,6 @@ def train_classifier(
     imdb_dir: str, epochs: int = 4, vocabulary_size: int = 20000
 ) -> tuple[SentimentClassifier, float]:
     """Trains the classifier on IMDB's training labels; returns it with its accuracy on the test reviews."""
-    import pandas as pd
-
     train, test = (pd.read_parquet(Path(imdb_dir) / f"imdb_{split}.parquet") for split in ("train", "test"))
     counts = Counter(word for text in train["text"] for word in set(_words(text)))
     classifier = SentimentClassifier([word for word, _ in counts.most_common(vocabulary_size)])
@@ -136,9 +143,6 @@ def train_classifier(
 
 def tune_language_model(name: str, imdb_dir: str, steps: int, folder: Path, length: int = 128) -> float:
     """Tunes a language model on the unlabelled reviews, saves it with its tokenizer, returns the final loss."""
-    import pandas as pd
-    from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
-
     set_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
@@ -170,19 +174,15 @@ def tune_language_model(name: str, imdb_dir: str, steps: int, folder: Path, leng
 
 def review_prompts(imdb_dir: str, split: str, num_prompts: int, words: int) -> list[str]:
     """The first words of reviews, a different review for each prompt."""
-    import pandas as pd
-
     texts = pd.read_parquet(Path(imdb_dir) / f"imdb_{split}.parquet")["text"].sample(num_prompts, random_state=1)
     return [" ".join(text.replace("<br />", " ").split()[:words]) for text in texts]
 
 
 def sample_pairs(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", classifier: SentimentClassifier,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, classifier: SentimentClassifier,
     arguments: FrontierArguments, minimum_gap: float = 0.05,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Two samples for each prompt, ordered by the classifier, where they differ by `minimum_gap` or more."""
-    from ..sparse_po.evaluation import reward_and_divergence
-
     prompts = review_prompts(arguments.imdb_dir, "train", 2 * arguments.num_pairs, arguments.prompt_words)
     drawn = [
         reward_and_divergence(
@@ -203,8 +203,6 @@ def sample_pairs(
 
 def odpo_pairs(path: str, max_words: int = 40) -> list[dict[str, str]]:
     """The first two texts of every prompt, cut to `max_words`; the one with the higher reward is chosen."""
-    import pandas as pd
-
     rows = []
     for prompt, group in pd.read_json(path, lines=True).groupby("prompt", sort=False):
         first = group.head(2).sort_values("reward")
@@ -216,8 +214,6 @@ def odpo_pairs(path: str, max_words: int = 40) -> list[dict[str, str]]:
 
 def prepare(arguments: FrontierArguments, model_name: str, folder: Path) -> dict[str, Any]:
     """Makes, once, what all runs share: language model, classifier and pairs; returns facts about them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     facts_file = folder / "facts.json"
     if facts_file.is_file():
         return json.loads(facts_file.read_text())
@@ -245,25 +241,18 @@ def prepare(arguments: FrontierArguments, model_name: str, folder: Path) -> dict
 
 def measure(
     policy: Any, reference: Any, tokenizer: Any, classifier: SentimentClassifier, arguments: FrontierArguments
-) -> "RewardAndDivergence":
+) -> RewardAndDivergence:
     """Reward and KL of one sample for each held-out prompt."""
-    from ..sparse_po.evaluation import reward_and_divergence
-
     prompts = review_prompts(arguments.imdb_dir, "test", arguments.num_prompts, arguments.prompt_words)
     return reward_and_divergence(
         policy, reference, tokenizer, prompts, classifier.reward, max_new_tokens=arguments.new_tokens, batch_size=256
     )
 
 
-def run(method: str, beta: float, seed: int, parsed: tuple[Any, ...], folder: Path) -> dict[str, Any]:
+def run(
+    method: str, beta: float, seed: int, config: SparsePOConfig, arguments: FrontierArguments, folder: Path
+) -> dict[str, Any]:
     """Trains one method and measures it on held-out prompts."""
-    from dataclasses import fields, replace
-
-    from datasets import Dataset
-
-    from ..sparse_po.sparse_po_trainer import SparsePOTrainer
-
-    config, arguments = parsed[0], parsed[2]
     settings = {**METHODS[method], "beta": beta, "seed": seed, "output_dir": str(folder / "last_run")}
     if settings["mask_type"] != "learned":
         settings["mask_learning_rate"] = None
@@ -294,16 +283,9 @@ def run(method: str, beta: float, seed: int, parsed: tuple[Any, ...], folder: Pa
 
 def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> str:
     """Writes the table (returned, Markdown) and the plot of reward against KL."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    lines = [
-        "| method | beta | reward | KL | sparsity m_u / m_d | accuracy on ODPO pairs | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    figure, (axes,) = new_axes(width=8, height=5.2, dpi=140)
+    columns = ["method", "beta", "reward", "KL", "sparsity m_u / m_d", "accuracy on ODPO pairs", "seeds"]
+    rows = []
     for method, color in zip(METHODS, COLORS, strict=True):
         points = []
         for beta in sorted({run["beta"] for run in runs}):
@@ -313,11 +295,13 @@ def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> s
             mean = {key: np.mean([run[key] for run in chosen if key in run]) for key in chosen[0] if key != "method"}
             spread = {key: np.std([run[key] for run in chosen]) for key in ("reward", "divergence")}
             points.append((mean["divergence"], mean["reward"], spread["divergence"], spread["reward"], beta))
-            lines.append(
-                f"| {method} | {beta} | {mean['reward']:.3f} ± {spread['reward']:.3f} | {mean['divergence']:.2f} ± "
-                f"{spread['divergence']:.2f} | {mean['sparsity_reward']:.2f} / {mean['sparsity_divergence']:.2f} | "
-                f"{mean.get('odpo_accuracy', float('nan')):.3f} | {len(chosen)} |"
-            )
+            cells = [
+                f"{mean['reward']:.3f} ± {spread['reward']:.3f}",
+                f"{mean['divergence']:.2f} ± {spread['divergence']:.2f}",
+                f"{mean['sparsity_reward']:.2f} / {mean['sparsity_divergence']:.2f}",
+                f"{mean.get('odpo_accuracy', float('nan')):.3f}",
+            ]
+            rows.append([method, str(beta), *cells, str(len(chosen))])
         if points:
             x, y, dx, dy, betas = zip(*sorted(points), strict=True)
             axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", color=color, label=method, capsize=2, linewidth=1.5)
@@ -330,43 +314,29 @@ def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> s
     axes.set_title(
         "IMDB sentiment: reward against KL (labels: beta; bars: spread over seeds)", loc="left", fontsize=10
     )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "sentiment_frontier.png")
-    table = "\n".join(lines)
+    save_figure(figure, folder / "sentiment_frontier.png")
+    table = markdown_table(columns, rows)
     (folder / "sentiment_frontier.md").write_text(f"{table}\n\nShared by all runs: `{json.dumps(facts)}`\n")
     return table
 
 
-def main(training_args: Any, model_args: Any, arguments: FrontierArguments) -> None:
+def main(training_args: SparsePOConfig, model_args: ModelConfig, arguments: FrontierArguments) -> None:
     """Runs what is missing of the grid and writes the report into the output folder."""
     folder = Path(training_args.output_dir)
     facts = prepare(arguments, model_args.model_name_or_path, folder)
-    runs_file = folder / "runs.jsonl"
-    runs = [json.loads(line) for line in runs_file.read_text().splitlines()] if runs_file.is_file() else []
-    done = {(run["method"], run["beta"], run["seed"]) for run in runs}
+    finished = FinishedRuns(folder)
     for seed, beta, method in itertools.product(arguments.seeds, arguments.betas, METHODS):
-        if (method, beta, seed) in done:
+        if finished.has(method=method, beta=beta, seed=seed):
             continue
-        runs.append(run(method, beta, seed, (training_args, model_args, arguments), folder))
-        with runs_file.open("a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        report(runs, facts, folder)
+        finished.add(run(method, beta, seed, training_args, arguments, folder))
+        report(finished.rows, facts, folder)
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
+def make_parser() -> StrictParser:
     """The strict parser of the experiment's arguments."""
-    from trl import ModelConfig
-
-    from ..sparse_po.sparse_po_config import SparsePOConfig
-    from .recipe.strict_parser import StrictParser
-
-    return StrictParser((SparsePOConfig, ModelConfig, FrontierArguments), prog=prog)
+    return StrictParser((SparsePOConfig, ModelConfig, FrontierArguments))
 
 
 if __name__ == "__main__":
-    from .recipe.strict_parser import run_strictly
-
     run_strictly(make_parser(), main)
