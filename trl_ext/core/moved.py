@@ -9,7 +9,7 @@ from pathlib import Path
 
 def moved(name: str, new: str, recipe: str | None = None) -> None:
     """
-    Lets a module of the package stand for one of `recipes.experiments`: run as a command, it runs that; imported, it is
+    Lets a module of the package stand for one of `recipes.experiments`: run as a command it runs that, imported it is
     that.
 
     Args:
@@ -31,7 +31,9 @@ def moved(name: str, new: str, recipe: str | None = None) -> None:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        message = f"This has moved to `{module}`, which is in a clone of the repository and not in the installed package."
+        message = (
+            f"This has moved to `{module}`, which is in a clone of the repository and not in the installed package."
+        )
         message += " Clone it and run from there, or put the clone on PYTHONPATH."
         raise SystemExit(message) if name == "__main__" else ImportError(message)
     warnings.warn(

@@ -54,7 +54,7 @@ class BaseModelSettings:
     @classmethod
     def of_one_mind(cls, hidden_size: int = 64, num_layers: int = 2) -> "BaseModelSettings":
         """
-        A smaller model of reviews whose sentiment is pronounced, on which a reward is over-optimised within 32 updates.
+        A smaller model of reviews whose sentiment is pronounced: it over-optimises a reward within 32 updates.
 
         Args:
             hidden_size (`int`, *optional*, defaults to `64`):

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: the clone's folder `recipes/`, which the wheel carries as `trl_ext/recipes/`."""
+"""The recipes that come with the package: `recipes/` of a clone, which the wheel carries as `trl_ext/recipes/`."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def find_packaged(name: str | Path) -> Path | None:
     except FileNotFoundError:
         return None
     relative = str(name).removeprefix("recipes/")
-    found = (folder / relative, folder / f"{relative}.yaml")
+    found = [(folder / file).resolve() for file in (relative, f"{relative}.yaml")]
     return next((path for path in found if path.is_file() and path.is_relative_to(folder)), None)
 
 
@@ -61,8 +61,8 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
     source = find_packaged(name)
     if source is None:
         raise ValueError(f"{name} is not a recipe of the package; `trl-ext recipes` lists them.")
-    text = source.read_text()
-    beside = [path for path in sorted(source.parent.glob("*.json")) if f"recipes/{path.parent.name}/{path.name}" in text]
+    text, method = source.read_text(), source.parent.name
+    beside = [path for path in sorted(source.parent.glob("*.json")) if f"recipes/{method}/{path.name}" in text]
     copies = {path: folder / path.name for path in (source, *beside)}
     for copy in copies.values():
         if copy.exists():
@@ -71,6 +71,6 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
     for path, copy in copies.items():
         content = path.read_text()
         for other, its_copy in copies.items():
-            content = content.replace(f"recipes/{other.parent.name}/{other.name}", str(its_copy))
+            content = content.replace(f"recipes/{method}/{other.name}", str(its_copy))
         copy.write_text(content)
     return list(copies.values())

@@ -237,7 +237,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if file is None:
         raise RecipeError(f"`--config {path}` is not a file. `trl-ext recipes` lists the recipes.")
     try:
-        recipe = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506
+        recipe = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
