@@ -172,13 +172,9 @@ def extend_forward(model: nn.Module, extension: Forward) -> None:
         extension (`Callable`):
             Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
     """
-    inner = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return extension(inner, *args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    # A partial and no function of this module: a step goes from the model straight to the extension
+    forward = functools.partial(extension, model.forward)
+    model.forward = functools.update_wrapper(forward, model.forward)  # type: ignore[method-assign]
 
 
 def base_policy(model: Any) -> PreTrainedModel:

@@ -1,20 +1,19 @@
-"""Triton kernels of [`paired_log_probs`] for GPUs: one pass over a tile where torch needs several."""
+"""Triton kernels of [`paired_log_probs`] for GPUs: one pass over a tile where torch needs several.
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+`test_triton_kernels_in_the_interpreter` holds them equal to what runs without Triton.
+"""
 
 import torch
 from transformers.utils import is_triton_available
 
 
-if TYPE_CHECKING:
-    from .paired_lm_head import _RunningStatistics
+AVAILABLE = is_triton_available()
 
-if is_triton_available():
+if AVAILABLE:
     import triton
     import triton.language as tl
 
+    # Logits that one program holds in registers
     BLOCK_SIZE = 1024
 
     @triton.jit
@@ -70,17 +69,20 @@ if is_triton_available():
         tl.store(logits + place, gradient, mask=valid)
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`."""
-    return device.type == "cuda" and is_triton_available()
+def fold(policy: torch.Tensor, ref: torch.Tensor, running: list[torch.Tensor]) -> None:
+    """
+    Folds one tile of logits into the running statistics of its rows.
 
-
-def fold(running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice) -> None:
-    """Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows."""
-    _fold_kernel[(policy.size(0),)](
-        policy, ref, running.policy_max[rows], running.ref_max[rows], running.policy_sum[rows], running.ref_sum[rows],
-        running.policy_weighted[rows], running.gap_weighted[rows], policy.size(1), BLOCK=BLOCK_SIZE,
-    )  # fmt: skip
+    Args:
+        policy (`torch.Tensor` of shape `(R, C)`):
+            Logits of the policy, contiguous.
+        ref (`torch.Tensor` of shape `(R, C)`):
+            Logits of the reference model, contiguous.
+        running (`list[torch.Tensor]` of shape `(R,)` each):
+            Written in place: maxima of both, sums of exponentials of both, weighted logits of the policy, and weighted
+            gaps between the two.
+    """
+    _fold_kernel[(policy.size(0),)](policy, ref, *running, policy.size(1), BLOCK=BLOCK_SIZE)
 
 
 def logit_gradient_(
@@ -91,7 +93,26 @@ def logit_gradient_(
     grad_kl: torch.Tensor | None,
     local_labels: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of one tile of logits, contiguous `(R, C)`, in their place."""
+    """
+    Gradient of one tile of logits, in their place.
+
+    Args:
+        logits (`torch.Tensor` of shape `(R, C)`):
+            Logits of the policy, contiguous; overwritten.
+        ref_logits (`torch.Tensor` of shape `(R, C)`, *optional*):
+            Logits of the reference model, contiguous; not needed without a gradient of the divergence.
+        normalizers (`list[torch.Tensor]` of shape `(R,)` each):
+            Logarithms of the softmaxes' denominators, policy first.
+        grad_log_probs (`torch.Tensor` of shape `(R,)`):
+            Gradient of the log-probabilities.
+        grad_kl (`torch.Tensor` of shape `(R,)`, *optional*):
+            Gradient of the divergences.
+        local_labels (`torch.Tensor` of shape `(R,)`, int64):
+            Columns of the labels, outside `[0, C)` where another tile has the label.
+
+    Returns:
+        `torch.Tensor`: `logits`.
+    """
     has_kl = ref_logits is not None and grad_kl is not None
     divergence_gradient = grad_log_probs if grad_kl is None else grad_kl
     _logit_gradient_kernel[(logits.size(0), triton.cdiv(logits.size(1), BLOCK_SIZE))](
