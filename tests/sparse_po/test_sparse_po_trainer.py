@@ -7,64 +7,12 @@ from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
 
+from tests.helpers.sparse_po import first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
-
-
-COMMON = {
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "bf16": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "beta": 0.5,
-}
-
-
-def make_trainer(folder, path, tokenizer, *, dpo=False, data=None, trainer_arguments=None, **settings):
-    config_class, trainer_class = (DPOConfig, DPOTrainer) if dpo else (SparsePOConfig, SparsePOTrainer)
-    settings = {**COMMON, **settings}
-    return trainer_class(
-        model=path,
-        args=config_class(output_dir=str(folder), **settings),
-        train_dataset=tiny_pairs() if data is None else data,
-        processing_class=tokenizer,
-        **(trainer_arguments or {}),
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def first_batch(trainer):
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def perturb(model, scale=0.05):
-    """Moves the policy away from the reference, so that log-ratios and divergences are not zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "token_masks" not in name:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def gradients(model):
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and "token_masks" not in name
-    }
 
 
 ONES = {"mask_type": "ones", "divergence_coef": 0.0}
@@ -207,11 +155,11 @@ def test_activation_mask_is_the_same_under_every_attention_kernel(family, tmp_pa
 
 
 def test_what_fired_is_logged_once(tmp_path, tiny_path, tokenizer, monkeypatch):
-    from trl_ext.sparse_po import reference_states
+    from trl_ext.sparse_po import activations
 
     lines = []
-    monkeypatch.setattr(reference_states, "_LOGGED", set())
-    monkeypatch.setattr(reference_states.logger, "info", lines.append)
+    type(activations.logger).info_once.cache_clear()
+    monkeypatch.setattr(activations.logger, "info", lines.append)
     make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=2).train()
     assert len(lines) == 1
     for part in ("mlp: input", "attention.query", "attention.key", "attention.value", "final norm", "mean logit"):
@@ -219,7 +167,7 @@ def test_what_fired_is_logged_once(tmp_path, tiny_path, tokenizer, monkeypatch):
 
 
 def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
-    from trl_ext.sparse_po.masks import standardize
+    from trl_ext.sparse_po.reference_pass import standardize
 
     trainer = make_trainer(tmp_path, tiny_path, tokenizer)
     batch = first_batch(trainer)
