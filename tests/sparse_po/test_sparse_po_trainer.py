@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.sparse_po import first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
+from trl_ext.sparse_po.policy_forward import MaskedCausalLMOutput
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
-from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer, token_metrics
 
 
 ONES = {"mask_type": "ones", "divergence_coef": 0.0}
@@ -164,6 +165,36 @@ def test_what_fired_is_logged_once(tmp_path, tiny_path, tokenizer, monkeypatch):
     assert len(lines) == 1
     for part in ("mlp: input", "attention.query", "attention.key", "attention.value", "final norm", "mean logit"):
         assert part in lines[0]
+
+
+def test_logits_on_request(tmp_path, tiny_path, tokenizer):
+    """TRL's `return_outputs` asks the model a second time, for plain logits, and the loss is the first call's."""
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer)
+    batch = first_batch(trainer)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    plain = trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
+    assert torch.equal(loss, trainer.compute_loss(trainer.model, batch))
+    assert torch.equal(outputs.logits, plain.logits)
+    assert not trainer.model._forward_hooks and not trainer.precompute_ref_logps
+
+
+def test_metrics_by_hand():
+    completion = torch.tensor([[True, True, False], [True, True, True]])
+    per_token = {
+        "policy_log_probs": torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -1.0, -1.0]]),
+        "divergences": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, 0.0]]),
+        "reward_mask": torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]),
+        "divergence_mask": torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]),
+    }
+    found = token_metrics(MaskedCausalLMOutput(**per_token), completion)
+    expected = {
+        "logps/chosen": -3.0, "logps/rejected": -5.0, "kl/chosen": 0.75, "kl/rejected": 1.0,
+        "mask/reward/mean": 1.0, "mask/reward/sparsity_chosen": 1 / 2, "mask/reward/sparsity_rejected": 2 / 3,
+        "mask/divergence/mean": 2 / 5, "mask/divergence/sparsity_chosen": 0.0,
+        "mask/divergence/sparsity_rejected": 1.0, "mask/dead_sequences": 1 / 2,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
 
 
 def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):

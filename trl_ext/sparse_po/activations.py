@@ -54,7 +54,7 @@ class ActivationObserver:
         self._stack = ExitStack()
 
     def __enter__(self) -> "ActivationObserver":
-        attentions = {id(module) for module in map(attention_module, self.layers) if module is not None}
+        attentions = {id(module) for module in map(_attention_module, self.layers) if module is not None}
 
         def observe_query_key_value(module: nn.Module, *tensors: torch.Tensor) -> None:
             if id(module) in attentions:
@@ -72,19 +72,7 @@ class ActivationObserver:
         self._stack.close()
 
     def finish(self, last_hidden: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-        """
-        Adds the final norm and the mean logit, and checks that every group has a map.
-
-        Args:
-            last_hidden (`torch.Tensor` of shape `(2B, T, H)`):
-                What the backbone returned.
-
-        Returns:
-            `dict[str, list[torch.Tensor]]`: by group, maps of shape `(2B, T-1)`.
-
-        Raises:
-            ValueError: If a group is empty.
-        """
+        """Adds the final norm and the mean logit, checks that no group is empty, and returns maps `(2B, T-1)`."""
         self._add("residual", "final norm", last_hidden)
         self._add("logits", "mean logit", mean_logits(self.model, last_hidden).unsqueeze(-1))
         for group in GROUPS:
@@ -122,18 +110,18 @@ class ActivationObserver:
         for name, child in layer.named_children():
             if "norm" in type(child).__name__.lower():
                 self._hook_output(child, "residual", name)
-        attention = attention_module(layer)
+        attention = _attention_module(layer)
         if attention is not None:
             self._hook_output(attention, "residual", "attention output")
-            projection = out_projection(attention)
+            projection = _child(attention, OUT_PROJECTION_NAMES)
             if projection is not None:
                 self._hook_input(projection, "attention", "input of the out-projection")
-            if not uses_attention_interface(attention):
+            if not _uses_attention_interface(attention):
                 for name in QUERY_KEY_VALUE_NAMES:
                     if hasattr(attention, name):
                         self._hook_output(getattr(attention, name), "attention", name)
         mlp = _child(layer, MLP_NAMES) or layer
-        projection = out_projection(mlp)
+        projection = _child(mlp, OUT_PROJECTION_NAMES)
         if mlp is not layer:
             self._hook_output(mlp, "residual", "MLP output")
         if projection is not None:
@@ -143,19 +131,8 @@ class ActivationObserver:
 
 
 def mean_above_rounding(values: torch.Tensor) -> torch.Tensor:
-    """
-    Mean over the features, zero where it is within the rounding error of the features.
-
-    The features after an untrained LayerNorm have mean zero; without this their rounding would be taken for a signal
-    and stretched to `[0, 1]`.
-
-    Args:
-        values (`torch.Tensor` of shape `(..., F)`, any floating dtype):
-            Activations.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32.
-    """
+    """Mean over the features, `(..., F)` to `(...)` float32, zero where it is within their rounding error."""
+    # After an untrained LayerNorm the mean is zero; its rounding would be stretched to [0, 1] as if it were a signal
     relative_error = torch.finfo(torch.float32).eps + torch.finfo(values.dtype).eps / values.size(-1) ** 0.5
     values = values.float()
     mean = values.mean(dim=-1)
@@ -166,73 +143,30 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((child for name, child in module.named_children() if name in names), None)
 
 
-def attention_module(layer: nn.Module) -> nn.Module | None:
-    """
-    The attention block of a decoder layer, by name.
-
-    Args:
-        layer (`torch.nn.Module`):
-            Decoder layer.
-
-    Returns:
-        `torch.nn.Module` or `None`
-    """
+def _attention_module(layer: nn.Module) -> nn.Module | None:
+    """The attention block of a decoder layer; GPT-2's kin have it one level deeper."""
     attention = _child(layer, ATTENTION_NAMES)
     inner = _child(attention, ATTENTION_NAMES) if attention is not None else None
     return inner or attention
 
 
-def out_projection(block: nn.Module) -> nn.Module | None:
-    """
-    The last projection of an attention or MLP block, by name.
-
-    Args:
-        block (`torch.nn.Module`):
-            Block.
-
-    Returns:
-        `torch.nn.Module` or `None`
-    """
-    return _child(block, OUT_PROJECTION_NAMES)
-
-
-def uses_attention_interface(attention: nn.Module) -> bool:
-    """
-    Whether an attention block calls the attention function through transformers' `AttentionInterface`.
-
-    Args:
-        attention (`torch.nn.Module`):
-            Attention block.
-    """
+def _uses_attention_interface(attention: nn.Module) -> bool:
+    """Whether its queries, keys and values pass through transformers' `AttentionInterface`."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
-def mean_logits(model: PreTrainedModel, hidden: torch.Tensor, vocab_tile: int = VOCAB_TILE) -> torch.Tensor:
-    """
-    Mean logit over the vocabulary at every position, without holding the logits.
-
-    Without soft-capping the mean passes through the head: it is the projection on the head's mean row.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model; its head is read inside its own forward.
-        hidden (`torch.Tensor` of shape `(2B, T, H)`):
-            Final hidden states.
-        vocab_tile (`int`, *optional*, defaults to `8192`):
-            Rows of the head in one tile, under soft-capping.
-
-    Returns:
-        `torch.Tensor` of shape `(2B, T)`, float32.
-    """
+def mean_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean logit over the vocabulary, `(2B, T, H)` to `(2B, T)` float32, without holding the logits."""
     scale, softcap = logit_transform(model.config.get_text_config())
     with gathered_head(model.get_output_embeddings()) as (weight, bias):
         hidden = hidden.float()
         if softcap is None:
+            # The mean passes through the head: it is the projection on the head's mean row
             mean = hidden @ weight.float().mean(dim=0)
             return scale * (mean if bias is None else mean + bias.float().mean())
         total = hidden.new_zeros(hidden.shape[:-1])
-        for start in range(0, weight.size(0), vocab_tile):
-            tile = slice(start, start + vocab_tile)
+        for start in range(0, weight.size(0), VOCAB_TILE):
+            tile = slice(start, start + VOCAB_TILE)
             logits = hidden @ weight[tile].float().t()
             if bias is not None:
                 logits = logits + bias[tile].float()

@@ -75,15 +75,7 @@ class LearnedTokenMask(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, init: MaskInit, generator: torch.Generator | None = None) -> None:
-        """
-        Draws fresh weights.
-
-        Args:
-            init (`str`):
-                `"positive"` or `"paper"` (see the class).
-            generator (`torch.Generator`, *optional*):
-                Source of the random weights.
-        """
+        """Draws fresh weights as `init` says (see the class)."""
         num_layers, hidden_size = self.layer_weight.shape
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
@@ -254,18 +246,7 @@ class TokenMasks(nn.Module):
 
 
 def scatter_tokens(values: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """
-    Puts values of the response tokens at their places, with gradient.
-
-    Args:
-        values (`torch.Tensor` of shape `(N,)`):
-            One value for each response token, in row-major order of the batch.
-        predicted (`torch.Tensor` of shape `(2B, T-1)`, bool):
-            Positions that predict a response token.
-
-    Returns:
-        `torch.Tensor` of shape `(2B, T-1)`, zero elsewhere.
-    """
+    """Puts `(N,)` values of the response tokens at their places in `(2B, T-1)`, zero elsewhere, with gradient."""
     return values.new_zeros(predicted.shape).masked_scatter(predicted, values)
 
 

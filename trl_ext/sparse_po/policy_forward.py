@@ -77,22 +77,8 @@ def policy_forward(
     **kwargs: Any,
 ) -> Any:
     """
-    Extension of a policy's forward (see [`extend_forward`]), on top of TRL's fused head.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model with [`TokenMasks`] as its submodule `token_masks`. Under PEFT, the base model.
-        divergence_coef (`float`):
-            See [`sparse_po_terms`].
-        detach_chosen_divergence (`bool`):
-            See [`sparse_po_terms`].
-        forward (`Callable`):
-            The model's forward as it was.
-        reference ([`ReferenceInput`], *optional*):
-            With it a call to the fused head returns a [`MaskedCausalLMOutput`]; other calls are unchanged.
-
-    Returns:
-        [`MaskedCausalLMOutput`], or what the forward returns.
+    What `model.forward`, which was `forward`, becomes (see [`extend_forward`]): given a `reference`, a call of TRL's
+    fused head returns a [`MaskedCausalLMOutput`]; other calls are unchanged.
     """
     if reference is None or not kwargs.get("fused_lm_head"):
         return forward(*args, **kwargs)

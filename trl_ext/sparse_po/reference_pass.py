@@ -67,18 +67,8 @@ def reference_forward(
     **kwargs: Any,
 ) -> Any:
     """
-    Extension of a reference model's forward (see [`extend_forward`]). Without a collector the forward is unchanged.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model: the reference, or the policy with its adapter switched off.
-        forward (`Callable`):
-            Its forward as it was.
-        reference_collector ([`ReferenceCollector`], *optional*):
-            Gets the states. The head does not run then.
-
-    Returns:
-        What the forward returns; with a collector, an output without fields but a loss of zero.
+    What the reference model's forward, which was `forward`, becomes (see [`extend_forward`]): given a collector, only
+    the backbone runs, and leaves its states there; other calls are unchanged.
     """
     if reference_collector is None:
         return forward(*args, **kwargs)
@@ -142,18 +132,7 @@ def _predicting(hidden: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
 
 
 def standardize(hidden: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """
-    Subtracts the mean over the features and divides by the standard deviation: a LayerNorm before its scale and shift.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(..., H)`, any floating dtype):
-            Hidden states.
-        eps (`float`, *optional*, defaults to `1e-5`):
-            Added to the variance.
-
-    Returns:
-        `torch.Tensor` of shape `(..., H)` in the dtype of `hidden`, computed in float32.
-    """
+    """A LayerNorm over the features before its scale and shift, in float32, returned in the dtype of `hidden`."""
     return nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps).to(hidden.dtype)
 
 
@@ -165,16 +144,7 @@ def backbone_inputs(kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """
-    The decoder blocks of a causal language model: the outermost `ModuleList` with `num_hidden_layers` elements.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model.
-
-    Raises:
-        ValueError: If the model has no such list.
-    """
+    """The decoder blocks of a causal language model: the outermost `ModuleList` of `num_hidden_layers` elements."""
     num_layers = model.config.get_text_config().num_hidden_layers
     candidates = [
         (name.count("."), name, module)
@@ -190,14 +160,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def original_head(head: Any) -> Any:
-    """
-    The head that a reference pass uses: where PEFT trains a copy (`modules_to_save=["lm_head"]`), the reference
-    adapter's copy or the untrained original.
-
-    Args:
-        head (`torch.nn.Module`):
-            Output embeddings of the reference model.
-    """
+    """The head of a reference pass: where PEFT trains a copy, the reference adapter's or the untrained original."""
     if not is_peft_available():
         return head
     from peft.utils import ModulesToSaveWrapper

@@ -31,20 +31,7 @@ _METRICS = ("rewards/accuracies", "kl/chosen", "kl/rejected", "mask/")
 
 
 def method_section(config: SparsePOConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
-    """
-    Markdown of the method's section.
-
-    Args:
-        config ([`SparsePOConfig`]):
-            Configuration of the run.
-        log_history (`list[dict]`):
-            The trainer's log; the last entry with mask metrics is shown.
-        model_id (`str`):
-            Hub id or folder of the model.
-
-    Returns:
-        `str`
-    """
+    """Markdown of the method's section, with the last entry of the log that has mask metrics."""
     names = ["beta", "mask_type", "divergence_coef", "detach_chosen_divergence"]
     if config.mask_type != "ones":
         names += ["mask_reward", "mask_divergence"]

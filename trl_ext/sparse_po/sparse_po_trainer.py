@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -212,7 +213,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, DPOTrainer):
         head = original_head(self._reference.get_output_embeddings())
         return ReferenceInput(self._reference_states(inputs), self._reference, head)
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
         masked_inputs = {

@@ -50,33 +50,13 @@ class LogitTransform(NamedTuple):
     softcap: float | None
 
     def apply_(self, projection: torch.Tensor) -> torch.Tensor:
-        """
-        Turns projections into logits, in place.
-
-        Args:
-            projection (`torch.Tensor`):
-                Projections on the head.
-
-        Returns:
-            `torch.Tensor`: `projection`.
-        """
+        """Turns projections into logits, in place."""
         if self.softcap is None:
             return projection if self.scale == 1.0 else projection.mul_(self.scale)
         return projection.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
     def chain_(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """
-        Turns the gradient of logits into that of projections, in place.
-
-        Args:
-            gradient (`torch.Tensor`):
-                Gradient of the logits.
-            logits (`torch.Tensor`, *optional*):
-                The logits, needed under soft-capping; overwritten.
-
-        Returns:
-            `torch.Tensor`: `gradient`.
-        """
+        """Turns the gradient of logits into that of projections, in place; `logits` is overwritten."""
         if self.softcap is not None and logits is not None:
             gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1.0))
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
@@ -190,16 +170,7 @@ def paired_log_probs(
 
 @contextmanager
 def gathered_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """
-    A language-model head, whole, whatever shards it.
-
-    Args:
-        head (`torch.nn.Module`):
-            Head.
-
-    Yields:
-        `tuple[torch.Tensor, torch.Tensor | None]`: weight of shape `(V, H)` and bias of shape `(V,)`.
-    """
+    """Weight `(V, H)` and bias `(V,)` of a language-model head, whole, whatever shards them."""
     weight, bias = head.weight, getattr(head, "bias", None)
     with maybe_gather_lm_head_ctx(weight, bias):
         yield _whole(weight), _whole(bias)
@@ -241,6 +212,18 @@ class _Head(NamedTuple):
         if self.bias is not None:
             tile.add_(self.bias[columns].to(tile.dtype))
         return self.transform.apply_(tile)
+
+
+def _heads(
+    policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, parameters: tuple[Any, ...], options: _Options,
+    dtype: torch.dtype | None,
+) -> tuple[_Head, _Head]:  # fmt: skip
+    """Both sides, with hidden states in the dtype of autocast, or their own without it."""
+    policy_weight, policy_bias, ref_weight, ref_bias = parameters
+    return (
+        _Head(policy_hidden.to(dtype or policy_hidden.dtype), policy_weight, policy_bias, options.policy_transform),
+        _Head(ref_hidden.to(dtype or ref_hidden.dtype), ref_weight, ref_bias, options.ref_transform),
+    )
 
 
 class _RunningStatistics:
@@ -348,13 +331,7 @@ class _PairedLogProbs(torch.autograd.Function):
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
             _check(policy_hidden, ref_hidden, labels, (policy_weight.size(0), ref_weight.size(0)))
-            policy = _Head(
-                policy_hidden.to(projection_dtype or policy_hidden.dtype), policy_weight, policy_bias,
-                options.policy_transform,
-            )  # fmt: skip
-            ref = _Head(
-                ref_hidden.to(projection_dtype or ref_hidden.dtype), ref_weight, ref_bias, options.ref_transform
-            )
+            policy, ref = _heads(policy_hidden, ref_hidden, parameters, options, projection_dtype)
             vocab_size = policy_weight.size(0)
             for columns, rows, buffers, weight_tiles in _walk(policy, ref, vocab_size, options, dtype, 3):
                 policy_logits = policy.logits(buffers[0], rows, columns, weight_tiles[0])
@@ -394,14 +371,7 @@ class _PairedLogProbs(torch.autograd.Function):
         device = policy_hidden.device
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
-            policy = _Head(
-                policy_hidden.to(ctx.projection_dtype or policy_hidden.dtype), policy_weight, policy_bias,
-                ctx.options.policy_transform,
-            )  # fmt: skip
-            ref = _Head(
-                ref_hidden.to(ctx.projection_dtype or ref_hidden.dtype), ref_weight, ref_bias,
-                ctx.options.ref_transform,
-            )  # fmt: skip
+            policy, ref = _heads(policy_hidden, ref_hidden, parameters, ctx.options, ctx.projection_dtype)
             gradients.allocate_head(policy_weight, policy_bias)
             walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, 3 if policy.transform.softcap else 2)
             for columns, rows, buffers, weight_tiles in walk:

@@ -71,16 +71,8 @@ if AVAILABLE:
 
 def fold(policy: torch.Tensor, ref: torch.Tensor, running: list[torch.Tensor]) -> None:
     """
-    Folds one tile of logits into the running statistics of its rows.
-
-    Args:
-        policy (`torch.Tensor` of shape `(R, C)`):
-            Logits of the policy, contiguous.
-        ref (`torch.Tensor` of shape `(R, C)`):
-            Logits of the reference model, contiguous.
-        running (`list[torch.Tensor]` of shape `(R,)` each):
-            Written in place: maxima of both, sums of exponentials of both, weighted logits of the policy, and weighted
-            gaps between the two.
+    Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows, `(R,)` each:
+    maxima of both, sums of exponentials of both, weighted logits of the policy, weighted gaps between the two.
     """
     _fold_kernel[(policy.size(0),)](policy, ref, *running, policy.size(1), BLOCK=BLOCK_SIZE)
 
@@ -93,26 +85,7 @@ def logit_gradient_(
     grad_kl: torch.Tensor | None,
     local_labels: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    Gradient of one tile of logits, in their place.
-
-    Args:
-        logits (`torch.Tensor` of shape `(R, C)`):
-            Logits of the policy, contiguous; overwritten.
-        ref_logits (`torch.Tensor` of shape `(R, C)`, *optional*):
-            Logits of the reference model, contiguous; not needed without a gradient of the divergence.
-        normalizers (`list[torch.Tensor]` of shape `(R,)` each):
-            Logarithms of the softmaxes' denominators, policy first.
-        grad_log_probs (`torch.Tensor` of shape `(R,)`):
-            Gradient of the log-probabilities.
-        grad_kl (`torch.Tensor` of shape `(R,)`, *optional*):
-            Gradient of the divergences.
-        local_labels (`torch.Tensor` of shape `(R,)`, int64):
-            Columns of the labels, outside `[0, C)` where another tile has the label.
-
-    Returns:
-        `torch.Tensor`: `logits`.
-    """
+    """Gradient of one tile of logits, contiguous `(R, C)`, in their place."""
     has_kl = ref_logits is not None and grad_kl is not None
     divergence_gradient = grad_log_probs if grad_kl is None else grad_kl
     _logit_gradient_kernel[(logits.size(0), triton.cdiv(logits.size(1), BLOCK_SIZE))](
