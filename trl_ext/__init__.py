@@ -23,8 +23,8 @@ _EXPORTS = {
     "LearnedTokenMask": "trl_ext.sparse_po.masks",
     "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
     "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
-    "TokenMaskCallback": "trl_ext.sparse_po.token_mask_callback",
-    "paired_log_probs": "trl_ext.sparse_po.paired_lm_head",
+    "TokenMaskCallback": "trl_ext.sparse_po.report",
+    "paired_log_probs": "trl_ext.sparse_po.lm_head.paired_log_probs",
     "sparse_po_loss": "trl_ext.sparse_po.loss",
 }
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from .equilibrium.ep_trainer import EPTrainingArguments as EPTrainingArguments
     from .equilibrium.head import EPHead as EPHead
     from .equilibrium.modeling import EPModelForSequenceClassification as EPModelForSequenceClassification
+    from .sparse_po.lm_head.paired_log_probs import paired_log_probs as paired_log_probs
     from .sparse_po.loss import sparse_po_loss as sparse_po_loss
     from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
     from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask
-    from .sparse_po.paired_lm_head import paired_log_probs as paired_log_probs
+    from .sparse_po.report import TokenMaskCallback as TokenMaskCallback
     from .sparse_po.sparse_po_config import SparsePOConfig as SparsePOConfig
     from .sparse_po.sparse_po_trainer import SparsePOTrainer as SparsePOTrainer
-    from .sparse_po.token_mask_callback import TokenMaskCallback as TokenMaskCallback
 
 
 def __getattr__(name: str) -> Any:

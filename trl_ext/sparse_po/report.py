@@ -1,4 +1,4 @@
-"""Shows what the masks weight, on a few pairs of the evaluation data."""
+"""What a SparsePO run shows of itself: its section of the model card, and what the masks weight on a few pairs."""
 
 from itertools import islice
 from pathlib import Path
@@ -7,13 +7,64 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from ..core.token_colors import WeightedText, highest_weight, save_png, shortened, to_html, to_rich, token_pieces
+from ..core.model_card import settings_table
+from .masks import TOKEN_MASKS_FILE
+from .sparse_po_config import SparsePOConfig
 
 
 if TYPE_CHECKING:
-    from .sparse_po_trainer import SparsePOTrainer
+    from ..core.token_colors import WeightedText
+
+CITATION = """@inproceedings{christopoulou-etal-2025-sparsepo,
+    title     = {{SparsePO}: Controlling Preference Alignment of {LLM}s via Sparse Token Masks},
+    author    = {Christopoulou, Fenia and Cardenas, Ronald and Lampouras, Gerasimos and Bou Ammar, Haitham and
+                 Wang, Jun},
+    booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2025},
+    year      = {2025},
+    pages     = {25477--25503},
+    url       = {https://aclanthology.org/2025.findings-emnlp.1389/}
+}"""
+# Prefixes of the logged metrics that the card shows
+_METRICS = ("rewards/accuracies", "kl/chosen", "kl/rejected", "mask/")
+
+
+def method_section(config: SparsePOConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
+    """Markdown of the method's section, with the last entry of the log that has mask metrics."""
+    names = ["beta", "mask_type", "divergence_coef", "detach_chosen_divergence"]
+    if config.mask_type != "ones":
+        names += ["mask_reward", "mask_divergence"]
+    if config.mask_type == "learned":
+        names += ["independent_masks", "mask_init", "mask_learning_rate", "mask_weight_decay", "mask_l1_reward",
+                  "mask_l1_divergence"]  # fmt: skip
+    settings: dict[str, object] = {name: getattr(config, name) for name in names}
+    if settings.get("mask_learning_rate", 0) is None:
+        settings["mask_learning_rate"] = f"{config.learning_rate:.4g} (the policy's)"
+    parts = ["### Token masks", settings_table(settings)]
+    final = next((entry for entry in reversed(log_history) if "mask/reward/mean" in entry), None)
+    if final is not None:
+        shown = {name: value for name, value in final.items() if name.startswith(_METRICS)}
+        parts += [
+            f"At step {final.get('step', '?')} of training:",
+            settings_table(shown).replace("setting", "metric", 1),
+        ]
+    parts.append(_loading(config, model_id))
+    return "\n\n".join(parts)
+
+
+def _loading(config: SparsePOConfig, model_id: str) -> str:
+    masks = (
+        f" The masks are kept beside it in `{TOKEN_MASKS_FILE}`, and serve only to resume or to study the training."
+        if config.mask_type == "learned"
+        else ""
+    )
+    return (
+        f"The masks act in training only, so the model loads without `trl_ext`.{masks}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```'
+    )
 
 
 class TokenMaskCallback(TrainerCallback):
@@ -37,7 +88,7 @@ class TokenMaskCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: "SparsePOTrainer",
+        trainer: Trainer,
         num_pairs: int = 3,
         output_dir: str | Path | None = None,
         console: Console | None = None,
@@ -57,6 +108,9 @@ class TokenMaskCallback(TrainerCallback):
         self._show(state.global_step)
 
     def _show(self, step: int) -> None:
+        # Not at the head of the module, which a trainer loads for its card: with the colours comes matplotlib
+        from ..core.token_colors import save_png, to_html
+
         if step == self._last_step:
             return
         self._last_step = step
@@ -71,7 +125,9 @@ class TokenMaskCallback(TrainerCallback):
         save_png(texts, heading, self.output_dir / f"step_{step}.png")
         self._print(texts, heading)
 
-    def _print(self, texts: list[WeightedText], heading: str) -> None:
+    def _print(self, texts: "list[WeightedText]", heading: str) -> None:
+        from ..core.token_colors import highest_weight, shortened, to_rich
+
         highest = highest_weight(texts)
         table = Table(title=f"{heading} (darkest = {highest:.3f})", show_lines=True, expand=True)
         table.add_column("", no_wrap=True)
@@ -81,7 +137,7 @@ class TokenMaskCallback(TrainerCallback):
         self.console.print(table)
 
     @torch.no_grad()
-    def weighted_pairs(self) -> list[list[WeightedText]]:
+    def weighted_pairs(self) -> list[list["WeightedText"]]:
         """
         The pairs with their weights.
 
@@ -108,7 +164,9 @@ class TokenMaskCallback(TrainerCallback):
             for row in range(len(examples))
         ]
 
-    def _weighted_text(self, inputs: dict[str, Any], mask: torch.Tensor, row: int, title: str) -> WeightedText:
+    def _weighted_text(self, inputs: dict[str, Any], mask: torch.Tensor, row: int, title: str) -> "WeightedText":
+        from ..core.token_colors import WeightedText, token_pieces
+
         length = int(inputs["attention_mask"][row].sum())
         ids = inputs["input_ids"][row, :length].tolist()
         scored = inputs["completion_mask"][row, 1:length].bool()

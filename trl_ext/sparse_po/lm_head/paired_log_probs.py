@@ -1,20 +1,29 @@
 """Log-probabilities of policy and reference, and the divergence between them, straight from hidden states.
 
-The two models' logits exist only as tiles of a few tokens by a few vocabulary entries, in the forward and, recomputed,
-in the backward pass.
+For a token with the models' logits `z` and `z_ref` over the vocabulary, label `y` and `lse = log sum_v exp`:
+
+    log_prob     = z[y] - lse(z)                    ref_log_prob = z_ref[y] - lse(z_ref)
+    KL(ref || policy) = sum_v softmax(z_ref)[v] * (z_ref[v] - z[v]) - lse(z_ref) + lse(z)
+
+The logits exist only as tiles of a few tokens by a few vocabulary entries, in the forward and, recomputed, in the
+backward pass. [`_PairedLogProbs`] is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from .._upstream import maybe_gather_lm_head_ctx
-from . import paired_lm_head_triton
+from ..._upstream import maybe_gather_lm_head_ctx
+from . import triton_kernels
 
 
+# Tokens by vocabulary entries of one tile of logits. On a CPU, 4 MB in float32, which stays in the caches; on an
+# accelerator, 512 MB, enough to fill its matrix units
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 32768)
 
@@ -139,13 +148,9 @@ def paired_log_probs(
     Raises:
         ValueError: If the vocabularies or numbers of tokens differ, or, on a CPU, a label is outside `[0, V)`.
     """
-    if isinstance(policy_weight, DTensor):
-        policy_weight = policy_weight.full_tensor()
-    if isinstance(policy_bias, DTensor):
-        policy_bias = policy_bias.full_tensor()
+    policy_weight, policy_bias = _whole(policy_weight), _whole(policy_bias)
     with torch.no_grad():
-        ref_weight = ref_weight.full_tensor() if isinstance(ref_weight, DTensor) else ref_weight
-        ref_bias = ref_bias.full_tensor() if isinstance(ref_bias, DTensor) else ref_bias
+        ref_weight, ref_bias = _whole(ref_weight), _whole(ref_bias)
     default_tile = CPU_TILE if policy_hidden.device.type == "cpu" else ACCELERATOR_TILE
     options = _Options(
         LogitTransform(policy_logit_scale, policy_softcap),
@@ -161,6 +166,18 @@ def paired_log_probs(
     if return_statistics:
         return log_probs, ref_log_probs, kl, HeadStatistics(*statistics)
     return log_probs, ref_log_probs, kl
+
+
+@contextmanager
+def gathered_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight `(V, H)` and bias `(V,)` of a language-model head, whole, whatever shards them."""
+    weight, bias = head.weight, getattr(head, "bias", None)
+    with maybe_gather_lm_head_ctx(weight, bias):
+        yield _whole(weight), _whole(bias)
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class _Options(NamedTuple):
@@ -197,6 +214,18 @@ class _Head(NamedTuple):
         return self.transform.apply_(tile)
 
 
+def _heads(
+    policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, parameters: tuple[Any, ...], options: _Options,
+    dtype: torch.dtype | None,
+) -> tuple[_Head, _Head]:  # fmt: skip
+    """Both sides, with hidden states in the dtype of autocast, or their own without it."""
+    policy_weight, policy_bias, ref_weight, ref_bias = parameters
+    return (
+        _Head(policy_hidden.to(dtype or policy_hidden.dtype), policy_weight, policy_bias, options.policy_transform),
+        _Head(ref_hidden.to(dtype or ref_hidden.dtype), ref_weight, ref_bias, options.ref_transform),
+    )
+
+
 class _RunningStatistics:
     """Softmax statistics of both models, folded in tile by tile: maxima, sums of exponentials, weighted logits."""
 
@@ -222,8 +251,10 @@ class _RunningStatistics:
             label.copy_(torch.where(inside, logits.gather(1, local).squeeze(1), label))
         if statistics:
             self.logit_sum[rows] += policy.sum(dim=1)
-        if paired_lm_head_triton.is_usable(policy.device):
-            paired_lm_head_triton.fold(self, policy, ref, rows)
+        if _uses_kernels(policy):
+            running = (self.policy_max, self.ref_max, self.policy_sum, self.ref_sum, self.policy_weighted,
+                       self.gap_weighted)  # fmt: skip
+            triton_kernels.fold(policy, ref, [values[rows] for values in running])
             return
         weights = _fold_maximum(ref, self.ref_max[rows], scratch, (self.ref_sum[rows], self.gap_weighted[rows]))
         self.ref_sum[rows] += weights.sum(dim=1)
@@ -251,6 +282,10 @@ def _fold_maximum(
         total.mul_(rescale)
     maximum.copy_(new_maximum)
     return torch.sub(logits, new_maximum.unsqueeze(1), out=scratch).exp_()
+
+
+def _uses_kernels(tile: torch.Tensor) -> bool:
+    return tile.is_cuda and triton_kernels.AVAILABLE
 
 
 def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -296,13 +331,7 @@ class _PairedLogProbs(torch.autograd.Function):
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
             _check(policy_hidden, ref_hidden, labels, (policy_weight.size(0), ref_weight.size(0)))
-            policy = _Head(
-                policy_hidden.to(projection_dtype or policy_hidden.dtype), policy_weight, policy_bias,
-                options.policy_transform,
-            )  # fmt: skip
-            ref = _Head(
-                ref_hidden.to(projection_dtype or ref_hidden.dtype), ref_weight, ref_bias, options.ref_transform
-            )
+            policy, ref = _heads(policy_hidden, ref_hidden, parameters, options, projection_dtype)
             vocab_size = policy_weight.size(0)
             for columns, rows, buffers, weight_tiles in _walk(policy, ref, vocab_size, options, dtype, 3):
                 policy_logits = policy.logits(buffers[0], rows, columns, weight_tiles[0])
@@ -342,14 +371,7 @@ class _PairedLogProbs(torch.autograd.Function):
         device = policy_hidden.device
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
-            policy = _Head(
-                policy_hidden.to(ctx.projection_dtype or policy_hidden.dtype), policy_weight, policy_bias,
-                ctx.options.policy_transform,
-            )  # fmt: skip
-            ref = _Head(
-                ref_hidden.to(ctx.projection_dtype or ref_hidden.dtype), ref_weight, ref_bias,
-                ctx.options.ref_transform,
-            )  # fmt: skip
+            policy, ref = _heads(policy_hidden, ref_hidden, parameters, ctx.options, ctx.projection_dtype)
             gradients.allocate_head(policy_weight, policy_bias)
             walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, 3 if policy.transform.softcap else 2)
             for columns, rows, buffers, weight_tiles in walk:
@@ -389,10 +411,8 @@ def _logit_gradient_(
     local_labels: torch.Tensor,
 ) -> torch.Tensor:
     """`(g_kl - g_log_prob) p_policy - g_kl p_ref + g_log_prob onehot(label)`, in place of the policy's logits."""
-    if paired_lm_head_triton.is_usable(logits.device):
-        return paired_lm_head_triton.logit_gradient_(
-            logits, ref_logits, normalizers, grad_log_probs, grad_kl, local_labels
-        )
+    if _uses_kernels(logits):
+        return triton_kernels.logit_gradient_(logits, ref_logits, normalizers, grad_log_probs, grad_kl, local_labels)
     coefficient = -grad_log_probs if grad_kl is None else grad_kl - grad_log_probs
     gradient = logits.sub_(normalizers[0].unsqueeze(1)).exp_().mul_(coefficient.unsqueeze(1))
     if ref_logits is not None and grad_kl is not None:

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
+from tests.helpers import tiny
+from tests.helpers.sparse_po import PLAIN, TRANSFORMS, head_inputs, paired
 from tests.helpers.tiny import FAMILIES, tiny_model
-from trl_ext.sparse_po.paired_lm_head import logit_transform, paired_log_probs
+from trl_ext.sparse_po.lm_head.paired_log_probs import logit_transform, paired_log_probs
 
 
 def reference(policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, transforms):
@@ -38,43 +40,12 @@ def reference(policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight,
     )
 
 
-def inputs(num_tokens=11, hidden=6, ref_hidden=4, vocab=37, bias=True, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    tensors = [
-        draw(num_tokens, hidden).requires_grad_(),
-        draw(vocab, hidden).requires_grad_(),
-        draw(vocab).requires_grad_() if bias else None,
-        draw(num_tokens, ref_hidden),
-        draw(vocab, ref_hidden),
-        draw(vocab) if bias else None,
-        torch.randint(0, vocab, (num_tokens,), generator=generator),
-    ]
-    return tensors
-
-
-def paired(tensors, transforms=((1.0, None), (1.0, None)), **options):
-    policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels = tensors
-    return paired_log_probs(
-        policy_hidden, policy_weight, ref_hidden, ref_weight, labels, policy_bias=policy_bias, ref_bias=ref_bias,
-        policy_logit_scale=transforms[0][0], policy_softcap=transforms[0][1], ref_logit_scale=transforms[1][0],
-        ref_softcap=transforms[1][1], **options,
-    )  # fmt: skip
-
-
-PLAIN = ((1.0, None), (1.0, None))
-TRANSFORMS = [PLAIN, ((0.5, None), (2.0, None)), ((1.0, 3.0), (1.0, 2.0)), ((0.7, 4.0), (1.0, None))]
-
-
 @pytest.mark.parametrize(
     ("transforms", "bias", "tiles"),
     list(itertools.product(TRANSFORMS, [True, False], [(None, None), (3, 10), (11, 37), (1, 1), (4, 64)])),
 )
 def test_values_and_gradients_equal_the_formulas(transforms, bias, tiles):
-    tensors, twins = inputs(bias=bias), inputs(bias=bias)
+    tensors, twins = head_inputs(bias=bias), head_inputs(bias=bias)
     found = paired(tensors, transforms, token_tile=tiles[0], vocab_tile=tiles[1], return_statistics=True)
     found = (*found[:3], *found[3])
     expected = reference(*twins, transforms)
@@ -90,7 +61,7 @@ def test_values_and_gradients_equal_the_formulas(transforms, bias, tiles):
 
 @pytest.mark.parametrize("which", [0, 2])
 def test_gradcheck(which):
-    tensors = inputs(num_tokens=4, vocab=9)
+    tensors = head_inputs(num_tokens=4, vocab=9)
     assert torch.autograd.gradcheck(
         lambda hidden, weight, bias: paired([hidden, weight, bias, *tensors[3:]], TRANSFORMS[3], vocab_tile=4)[which],
         tuple(tensors[:3]),
@@ -98,7 +69,7 @@ def test_gradcheck(which):
 
 
 def test_only_the_policy_gets_gradients():
-    tensors = inputs()
+    tensors = head_inputs()
     tensors[3].requires_grad_()
     tensors[4].requires_grad_()
     log_probs, ref_log_probs, kl = paired(tensors)
@@ -108,9 +79,9 @@ def test_only_the_policy_gets_gradients():
 
 
 def test_frozen_head_needs_no_weight_gradient():
-    tensors = inputs(bias=False)
+    tensors = head_inputs(bias=False)
     tensors[1].requires_grad_(False)
-    expected = inputs(bias=False)
+    expected = head_inputs(bias=False)
     paired(tensors)[2].sum().backward()
     paired(expected)[2].sum().backward()
     assert tensors[1].grad is None
@@ -119,7 +90,7 @@ def test_frozen_head_needs_no_weight_gradient():
 
 def test_no_divergence_gradient_skips_the_reference():
     """The reference's projection is not recomputed when only the log-probabilities have a gradient."""
-    tensors = inputs()
+    tensors = head_inputs()
     log_probs, _, _ = paired(tensors)
     products = []
 
@@ -135,7 +106,7 @@ def test_no_divergence_gradient_skips_the_reference():
 
 
 def test_equal_models_have_no_divergence():
-    tensors = inputs(dtype=torch.float32, ref_hidden=6)
+    tensors = head_inputs(dtype=torch.float32, ref_hidden=6)
     tensors[3], tensors[4], tensors[5] = (tensor.detach() for tensor in tensors[:3])
     log_probs, ref_log_probs, kl = paired(tensors, vocab_tile=8)
     torch.testing.assert_close(log_probs, ref_log_probs, rtol=0, atol=0)
@@ -144,7 +115,7 @@ def test_equal_models_have_no_divergence():
 
 def test_divergence_is_never_negative():
     for seed in range(20):
-        tensors = inputs(dtype=torch.float32, ref_hidden=6, seed=seed)
+        tensors = head_inputs(dtype=torch.float32, ref_hidden=6, seed=seed)
         tensors[3], tensors[4] = tensors[0].detach() + 1e-4, tensors[1].detach()
         tensors[5] = tensors[2].detach()
         assert paired(tensors)[2].min() >= 0
@@ -152,7 +123,7 @@ def test_divergence_is_never_negative():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_accumulates_in_float32(autocast):
-    exact = inputs(num_tokens=64, hidden=64, ref_hidden=64, vocab=500, bias=False)
+    exact = head_inputs(num_tokens=64, hidden=64, ref_hidden=64, vocab=500, bias=False)
     rounded = [
         None if x is None else x.detach().to(torch.bfloat16).double() if x.is_floating_point() else x for x in exact
     ]
@@ -170,19 +141,12 @@ def test_bfloat16_accumulates_in_float32(autocast):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "cohere", "granite"])
-def test_agrees_with_trls_fused_head(family):
+def test_agrees_with_trls_fused_head(family, monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 32}  # fmt: skip
-    extra = {"cohere": {**sizes, "logit_scale": 0.25}, "granite": {**sizes, "logits_scaling": 4.0}}.get(family)
-    if extra is not None:
-        FAMILIES_WITH = {**FAMILIES, family: extra}
-        import tests.helpers.tiny as tiny
-
-        original, tiny.FAMILIES = tiny.FAMILIES, FAMILIES_WITH
-        model = tiny_model(family)
-        tiny.FAMILIES = original
-    else:
-        model = tiny_model(family)
+    extra = {"cohere": {**sizes, "logit_scale": 0.25}, "granite": {**sizes, "logits_scaling": 4.0}}
+    monkeypatch.setattr(tiny, "FAMILIES", {**FAMILIES, **extra})
+    model = tiny_model(family)
     model.eval()  # no dropout
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     ids = torch.randint(3, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -214,7 +178,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_never_holds_the_logits():
-    tensors = inputs(num_tokens=128, hidden=4, ref_hidden=4, vocab=1000, dtype=torch.float32)
+    tensors = head_inputs(num_tokens=128, hidden=4, ref_hidden=4, vocab=1000, dtype=torch.float32)
     with LargestTensor() as mode:
         log_probs, _, kl = paired(tensors, token_tile=16, vocab_tile=100, return_statistics=True)[:3]
         (log_probs + kl).sum().backward()
@@ -222,7 +186,7 @@ def test_never_holds_the_logits():
 
 
 def test_no_tokens():
-    tensors = inputs(num_tokens=0)
+    tensors = head_inputs(num_tokens=0)
     log_probs, _, kl, statistics = paired(tensors, return_statistics=True)
     assert log_probs.shape == kl.shape == statistics.entropy.shape == (0,)
     (log_probs.sum() + kl.sum()).backward()
@@ -239,7 +203,7 @@ def test_no_tokens():
     ],
 )
 def test_wrong_input(change, message):
-    tensors = inputs(bias=False)
+    tensors = head_inputs(bias=False)
     change(tensors)
     with pytest.raises(ValueError, match=message):
         paired(tensors)
@@ -248,7 +212,7 @@ def test_wrong_input(change, message):
 SHARDED = """
     import sys, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
-    from trl_ext.sparse_po.paired_lm_head import paired_log_probs
+    from trl_ext.sparse_po.lm_head.paired_log_probs import paired_log_probs
 
     class Pair(torch.nn.Module):
         def __init__(self):
@@ -313,14 +277,14 @@ def test_fsdp2_over_two_processes(tmp_path):
 
 TRITON = """
     import torch
-    from trl_ext.sparse_po import paired_lm_head_triton
-    from tests.sparse_po.test_paired_lm_head import TRANSFORMS, inputs, paired
+    from trl_ext.sparse_po.lm_head import paired_log_probs, triton_kernels
+    from tests.helpers.sparse_po import TRANSFORMS, head_inputs, paired
 
     for transforms in TRANSFORMS:
         found = []
         for usable in (False, True):
-            paired_lm_head_triton.is_usable = lambda device: usable
-            tensors = inputs(num_tokens=5, vocab=1500, dtype=torch.float32)
+            paired_log_probs._uses_kernels = lambda tile: usable and triton_kernels.AVAILABLE
+            tensors = head_inputs(num_tokens=5, vocab=1500, dtype=torch.float32)
             options = {'vocab_tile': 1300, 'return_statistics': True}
             log_probs, ref_log_probs, kl, statistics = paired(tensors, transforms, **options)
             (log_probs.sum() - 0.3 * kl.sum()).backward()

@@ -1,20 +1,19 @@
-"""Triton kernels of [`paired_log_probs`] for GPUs: one pass over a tile where torch needs several."""
+"""Triton kernels of [`paired_log_probs`] for GPUs: one pass over a tile where torch needs several.
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+`test_triton_kernels_in_the_interpreter` holds them equal to what runs without Triton.
+"""
 
 import torch
 from transformers.utils import is_triton_available
 
 
-if TYPE_CHECKING:
-    from .paired_lm_head import _RunningStatistics
+AVAILABLE = is_triton_available()
 
-if is_triton_available():
+if AVAILABLE:
     import triton
     import triton.language as tl
 
+    # Logits that one program holds in registers
     BLOCK_SIZE = 1024
 
     @triton.jit
@@ -70,17 +69,12 @@ if is_triton_available():
         tl.store(logits + place, gradient, mask=valid)
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`."""
-    return device.type == "cuda" and is_triton_available()
-
-
-def fold(running: _RunningStatistics, policy: torch.Tensor, ref: torch.Tensor, rows: slice) -> None:
-    """Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows."""
-    _fold_kernel[(policy.size(0),)](
-        policy, ref, running.policy_max[rows], running.ref_max[rows], running.policy_sum[rows], running.ref_sum[rows],
-        running.policy_weighted[rows], running.gap_weighted[rows], policy.size(1), BLOCK=BLOCK_SIZE,
-    )  # fmt: skip
+def fold(policy: torch.Tensor, ref: torch.Tensor, running: list[torch.Tensor]) -> None:
+    """
+    Folds one tile of both models' logits, contiguous `(R, C)`, into the running statistics of its rows, `(R,)` each:
+    maxima of both, sums of exponentials of both, weighted logits of the policy, weighted gaps between the two.
+    """
+    _fold_kernel[(policy.size(0),)](policy, ref, *running, policy.size(1), BLOCK=BLOCK_SIZE)
 
 
 def logit_gradient_(
