@@ -293,7 +293,7 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     Returns:
         `dict[str, float]`: threshold of each reward.
     """
-    from ..constrained_ppo.logged_runs import Measurements
+    from ..constrained_ppo.proxy_points.logged_runs import Measurements
     from .proxy_points import analyse, make_parser, write
 
     own = [(name, result) for name in reward_names for result in results if result["name"] == alone(name)]

@@ -36,7 +36,7 @@ class NelderMead:
     Example:
 
     ```python
-    from trl_ext.constrained_ppo.nelder_mead import NelderMead
+    from trl_ext.constrained_ppo.threshold_search.nelder_mead import NelderMead
 
     optimizer = NelderMead([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for _ in range(60):
