@@ -6,6 +6,7 @@ of https://huggingface.co/papers/2310.04373 is [`adapted_coefficient`], which ru
 [`RolloutController.close_rollout`]; `tests/constrained_ppo/test_adaptation.py` holds it against numbers by hand.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -105,8 +106,7 @@ class RolloutAverages:
 
     def oscillation(self, name: str) -> float:
         """Share of the last rollouts at which the violation had turned its sign, in `[0, 1]`."""
-        violations = list(self._violations.get(name, ()))
-        pairs = list(zip(violations[:-1], violations[1:], strict=True))
+        pairs = list(itertools.pairwise(self._violations.get(name, ())))
         return sum(before * after < 0 for before, after in pairs) / len(pairs) if pairs else 0.0
 
     def state_dict(self) -> dict[str, Any]:

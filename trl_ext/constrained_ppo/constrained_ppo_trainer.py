@@ -1,13 +1,15 @@
 """PPO with a critic and learned Lagrange multipliers on [`~trl.GRPOTrainer`]. The path of one batch:
 
-_generate_and_score_completions      TRL generates and calls the next two hooks, which fill in a `Rollout`
-_calculate_rewards                   rewards of all processes, `(N, K)`
-_get_per_token_logps_and_entropies   log-probabilities and, from the same forward (`CriticCompanion.forward`), values
-_estimate                            rewards and KL of each token, advantages and returns: `reward_streams`, `gae`
-_close_rollout                       dual step, KL coefficient, averages: `RolloutController.close_rollout`
-RolloutController.mix                one advantage for each token: `mix_advantages`, equation (4.4)
-_compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
-compute_loss                         skips the update where the policy has moved too far from the rollout
+    _generate_and_score_completions      TRL generates and calls the next two hooks, which fill in a `Rollout`
+    _calculate_rewards                   rewards of all processes, `(N, K)`
+    _get_per_token_logps_and_entropies   log-probabilities and, from one forward (`CriticCompanion.forward`), values
+    _estimate                            rewards and KL of each token, advantages and returns: `reward_streams`, `gae`
+    _close_rollout                       dual step, KL coefficient, averages: `RolloutController.close_rollout`
+    RolloutController.mix                one advantage for each token: `mix_advantages`, equation (4.4)
+    _compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
+    compute_loss                         skips the update where the policy has moved too far from the rollout
+
+What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
 import itertools

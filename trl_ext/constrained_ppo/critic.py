@@ -293,8 +293,9 @@ def build_critic(
         return build_value_heads(hidden_size, num_heads, args)
     if isinstance(critic_model, (str, PreTrainedModel)):
         raise ValueError(
-            f"`critic_model` is a model and `critic='shared'` takes a module from hidden states `(B, T, {hidden_size})` "
-            f"to values `(B, T, {num_heads})`. Set `critic='separate'` for a critic with a backbone of its own."
+            "`critic_model` is a model and `critic='shared'` takes a module from hidden states "
+            f"`(B, T, {hidden_size})` to values `(B, T, {num_heads})`. Set `critic='separate'` for a critic with a "
+            "backbone of its own."
         )
     critic_model.to(policy.device)
     _check_module(critic_model, torch.zeros(1, 2, hidden_size, device=policy.device), num_heads, args)

@@ -2,9 +2,9 @@
 
     buf <- momentum buf + violation,    l <- l + lr buf,    w = squash(l + kp violation + kd change of the violation)
 
-[`LagrangeMultipliers.update`] is this dual step and what runs, called by `RolloutController.close_rollout` once a
-rollout. A plain form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py`
-holds the two equal.
+[`LagrangeMultipliers.update`] is this dual step and what runs, called by `RolloutController.close_rollout`. A plain
+form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
+equal.
 """
 
 import math
@@ -124,9 +124,9 @@ class LagrangeMultipliers:
     """
     One multiplier for each constraint, moved by stochastic gradient descent on the dual with momentum.
 
-    `l <- l + lr * buf`, `buf <- momentum * buf + violation`, and the weight is `squash(l + kp * violation + kd * change
-    of the violation)`. With `proportional=0` and `derivative=0` this is the paper's integral update, which does not
-    settle on a toy problem; the proportional term damps it.
+    `l <- l + lr * buf`, `buf <- momentum * buf + violation`, and the weight is `squash(l + kp * violation + kd *
+    change of the violation)`. With `proportional=0` and `derivative=0` this is the paper's integral update, which does
+    not settle on a toy problem; the proportional term damps it.
 
     Args:
         constraints (`Sequence[Constraint]`):

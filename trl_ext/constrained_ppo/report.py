@@ -1,4 +1,4 @@
-"""What a run says of itself: calibration before the first step, the dashboard at every log, the model card at a save."""
+"""What a run says of itself: calibration before its first step, a dashboard at every log, a model card at a save."""
 
 import json
 import math

@@ -16,13 +16,13 @@ from scipy.stats import gaussian_kde, spearmanr
 from .surrogates import Surrogate
 
 
-# Points of the grid along each reward, by the number of rewards: finer than the surface varies, some 30,000 at most
+# Points of the grid along each reward, by the number of rewards: at most 29,791 in all
 GRID_SIZES = {1: 501, 2: 101, 3: 31}
-# Beyond three rewards a grid is too large; instead combinations of measured points, about as many as the grid of three rewards
+# Beyond three rewards a grid grows out of hand: so many random combinations of measured points in its place
 NUM_COMBINATIONS = 20_000
-# Weights of a combination, Dirichlet: below 1 they favour a few of the points, so that the hull's edge is looked at too
+# Of the Dirichlet weights of a combination: below 1, they favour few of the points and come near the hull's edge
 _CONCENTRATION = 0.5
-# Convex hulls of more rewards take minutes and have hardly a point inside
+# The number of facets of a convex hull grows with the power of half the dimension: beyond this the range stands in
 HULL_DIMENSIONS = 4
 # A point this near to the edge of the data, as a share of its range, is at it
 EDGE = 0.02

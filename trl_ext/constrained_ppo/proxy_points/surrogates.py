@@ -11,9 +11,8 @@ import numpy as np
 
 
 Predictor = Callable[[np.ndarray], np.ndarray]
-# Bounds of the kernel's parameters, for rewards and a gold metric of unit spread. A length below a fifth of the spread
-# would follow the noise between neighbours, one of a hundred spreads is a flat; a variance from a hundredth to a thousand
-# times the metric's; noise from none to ten times
+# Bounds of the kernel's parameters, in units of the spread of rewards and gold metric. A length below a fifth follows
+# the noise between neighbours, one of a hundred is a plane; noise reaches from practically none to ten times all else
 LENGTHS, VARIANCES, NOISES = (0.2, 100.0), (1e-2, 1e3), (1e-6, 10.0)
 
 

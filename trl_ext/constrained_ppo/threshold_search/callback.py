@@ -79,7 +79,7 @@ class ThresholdSearchCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.search is not None
         rollout = self.trainer.rollout
-        if rollout is not self._seen_rollout:
+        if rollout.purpose == "training" and rollout is not self._seen_rollout:
             self._seen_rollout = rollout
             self.search.observe_rollout(rollout.rewards.mean(dim=0)[self.trainer.controller.constrained].tolist())
         if self.search.wants_evaluation(state.global_step):
@@ -88,7 +88,6 @@ class ThresholdSearchCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self.search is None or not any(key.startswith("eval_") for key in metrics):
             return
-        self._seen_rollout = self.trainer.rollout  # an evaluation's samples are none to observe
         means, gold = self._read(metrics)
         if not self.search.started:
             self.search.start(means, gold)
