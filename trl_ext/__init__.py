@@ -11,7 +11,7 @@ _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",
     "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
     "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
-    "ConstraintDashboardCallback": "trl_ext.constrained_ppo.dashboard",
+    "ConstraintDashboardCallback": "trl_ext.constrained_ppo.report",
     "EPAlignmentCallback": "trl_ext.equilibrium.alignment_callback",
     "EPConfig": "trl_ext.equilibrium.configuration",
     "EPHead": "trl_ext.equilibrium.head",
@@ -20,20 +20,25 @@ _EXPORTS = {
     "EPRewardTrainer": "trl_ext.equilibrium.ep_reward_trainer",
     "EPTrainer": "trl_ext.equilibrium.ep_trainer",
     "EPTrainingArguments": "trl_ext.equilibrium.ep_trainer",
+    "EPValueHeads": "trl_ext.equilibrium.value_heads",
     "LearnedTokenMask": "trl_ext.sparse_po.masks",
     "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
     "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
     "TokenMaskCallback": "trl_ext.sparse_po.report",
     "paired_log_probs": "trl_ext.sparse_po.lm_head.paired_log_probs",
+    "TokenMaskCallback": "trl_ext.sparse_po.token_mask_callback",
+    "critic_from_pretrained": "trl_ext.constrained_ppo.checkpoint",
+    "paired_log_probs": "trl_ext.sparse_po.paired_lm_head",
     "sparse_po_loss": "trl_ext.sparse_po.loss",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .constrained_ppo.checkpoint import critic_from_pretrained as critic_from_pretrained
     from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
     from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
-    from .constrained_ppo.dashboard import ConstraintDashboardCallback as ConstraintDashboardCallback
+    from .constrained_ppo.report import ConstraintDashboardCallback as ConstraintDashboardCallback
     from .equilibrium.alignment_callback import EPAlignmentCallback as EPAlignmentCallback
     from .equilibrium.configuration import EPConfig as EPConfig
     from .equilibrium.ep_reward_config import EPRewardConfig as EPRewardConfig
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from .equilibrium.head import EPHead as EPHead
     from .equilibrium.modeling import EPModelForSequenceClassification as EPModelForSequenceClassification
     from .sparse_po.lm_head.paired_log_probs import paired_log_probs as paired_log_probs
+    from .equilibrium.value_heads import EPValueHeads as EPValueHeads
     from .sparse_po.loss import sparse_po_loss as sparse_po_loss
     from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
     from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .config import ThresholdSearchConfig
 from .nelder_mead import NelderMead
-from .threshold_search_config import ThresholdSearchConfig
 
 
+# Random first simplices, of which the one of largest volume is taken: a flat one would search a line only
 NUM_DRAWS = 16
 
 

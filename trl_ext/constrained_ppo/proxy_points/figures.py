@@ -3,20 +3,19 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...core.figures import new_axes, save_figure
+from .fit import Peak
+from .logged_runs import Measurements
 
-if TYPE_CHECKING:
-    from .logged_runs import Measurements
-    from .proxy_points import Peak
 
 BLUE, RED, GREY = "#3b7dd8", "#c1272d", "#6b6b6b"
 
 
 def draw_curve(
-    x: np.ndarray, measurements: "Measurements", peak: "Peak", label: str, path: Path, gold_label: str = "gold metric"
+    x: np.ndarray, measurements: Measurements, peak: Peak, label: str, path: Path, gold_label: str = "gold metric"
 ) -> None:
     """
     The gold metric over one reward, or over the KL, with its fitted curve and peak.
@@ -35,7 +34,7 @@ def draw_curve(
         gold_label (`str`, *optional*, defaults to `"gold metric"`):
             Label of the vertical axis.
     """
-    figure, axes = _figure()
+    figure, (axes,) = new_axes()
     axes.plot(x, measurements.gold, ".", color=GREY, alpha=0.6, markersize=5, label="measured")
     at = peak.candidates[:, 0]
     axes.fill_between(at, *peak.band, color=BLUE, alpha=0.2, linewidth=0, label="bootstrap interval")
@@ -45,14 +44,12 @@ def draw_curve(
     axes.axvline(float(peak.point[0]), color=RED, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
     axes.set_xlabel(label)
     axes.set_ylabel(gold_label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_joint(
-    measurements: "Measurements", peak: "Peak", independent: Sequence[float], path: Path, gold_label: str
+    measurements: Measurements, peak: Peak, independent: Sequence[float], path: Path, gold_label: str
 ) -> None:
     """
     The fitted surface of each pair of rewards, the highest over the others, with the joint and independent peaks.
@@ -71,8 +68,8 @@ def draw_joint(
     """
     names = measurements.names
     pairs = list(itertools.combinations(range(len(names)), 2))
-    figure, all_axes = _figure(len(pairs))
-    for axes, (i, j) in zip(np.atleast_1d(all_axes), pairs, strict=True):
+    figure, panels = new_axes(1, len(pairs))
+    for axes, (i, j) in zip(panels, pairs, strict=True):
         surface = axes.pcolormesh(*_upper_surface(peak, i, j), cmap="viridis", shading="nearest", rasterized=True)
         figure.colorbar(surface, ax=axes, label=f"fitted {gold_label}")
         axes.plot(
@@ -84,10 +81,10 @@ def draw_joint(
         axes.set_xlabel(names[i])
         axes.set_ylabel(names[j])
         axes.legend(fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
-def _upper_surface(peak: "Peak", i: int, j: int, size: int = 101) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _upper_surface(peak: Peak, i: int, j: int, size: int = 101) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells over two rewards with the highest fitted value of the candidates in each, NaN in empty ones."""
     at = peak.candidates[:, [i, j]]
     size = min(size, max(2, len(np.unique(at[:, 0]))))
@@ -98,12 +95,3 @@ def _upper_surface(peak: "Peak", i: int, j: int, size: int = 101) -> tuple[np.nd
     np.maximum.at(values, (cells[known, 1], cells[known, 0]), peak.fitted[known])
     axes = [lowest[axis] + width[axis] * np.linspace(0, 1, size) for axis in (0, 1)]
     return axes[0], axes[1], np.where(np.isfinite(values), values, np.nan)
-
-
-def _figure(count: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.6 * count, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, count)

@@ -1,4 +1,11 @@
-"""Lagrange multipliers of reward constraints (https://huggingface.co/papers/2310.04373, section 4)."""
+"""Lagrange multipliers of reward constraints (https://huggingface.co/papers/2310.04373, section 4).
+
+    buf <- momentum buf + violation,    l <- l + lr buf,    w = squash(l + kp violation + kd change of the violation)
+
+[`LagrangeMultipliers.update`] is this dual step and what runs, called by `RolloutController.close_rollout`. A plain
+form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
+equal.
+"""
 
 import math
 from collections import deque
@@ -12,6 +19,10 @@ import torch
 Kind = Literal[">=", "<=", "=="]
 Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
 KINDS = (">=", "<=", "==")
+# A weight within this share of its squashing's range of a bound counts as saturated: the squashing is flat there
+_NEAR_BOUND = 0.02
+# Rounding of a multiplier that is clamped to its maximum, relative
+_ROUNDING = 1e-9
 SQUASHES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
     # Function and derivative
     "sigmoid": (torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
@@ -113,7 +124,7 @@ class LagrangeMultipliers:
     """
     One multiplier for each constraint, moved by stochastic gradient descent on the dual with momentum.
 
-    `l <- l + lr * buf`, `buf = momentum * buf + violation`, and the weight is `squash(l + kp * violation + kd *
+    `l <- l + lr * buf`, `buf <- momentum * buf + violation`, and the weight is `squash(l + kp * violation + kd *
     change of the violation)`. With `proportional=0` and `derivative=0` this is the paper's integral update, which does
     not settle on a toy problem; the proportional term damps it.
 
@@ -174,7 +185,7 @@ class LagrangeMultipliers:
         self.delay_steps, self.window, self.ema = delay_steps, window, ema
         self._check_settings()
         count = len(self.constraints)
-        self._values = torch.full((count,), float(init), dtype=torch.float64)
+        self._multipliers = torch.full((count,), float(init), dtype=torch.float64)
         self._momentum_buffer = torch.zeros(count, dtype=torch.float64)
         self._violation = torch.zeros(count, dtype=torch.float64)
         self._change = torch.zeros(count, dtype=torch.float64)
@@ -198,7 +209,6 @@ class LagrangeMultipliers:
                 f"`multiplier_window` must be at least 1 and `multiplier_delay_steps` at least 0, got {self.window} "
                 f"and {self.delay_steps}."
             )
-
         if not 0 <= self.ema < 1 or (self.ema and self.window > 1):
             raise ValueError(
                 f"`multiplier_ema` must lie in [0, 1) and excludes `multiplier_window` above 1, got {self.ema} and "
@@ -207,11 +217,11 @@ class LagrangeMultipliers:
 
     def values(self) -> torch.Tensor:
         """The multipliers before squashing, `(K,)`, float64."""
-        return self._values.clone()
+        return self._multipliers.clone()
 
     def weights(self) -> torch.Tensor:
         """The effective weight of each reward, `(K,)`, float64."""
-        damped = self._values + self.proportional * self._violation + self.derivative * self._change
+        damped = self._multipliers + self.proportional * self._violation + self.derivative * self._change
         return SQUASHES[self.squash][0](self._bounded(damped))
 
     def violations(self) -> torch.Tensor:
@@ -247,9 +257,9 @@ class LagrangeMultipliers:
         self._violation = violation
         self._num_updates += 1
         if self._num_updates > self.delay_steps:
-            slope = SQUASHES[self.squash][1](self._values) if self.squash_gradient else torch.ones_like(violation)
+            slope = SQUASHES[self.squash][1](self._multipliers) if self.squash_gradient else torch.ones_like(violation)
             self._momentum_buffer = self.momentum * self._momentum_buffer + slope * violation
-            self._values = self._bounded(self._values + self.learning_rate * self._momentum_buffer)
+            self._multipliers = self._bounded(self._multipliers + self.learning_rate * self._momentum_buffer)
         return self.weights()
 
     def _averaged(self, observed: list[float]) -> list[float]:
@@ -282,14 +292,15 @@ class LagrangeMultipliers:
 
     def saturated(self) -> list[bool]:
         """Whether each weight is within 2% of a bound of its squashing, or its multiplier at `maximum`."""
-        weights, values = self.weights(), self._values
+        weights, values = self.weights(), self._multipliers
         if self.squash in ("sigmoid", "tanh"):
             low = 0.0 if self.squash == "sigmoid" else -1.0
-            at_bound = (weights > 1 - 0.02 * (1 - low)) | (weights < low + 0.02 * (1 - low))
+            margin = _NEAR_BOUND * (1 - low)
+            at_bound = (weights > 1 - margin) | (weights < low + margin)
         else:
             at_bound = torch.zeros_like(weights, dtype=torch.bool)
         if self.maximum is not None:
-            at_bound |= values.abs() >= self._largest() * (1 - 1e-9)
+            at_bound |= values.abs() >= self._largest() * (1 - _ROUNDING)
         return at_bound.tolist()
 
     def _largest(self) -> float:
@@ -309,7 +320,7 @@ class LagrangeMultipliers:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         return {
-            "values": self._values.tolist(),
+            "values": self._multipliers.tolist(),
             "momentum_buffer": self._momentum_buffer.tolist(),
             "violation": self._violation.tolist(),
             "change": self._change.tolist(),
@@ -334,7 +345,7 @@ class LagrangeMultipliers:
             )
         if None not in state["thresholds"]:
             self.set_thresholds(state["thresholds"])
-        self._values, self._momentum_buffer, self._violation, self._change, self._averages = (
+        self._multipliers, self._momentum_buffer, self._violation, self._change, self._averages = (
             torch.tensor(state[name], dtype=torch.float64)
             for name in ("values", "momentum_buffer", "violation", "change", "averages")
         )
@@ -361,3 +372,11 @@ def check_constraints(constraints: Sequence[Constraint]) -> None:
             raise ValueError(
                 f"The constraints on reward {reward!r} contradict each other: {listed}. Remove one of them."
             )
+
+
+def constraints_by_reward(constraints: Sequence[Constraint]) -> dict[str, list[Constraint]]:
+    """The constraints of each reward, by its name; a range has two."""
+    grouped: dict[str, list[Constraint]] = {}
+    for constraint in constraints:
+        grouped.setdefault(str(constraint.reward), []).append(constraint)
+    return grouped

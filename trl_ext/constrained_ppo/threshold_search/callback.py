@@ -1,18 +1,17 @@
+"""The threshold search in a trainer: it is told of rollouts and evaluations, and sets the thresholds it asks for."""
+
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from .run_state import MULTIPLIERS_FILE, read_json, write_json
-from .threshold_search import ThresholdSearch, Trial
-from .threshold_search_config import ThresholdSearchConfig
+from ..checkpoint import MULTIPLIERS_FILE, read_json, write_json
+from .config import ThresholdSearchConfig
+from .search import ThresholdSearch, Trial
 
-
-if TYPE_CHECKING:
-    from .constrained_ppo_trainer import ConstrainedPPOTrainer
 
 SEARCH_FILE = "threshold_search.json"
 REMEDY = "Resume from a checkpoint of a run with `search` and the same constraints."
@@ -44,7 +43,7 @@ class ThresholdSearchCallback(TrainerCallback):
             data.
     """
 
-    def __init__(self, trainer: "ConstrainedPPOTrainer", config: ThresholdSearchConfig):
+    def __init__(self, trainer: Any, config: ThresholdSearchConfig):
         self.trainer, self.config = trainer, config
         if trainer.multipliers is None:
             raise ValueError("`search` moves the thresholds of constraints, and there are none. Give `constraints`.")
@@ -62,8 +61,8 @@ class ThresholdSearchCallback(TrainerCallback):
         self._seen_rollout: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seen_rollout = self.trainer._rewards_per_func
-        kinds = [target.kind for target in self.trainer.controller.targets]
+        self._seen_rollout = self.trainer.rollout
+        kinds = [constraint.kind for constraint in self.trainer.controller.constraints]
         self.search = ThresholdSearch(self.config, self.names, kinds, state.max_steps)
         if self._loaded is not None:
             self._restore(state)
@@ -79,17 +78,16 @@ class ThresholdSearchCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.search is not None
-        rollout = self.trainer._rewards_per_func
-        if rollout is not self._seen_rollout:
+        rollout = self.trainer.rollout
+        if rollout.purpose == "training" and rollout is not self._seen_rollout:
             self._seen_rollout = rollout
-            self.search.observe_rollout(rollout.mean(dim=0)[self.trainer.controller.constrained].tolist())
+            self.search.observe_rollout(rollout.rewards.mean(dim=0)[self.trainer.controller.constrained].tolist())
         if self.search.wants_evaluation(state.global_step):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self.search is None or not any(key.startswith("eval_") for key in metrics):
             return
-        self._seen_rollout = self.trainer._rewards_per_func  # an evaluation's samples are no rollout
         means, gold = self._read(metrics)
         if not self.search.started:
             self.search.start(means, gold)
@@ -196,13 +194,13 @@ class ThresholdSearchCallback(TrainerCallback):
                 "in another `output_dir`."
             )
         self.search.reopen(state.global_step)
-        if self.search.thresholds != [target.threshold for target in self.trainer.controller.targets]:
+        if self.search.thresholds != [constraint.threshold for constraint in self.trainer.controller.constraints]:
             self._set_thresholds(self.search.thresholds)
 
     def _set_thresholds(self, thresholds: list[float]) -> None:
         controller = self.trainer.controller
-        controller.set_targets(
-            [target.with_threshold(value) for target, value in zip(controller.targets, thresholds, strict=True)]
+        controller.set_constraints(
+            [one.with_threshold(value) for one, value in zip(controller.constraints, thresholds, strict=True)]
         )
 
     def save(self, folder: str | Path) -> None:
@@ -218,13 +216,3 @@ class ThresholdSearchCallback(TrainerCallback):
             ValueError: If there is none, or it is cut off.
         """
         self._loaded = Path(folder) / SEARCH_FILE, read_json(folder, SEARCH_FILE, REMEDY)
-
-
-def add_threshold_search(trainer: "ConstrainedPPOTrainer") -> ThresholdSearchCallback | None:
-    """Adds the search that a trainer's arguments ask for, and returns it."""
-    config = trainer.args.threshold_search
-    if config is None:
-        return None
-    callback = ThresholdSearchCallback(trainer, config)
-    trainer.add_callback(callback)
-    return callback

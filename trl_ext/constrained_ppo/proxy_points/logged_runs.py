@@ -40,10 +40,8 @@ class Measurements:
 
     def of_runs(self, runs: Sequence[int]) -> "Measurements":
         """The measurements of some runs."""
-        keep = np.isin(self.run, runs)
-        return Measurements(
-            self.names, self.rewards[keep], self.gold[keep], self.kl[keep], self.run[keep], self.step[keep]
-        )
+        own = np.isin(self.run, runs)
+        return Measurements(self.names, self.rewards[own], self.gold[own], self.kl[own], self.run[own], self.step[own])
 
 
 def read_runs(

@@ -6,11 +6,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import trl_ext
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, low_ids, make, path, prompts  # noqa: F401
-from trl_ext.constrained_ppo.card import method_section
+from tests.helpers.constrained_ppo import XI, low_ids, make, prompts
+from trl_ext.constrained_ppo.checkpoint import critic_from_pretrained
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-from trl_ext.constrained_ppo.lagrangian import Constraint
-from trl_ext.constrained_ppo.run_state import critic_from_pretrained
+from trl_ext.constrained_ppo.multipliers import Constraint
+from trl_ext.constrained_ppo.report import method_section
 
 
 def row(text, start):
@@ -32,7 +32,7 @@ def heads_moved(critic):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
 
-def test_card_of_a_constrained_run(tmp_path, path):  # noqa: F811
+def test_card_of_a_constrained_run(tmp_path, path):
     trainer = make(
         tmp_path / "out", path, **XI, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
         trainer_arguments={"eval_dataset": prompts(8), "gold_reward": low_ids},
@@ -58,7 +58,7 @@ def test_card_of_a_constrained_run(tmp_path, path):  # noqa: F811
     assert f"Gold metric: {logged['eval_gold']:.4g} at the end" in text and "not stopped early" in text
 
 
-def test_code_of_the_card_loads_policy_and_critic(tmp_path, path):  # noqa: F811
+def test_code_of_the_card_loads_policy_and_critic(tmp_path, path):
     trainer = make(tmp_path / "out", path)
     heads_moved(trainer.critic)
     trainer.save_model(str(tmp_path / "saved"))
@@ -74,7 +74,7 @@ def test_code_of_the_card_loads_policy_and_critic(tmp_path, path):  # noqa: F811
     assert loaded["model"].state_dict().keys() == plain.state_dict().keys()
 
 
-def test_code_of_the_card_loads_a_separate_critic(tmp_path, path):  # noqa: F811
+def test_code_of_the_card_loads_a_separate_critic(tmp_path, path):
     trainer = make(tmp_path, path, critic="separate", max_steps=1, learning_rate=1e-2)
     trainer.train()
     heads_moved(trainer.critic.heads)
@@ -88,7 +88,7 @@ def test_code_of_the_card_loads_a_separate_critic(tmp_path, path):  # noqa: F811
     assert not loaded["critic"].training and f"(batch, tokens, {expected.size(-1)})" in text
 
 
-def test_a_critic_of_the_authors_own_is_refused_with_the_way_out(tmp_path, path):  # noqa: F811
+def test_a_critic_of_the_authors_own_is_refused_with_the_way_out(tmp_path, path):
     critic = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 3))
     trainer = make(tmp_path, path, trainer_arguments={"critic_model": critic})
     trainer.save_model()

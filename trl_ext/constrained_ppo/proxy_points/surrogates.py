@@ -11,6 +11,9 @@ import numpy as np
 
 
 Predictor = Callable[[np.ndarray], np.ndarray]
+# Bounds of the kernel's parameters, in units of the spread of rewards and gold metric. A length below a fifth follows
+# the noise between neighbours, one of a hundred is a plane; noise reaches from practically none to ten times all else
+LENGTHS, VARIANCES, NOISES = (0.2, 100.0), (1e-2, 1e3), (1e-6, 10.0)
 
 
 class Surrogate(Protocol):
@@ -123,8 +126,8 @@ class GaussianProcess:
         kernel, optimizer = self.kernel, None
         if kernel is None:
             optimizer = "fmin_l_bfgs_b"
-            lengths = RBF(np.ones(scaled.shape[1]), (0.2, 100.0))
-            kernel = ConstantKernel(1.0, (1e-2, 1e3)) * lengths + WhiteKernel(0.1, (1e-6, 10.0))
+            lengths = RBF(np.ones(scaled.shape[1]), LENGTHS)
+            kernel = ConstantKernel(1.0, VARIANCES) * lengths + WhiteKernel(0.1, NOISES)
         process = GaussianProcessRegressor(kernel, optimizer=optimizer, normalize_y=True, random_state=0)
         with warnings.catch_warnings():
             # A parameter at its bound, such as no noise, is a result

@@ -1,3 +1,5 @@
+"""Settings of the threshold search, and their checks."""
+
 import json
 import math
 from collections.abc import Mapping

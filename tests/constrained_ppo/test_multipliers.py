@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.constrained_ppo.lagrangian import Constraint, LagrangeMultipliers
+from trl_ext.constrained_ppo.multipliers import Constraint, LagrangeMultipliers
 
 
 INTEGRAL = {"proportional": 0.0, "momentum": 0.0}

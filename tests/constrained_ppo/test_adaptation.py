@@ -1,23 +1,21 @@
-"""What adapts from rollout to rollout: the KL coefficient, statistics over iterates, stopping, sat and the mixture."""
+"""What adapts from rollout to rollout: the KL coefficient, averages, stopping, sat and the mixture."""
 
 from collections import defaultdict
 
 import pytest
 import torch
 
+from trl_ext.constrained_ppo.adaptation import RolloutAverages, RolloutController, StoppingRules, adapted_coefficient
 from trl_ext.constrained_ppo.advantages import (
     mix_advantages,
     mix_normalized,
     policy_advantages,
     reward_streams,
     squared_distance_rewards,
+    token_divergence,
     whiten,
 )
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-from trl_ext.constrained_ppo.controller import RolloutController
-from trl_ext.constrained_ppo.iterates import IterateStatistics
-from trl_ext.constrained_ppo.kl_controller import adapted_coefficient, token_divergence
-from trl_ext.constrained_ppo.stopping import StoppingRules
 
 
 def config(**settings):
@@ -51,13 +49,13 @@ def test_divergence_estimators_are_unbiased():
         token_divergence(policy, reference, "k2")
 
 
-def test_statistics_over_iterates():
-    statistics = IterateStatistics(window=4)
+def test_averages_over_rollouts():
+    statistics = RolloutAverages(window=4)
     for value, violation in [(1.0, 1.0), (2.0, -1.0), (6.0, -2.0), (3.0, 1.0)]:
         statistics.add({"a": value}, {"a": violation})
     assert statistics.averages() == {"a": 3.0}
     assert statistics.oscillation("a") == pytest.approx(2 / 3) and statistics.oscillation("b") == 0
-    other = IterateStatistics(window=4)
+    other = RolloutAverages(window=4)
     other.load_state_dict(statistics.state_dict())
     statistics.add({"a": 1.0}, {"a": 1.0}), other.add({"a": 1.0}, {"a": 1.0})
     assert other.state_dict() == statistics.state_dict()
@@ -163,13 +161,13 @@ def test_controller_mixes_as_its_settings_say(kind, sign):
         config(constraints=[{"reward": "b", "threshold": 1.0, "kind": kind}], multiplier_squash="sigmoid"), ["a", "b"]
     )
     advantages, mask = streams(3)
-    found = controller.policy_advantages(advantages, mask, torch.ones(2), lambda tensor: tensor)
+    found = controller.mix(advantages, mask, torch.ones(2), lambda tensor: tensor)
     weights = torch.tensor([0.5], dtype=torch.float64)
     torch.testing.assert_close(found, mix_advantages(advantages[2], sign * advantages[1:2], weights, mask))
     normalized = RolloutController(
         config(method="ppo-lag", constraints=[{"reward": "b", "threshold": 1.0, "kind": kind}]), ["a", "b"]
     )
-    found = normalized.policy_advantages(advantages, mask, torch.ones(2), lambda tensor: tensor)
+    found = normalized.mix(advantages, mask, torch.ones(2), lambda tensor: tensor)
     base, weights = advantages[0] + advantages[1], torch.ones(1, dtype=torch.float64)  # exp(0)
     mixed = mix_normalized(base, sign * advantages[1:2], weights, mask) + advantages[2]
     torch.testing.assert_close(found, whiten(mixed, mask))
@@ -210,7 +208,7 @@ def test_every_number_of_constraints(count):
     weights = controller.multipliers.weights()
     assert weights.shape == (count,) and torch.equal(weights, weights[:1].expand(count)) and weights[0] > 0
     advantages, mask = streams(count + 1)
-    found = controller.policy_advantages(advantages, mask, torch.ones(count), lambda tensor: tensor)
+    found = controller.mix(advantages, mask, torch.ones(count), lambda tensor: tensor)
     assert found.shape == mask.shape and found.isfinite().all()
 
 

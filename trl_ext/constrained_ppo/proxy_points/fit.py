@@ -16,10 +16,20 @@ from scipy.stats import gaussian_kde, spearmanr
 from .surrogates import Surrogate
 
 
+# Points of the grid along each reward, by the number of rewards: at most 29,791 in all
 GRID_SIZES = {1: 501, 2: 101, 3: 31}
+# Beyond three rewards a grid grows out of hand: so many random combinations of measured points in its place
 NUM_COMBINATIONS = 20_000
+# Of the Dirichlet weights of a combination: below 1, they favour few of the points and come near the hull's edge
+_CONCENTRATION = 0.5
+# The number of facets of a convex hull grows with the power of half the dimension: beyond this the range stands in
 HULL_DIMENSIONS = 4
+# A point this near to the edge of the data, as a share of its range, is at it
 EDGE = 0.02
+# Rounding: of a spread that means none, of directions that span no volume, of a point on the hull's own faces
+_NO_SPREAD, _NO_VOLUME, _ON_HULL = 1e-9, 1e-6, 1e-9
+# Above the smallest float: a reward that is zero throughout has no spread either
+_TINY = 1e-300
 
 
 class NoJointSurface(ValueError):
@@ -55,7 +65,7 @@ class DensityMask:
         scaled = (points - self.lowest) / (self.highest - self.lowest)
         if (
             len(points) <= points.shape[1]
-            or np.linalg.matrix_rank(scaled - scaled.mean(axis=0), 1e-6) < scaled.shape[1]
+            or np.linalg.matrix_rank(scaled - scaled.mean(axis=0), _NO_VOLUME) < scaled.shape[1]
         ):
             raise NoJointSurface(
                 f"The {len(points)} points of {points.shape[1]} rewards lie on a line or plane, so no joint surface "
@@ -77,7 +87,7 @@ class DensityMask:
         inside: np.ndarray = np.all((at >= self.lowest) & (at <= self.highest), axis=1)
         scaled = (at - self.lowest) / (self.highest - self.lowest)
         if self._hull is not None:
-            inside &= self._hull.find_simplex(scaled, tol=1e-9) >= 0
+            inside &= self._hull.find_simplex(scaled, tol=_ON_HULL) >= 0
         inside[inside] &= self._density(scaled[inside].T) >= self._least
         return inside
 
@@ -230,7 +240,7 @@ def candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.n
         axes = np.linspace(points.min(axis=0), points.max(axis=0), GRID_SIZES[num_rewards]).T
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, num_rewards)
     chosen = generator.integers(len(points), size=(NUM_COMBINATIONS, num_rewards + 1))
-    weights = generator.dirichlet(np.full(num_rewards + 1, 0.5), size=NUM_COMBINATIONS)
+    weights = generator.dirichlet(np.full(num_rewards + 1, _CONCENTRATION), size=NUM_COMBINATIONS)
     return np.vstack([points, np.einsum("pc,pck->pk", weights, points[chosen])])
 
 
@@ -260,7 +270,7 @@ def check_variation(names: Sequence[str], points: np.ndarray) -> None:
         ValueError: Naming them.
     """
     spread, size = np.ptp(points, axis=0), np.abs(points).max(axis=0)
-    constant = [name for name, s, m in zip(names, spread, size, strict=True) if s <= 1e-9 * max(m, 1e-300)]
+    constant = [name for name, s, m in zip(names, spread, size, strict=True) if s <= _NO_SPREAD * max(m, _TINY)]
     if constant:
         raise ValueError(
             f"The rewards {constant} do not vary over the {len(points)} evaluations. Use runs in which they are "

@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+
+Array = NDArray[np.float64]
 
 
 class NelderMead:
@@ -36,7 +40,7 @@ class NelderMead:
     Example:
 
     ```python
-    from trl_ext.constrained_ppo.nelder_mead import NelderMead
+    from trl_ext.constrained_ppo.threshold_search.nelder_mead import NelderMead
 
     optimizer = NelderMead([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for _ in range(60):
@@ -48,9 +52,9 @@ class NelderMead:
 
     def __init__(
         self,
-        simplex: Sequence[Sequence[float]] | np.ndarray,
-        lower: Sequence[float] | np.ndarray | None = None,
-        upper: Sequence[float] | np.ndarray | None = None,
+        simplex: Sequence[Sequence[float]] | Array,
+        lower: Sequence[float] | Array | None = None,
+        upper: Sequence[float] | Array | None = None,
         reflection: float = 1.0,
         expansion: float = 2.0,
         contraction: float = 0.5,
@@ -98,18 +102,20 @@ class NelderMead:
         return self._stage == "reflect"
 
     @property
-    def best_point(self) -> np.ndarray:
+    def best_point(self) -> Array:
         """The vertex of lowest value, `(N,)`; where none has one yet, the first."""
-        return self.simplex[int(np.argmin(self.values))].copy()
+        best: Array = self.simplex[int(np.argmin(self.values))].copy()
+        return best
 
     @property
     def best_value(self) -> float:
         """The lowest value of a vertex; infinite where none has one yet."""
         return float(self.values.min())
 
-    def ask(self) -> np.ndarray:
+    def ask(self) -> Array:
         """The point whose value is wanted, `(N,)`, float64; the same until [`tell`]."""
-        return self._point.copy()
+        point: Array = self._point.copy()
+        return point
 
     def tell(self, value: float) -> None:
         """
@@ -194,7 +200,7 @@ class NelderMead:
         self._stage = stage
         self._point = self._boxed((1 + along) * centroid - along * self.simplex[-1])
 
-    def _replace_worst(self, point: np.ndarray, value: float) -> None:
+    def _replace_worst(self, point: Array, value: float) -> None:
         self.simplex[-1], self.values[-1] = point, value
         self._start_iteration()
 
@@ -203,8 +209,9 @@ class NelderMead:
         self.simplex, self.values = self.simplex[order], self.values[order]
         self._propose("reflect", self.reflection)
 
-    def _boxed(self, points: np.ndarray) -> np.ndarray:
-        return np.clip(points, self.lower, self.upper)
+    def _boxed(self, points: Array) -> Array:
+        clipped: Array = np.clip(points, self.lower, self.upper)
+        return clipped
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs, of JSON's types."""
@@ -243,6 +250,6 @@ class NelderMead:
         self._stage, self._index, self._reflected_value = stage, index, reflected_value
 
 
-def _finite(numbers: np.ndarray) -> list[float | None]:
+def _finite(numbers: Array) -> list[float | None]:
     """JSON has no infinity: it becomes `None`."""
     return [float(number) if np.isfinite(number) else None for number in numbers]
