@@ -4,7 +4,8 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
-from ..optim.factory import check_optim_args, register
+from ..optim.install import register
+from ..optim.names import check_optim_args
 from .critic_settings import check_critic
 from .lagrangian import Constraint, check_constraints
 from .threshold_search_config import ThresholdSearchConfig

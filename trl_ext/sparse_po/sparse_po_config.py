@@ -3,7 +3,8 @@ from typing import Literal
 
 from trl import DPOConfig
 
-from ..optim.factory import check_optim_args, register
+from ..optim.install import register
+from ..optim.names import check_optim_args
 
 
 UNSUPPORTED_LOSS_TYPES = {

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import increment_version
 
-from .projection import VIEWS, threshold
-from .weight import LocalTensor, Weight
+from ..projection import LEVELS, threshold
+from ..weights import LocalTensor, Weight
 
 
-SOURCE = Path(__file__).with_name("adamp_cpu.c")
+SOURCE = Path(__file__).with_name("adamp.c")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Whether the first pass tests as well, and can take AdamW's step at once
+TESTS_WHILE_MEASURING = True
 # Elements below which a second thread costs more than it brings
 MIN_PER_THREAD = 2**19
 
@@ -176,17 +178,17 @@ def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None 
         weight.dots = weight.dots.float()
 
 
-def find_view(weight: Weight) -> str | None:
-    """The view in which a whole weight passes, after [`measure`] of its rows. For the layer view adds them up."""
+def find_level(weight: Weight) -> str | None:
+    """The level at which a whole weight passes, after [`measure`] of its rows. For the layer level adds them up."""
     kernels, group, dots = compiled_library(), weight.local.group, weight.dots.t().contiguous()
     assert kernels is not None
     limits = [threshold(group["delta"], size) for size in (weight.shard.row_size, weight.numel)]
     totals = torch.zeros(4, 1, dtype=torch.float64)
     doubles = map(ctypes.c_double, (*limits, group["eps"]))
-    view = (None, *VIEWS)[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
-    if view == "layer":
+    level = (None, *LEVELS)[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
+    if level == "layer":
         weight.dots, weight.by_rows = totals, False
-    return view
+    return level
 
 
 def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Rounding of float32 results to half-precision parameters."""
+"""Rounding of float32 results to half-precision parameters, to the nearest or at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from .weight import LocalTensor
+    from ..weights import LocalTensor
 
 # Number of a group's steps, where its parameters' states do not count them
 STEPS_KEY = "num_rounded_steps"
