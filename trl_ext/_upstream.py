@@ -165,7 +165,7 @@ class Fsdp1Layout(NamedTuple):
             Which piece is here.
         process_group (`torch.distributed.ProcessGroup`):
             The processes that hold the pieces.
-        index (`int`, *optional*):
+        place (`int`, *optional*):
             Which of the weights the parameter asked for is a view of; `None` for the flat parameter itself.
     """
 
@@ -173,7 +173,7 @@ class Fsdp1Layout(NamedTuple):
     piece_size: int
     rank: int
     process_group: Any
-    index: int | None
+    place: int | None
 
 
 def fsdp1_layout(param: Any) -> Fsdp1Layout | None:
@@ -196,6 +196,6 @@ def fsdp1_layout(param: Any) -> Fsdp1Layout | None:
             piece_size=flat._sharded_size.numel() if sharded else sum(flat._numels_with_padding),
             rank=handle.rank if sharded else 0,
             process_group=handle.process_group,
-            index=None if flat is param else own[0],
+            place=None if flat is param else own[0],
         )
     return None

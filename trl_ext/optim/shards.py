@@ -195,9 +195,9 @@ def _fsdp1_shards(param: torch.Tensor, place: int, layout: Any) -> list[Shard]:
         _overlap(index, shape, start, layout.piece_size, layout.rank, layout.process_group)
         for index, (shape, start) in enumerate(layout.weights)
     ]
-    if layout.index is None:
+    if layout.place is None:
         return shards
-    held = shards[layout.index]
+    held = shards[layout.place]
     if held.numel != param.numel():
         raise _unknown(param, f"an FSDP1 parameter of which {held.numel} elements should be here")
     return [Shard(place, held.shape, 0, held.offset, held.numel, held.borders, held.process_group)]

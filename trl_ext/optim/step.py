@@ -81,7 +81,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._layouts: dict[int, Layout] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._step_tensors: dict[torch.device, tuple[int, torch.Tensor]] = {}
         self._noise = RoundingNoise()
         # Weights that the last step projected: no more than a guess at which way is the faster one
         self._projected: set[tuple[int, int]] = set()
@@ -540,9 +539,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     answer = is_scale_invariant(local.flat, local.grad, level, group["delta"], group["eps"])
                     tested.append((local, level, answer))
         answers = _read([answer for _, _, answer in tested])
-        for (local, level, _), answer in zip(tested, answers, strict=True):
+        for (local, level, _), passing in zip(tested, answers, strict=True):
             if levels.get(id(local)) is None:
-                levels[id(local)] = level if answer else None
+                levels[id(local)] = level if passing else None
         for local in tensors:
             hit = self._single_tensor(local, levels.get(id(local), "test"))
             if local.param.ndim > 1 and local.shards:
