@@ -40,10 +40,32 @@ def adamp_(
     One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq (`torch.Tensor` of one shape):
-            Weight and moments, changed in their place, and the gradient.
+        param (`torch.Tensor`):
+            Weight, changed in its place.
+        grad (`torch.Tensor` of the same shape):
+            Gradient.
+        exp_avg (`torch.Tensor` of the same shape):
+            Running average of the gradient, changed in its place.
+        exp_avg_sq (`torch.Tensor` of the same shape):
+            Running average of its square, changed in its place.
         step (`int` or `torch.Tensor`):
             Number of this step, from 1.
+        lr (`float` or `torch.Tensor`):
+            Learning rate.
+        beta1 (`float`):
+            Decay of the gradient's average.
+        beta2 (`float`):
+            Decay of the square's average.
+        eps (`float`):
+            Added to the denominator, and to norms.
+        weight_decay (`float`):
+            Decoupled weight decay.
+        delta (`float`):
+            Threshold of the test for scale invariance.
+        wd_ratio (`float`):
+            Factor on weight decay where the update is projected.
+        nesterov (`bool`):
+            Whether to use Nesterov's momentum.
         level (`str`, *optional*, defaults to `"test"`):
             `"channel"`, `"layer"` or `None` where it is known whether and where to project.
 

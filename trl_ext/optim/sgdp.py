@@ -37,8 +37,30 @@ def sgdp_(
     One step of SGDP on one tensor, as the paper's algorithm 1 reads.
 
     Args:
-        param, grad, momentum_buffer (`torch.Tensor` of one shape):
-            Weight and momentum, changed in their place, and the gradient.
+        param (`torch.Tensor`):
+            Weight, changed in its place.
+        grad (`torch.Tensor` of the same shape):
+            Gradient.
+        momentum_buffer (`torch.Tensor` of the same shape):
+            Running sum of gradients, changed in its place.
+        lr (`float` or `torch.Tensor`):
+            Learning rate.
+        momentum (`float`):
+            Decay of the momentum.
+        weight_decay (`float`):
+            Decoupled weight decay.
+        dampening (`float`):
+            Taken off the gradient's part in the momentum.
+        nesterov (`bool`):
+            Whether to use Nesterov's momentum.
+        eps (`float`):
+            Added to norms.
+        delta (`float`):
+            Threshold of the test for scale invariance.
+        wd_ratio (`float`):
+            Factor on weight decay where the update is projected.
+        project_momentum (`bool`):
+            Whether the stored momentum is projected too.
         level (`str`, *optional*, defaults to `"test"`):
             `"channel"`, `"layer"` or `None` where it is known whether and where to project.
 

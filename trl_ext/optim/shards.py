@@ -73,7 +73,7 @@ class UnknownShardsError(RuntimeError):
 class Original:
     """A parameter as it was handed to the optimizer; wrappers may replace, flatten or free it afterwards."""
 
-    reference: weakref.ref
+    reference: weakref.ref[torch.Tensor]
     ndim: int
 
     @classmethod
@@ -271,4 +271,4 @@ class Exchange:
     def results(self) -> list[torch.Tensor]:
         """Waits, and returns the sum of each vector on the vectors' device."""
         self._work.wait()
-        return list(self._sums.to(self._device).split(self._sizes))
+        return list(torch.split(self._sums.to(self._device), self._sizes))

@@ -507,7 +507,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for local in tensors:
             if local.grad is None:
                 continue
-            holes = sorted(taken.get(id(local), [])) + [(local.flat.numel(), local.flat.numel())]
+            holes = [*sorted(taken.get(id(local), [])), (local.flat.numel(), local.flat.numel())]
             position = 0
             for start, stop in holes:
                 if start > position:
@@ -587,7 +587,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _project_moments(self, block: Block, weight: torch.Tensor, coefficient: torch.Tensor) -> None:
         """Projects the stored moments, where the method does. Weight `(R, C)`, coefficient `(R, 1)`."""
-        return None
+        return
 
     def _step_in_stock_kernels(
         self, ranges: Sequence[tuple[LocalTensor, int, int]]
