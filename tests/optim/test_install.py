@@ -1,6 +1,7 @@
 """Our optimizers in TRL's trainers: by name in a whole process, and through the mixins."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -25,8 +27,9 @@ from trl import (
 import trl_ext
 from tests.helpers.optim import TRAINING, arguments, text_data
 from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
-from trl_ext import ConstrainedPPOConfig, SparsePOConfig, SparsePOTrainer, _upstream
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer, SparsePOConfig, SparsePOTrainer, _upstream
 from trl_ext.optim import (
+    SGDP,
     AdamP,
     OptimizerCheckCallback,
     OptimizerMixin,
@@ -146,19 +149,101 @@ def test_resumed_run_equals_the_uninterrupted_one(registered, model, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_our_own_configurations_register(model, tmp_path):
-    unregister()
-    args = SparsePOConfig(str(tmp_path), optim="adamp", optim_args="wd_ratio=0.2", **TRAINING)
-    trainer = SparsePOTrainer(model, args=args, train_dataset=tiny_pairs(8), processing_class=tiny_tokenizer())
+def sparse_po(model, tmp_path, **settings):
+    args = SparsePOConfig(str(tmp_path), optim="adamp", optim_args="wd_ratio=0.2", **{**TRAINING, **settings})
+    return SparsePOTrainer(model, args=args, train_dataset=tiny_pairs(8), processing_class=tiny_tokenizer())
+
+
+def names_and_callbacks():
+    return _upstream.optimizer_names(), list(_upstream.DEFAULT_CALLBACKS)
+
+
+def checks_of(trainer):
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, OptimizerCheckCallback)]
+
+
+def test_our_own_trainers_need_no_registering(model, tmp_path):
+    before = names_and_callbacks()
+    trainer = sparse_po(model, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     optimizer = bottom_optimizer(trainer.optimizer)
     assert type(optimizer) is AdamP
     assert {group["wd_ratio"] for group in optimizer.param_groups} == {0.2}
     assert len(optimizer.param_groups) == 4  # the masks' own
-    unregister()
-    ppo = ConstrainedPPOConfig(str(tmp_path), optim="sgdp", method="ppo", use_cpu=True, bf16=False)
-    assert ppo.optim == "sgdp"
-    unregister()
+    assert len(checks_of(trainer)) == 1 and names_and_callbacks() == before
+    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.optim == "adamp" and names_and_callbacks() == before
+
+
+def test_an_own_trainer_resumes_as_the_uninterrupted_run(model, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (sparse_po(model, tmp_path / name, **settings) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_our_own_trainers_build_what_a_registered_name_builds(model, tmp_path):
+    without = sparse_po(model, tmp_path)
+    register()
+    trainer = sparse_po(model, tmp_path)
+    assert len(checks_of(trainer)) == 1
+    found, expected = (
+        [{**group, "params": [p.shape for p in group["params"]]} for group in each.create_optimizer().param_groups]
+        for each in (without, trainer)
+    )
+    assert found == expected
+
+
+def test_constrained_ppo_trains_with_sgdp(model, tmp_path):
+    before = names_and_callbacks()
+    settings = {**TRAINING, "max_steps": 1, "dashboard": False, "max_completion_length": 4}
+    args = ConstrainedPPOConfig(str(tmp_path), optim="sgdp", optim_args="momentum=0.9", method="ppo", **settings)
+    prompts = tiny_pairs(4).select_columns("prompt")
+    trainer = ConstrainedPPOTrainer(model, length_reward, args, prompts, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert type(bottom_optimizer(trainer.optimizer)) is SGDP
+    assert bottom_optimizer(trainer.optimizer).param_groups[0]["momentum"] == 0.9
+    assert len(checks_of(trainer)) == 1 and names_and_callbacks() == before
+
+
+def test_our_own_trainers_check_the_optimizer(model, tmp_path):
+    trainer = sparse_po(model, tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
+    with pytest.raises(RuntimeError, match=r"SGD instead of AdamP.*Remove"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_name_in_our_own_configurations_is_a_plain_string(tmp_path):
+    args = SparsePOConfig(str(tmp_path), optim="adamp", use_cpu=True, bf16=False, report_to="none")
+    copies = [args, copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args, beta=0.2)]
+    for each in copies:
+        assert type(each.optim) is str and each.optim == "adamp"
+        assert each.to_dict()["optim"] == json.loads(each.to_json_string())["optim"] == "adamp"
+    assert args.optim not in (OptimizerNames.LOMO, OptimizerNames.ADAMW_TORCH_FUSED)
+    other = SparsePOConfig(str(tmp_path), optim="sgd", use_cpu=True, bf16=False)
+    assert other.optim is OptimizerNames.SGD
+    with pytest.raises(ValueError, match="adampp is not a valid OptimizerNames"):
+        SparsePOConfig(str(tmp_path), optim="adampp", use_cpu=True, bf16=False)
+
+
+def test_an_error_of_the_parent_leaves_the_name(tmp_path):
+    args = SparsePOConfig(str(tmp_path), optim="adamp", use_cpu=True, bf16=False)
+    args.eval_strategy = "sometimes"
+    with pytest.raises(ValueError, match="sometimes"):
+        args.__post_init__()
+    assert args.optim == "adamp"
+
+
+def test_trls_trainers_take_our_configurations_once_registered(model, tmp_path):
+    args = SparsePOConfig(str(tmp_path), optim="adamp", **TRAINING)
+    trainer = DPOTrainer(model, args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match="unsupported optimizer: adamp"):
+        trainer.create_optimizer()
+    register()
+    assert type(trainer.create_optimizer()) is AdamP
 
 
 @pytest.mark.parametrize("config_cls", [SparsePOConfig, ConstrainedPPOConfig])

@@ -4,8 +4,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
-from ..optim.install import register
-from ..optim.names import check_optim_args
+from ..optim.names import post_init_with_own_optimizer
 from .critic_settings import check_critic
 from .lagrangian import Constraint, check_constraints
 from .threshold_search_config import ThresholdSearchConfig
@@ -278,7 +277,6 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
 
     def __post_init__(self):
-        register()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -288,10 +286,9 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         # GRPOTrainer keeps a reference model and scores it only where `beta` is not zero
         self.beta = self.kl_coef
-        super().__post_init__()
+        post_init_with_own_optimizer(self, super().__post_init__)
         if one:
             self.num_generations = 1
-        check_optim_args(self)
         self._apply_preset()
         self._check_numbers()
         self._check_method()

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from .._upstream import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
 from ..core.model_card import MethodCardMixin
 from ..core.parameter_groups import move_to_own_groups
+from ..optim.install import OwnOptimizerMixin
 from .advantages import gae, reward_streams
 from .calibration import CalibrationCallback
 from .card import PAPER, run_section
@@ -48,7 +49,7 @@ _MULTIMODAL = (
 )  # fmt: skip
 
 
-class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).

@@ -50,8 +50,8 @@ class OwnOptimizerMixin:
         handler = self.callback_handler  # type: ignore[attr-defined]
         if not any(isinstance(callback, OptimizerCheckCallback) for callback in handler.callbacks):
             check = OptimizerCheckCallback()
-            # Its event is over: the trainer is initialised
-            check.on_init_end(self.args, self.state, self.control, optimizer=self.optimizer)  # type: ignore[attr-defined]
+            # Its first event is over by now
+            check.on_init_end(None, None, None, optimizer=handler.optimizer)
             handler.callbacks.insert(0, check)
 
     @classmethod

@@ -3,8 +3,7 @@ from typing import Literal
 
 from trl import DPOConfig
 
-from ..optim.install import register
-from ..optim.names import check_optim_args
+from ..optim.names import post_init_with_own_optimizer
 
 
 UNSUPPORTED_LOSS_TYPES = {
@@ -106,9 +105,7 @@ class SparsePOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        register()
-        super().__post_init__()
-        check_optim_args(self)
+        post_init_with_own_optimizer(self, super().__post_init__)
         self._check_masks()
         self._check_inherited_fields()
 

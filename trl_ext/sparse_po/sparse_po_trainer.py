@@ -22,6 +22,7 @@ from trl import DPOTrainer
 from .._upstream import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
 from ..core.model_card import MethodCardMixin
 from ..core.parameter_groups import move_to_own_groups
+from ..optim.install import OwnOptimizerMixin
 from .card import CITATION, method_section
 from .loss import mask_l1_penalty
 from .mask_checkpoint import load_masks, save_masks
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class SparsePOTrainer(MethodCardMixin, DPOTrainer):
+class SparsePOTrainer(MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
