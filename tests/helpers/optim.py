@@ -1,4 +1,4 @@
-"""What the optimizers' tests share: gradients of every kind, parts of weights in flat tensors, and training settings."""
+"""What the optimizers' tests share: gradients of every kind, parts of weights in flat tensors, training settings."""
 
 import socket
 

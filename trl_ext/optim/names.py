@@ -208,7 +208,7 @@ def parse_optim_args(text: str | None, optimizer_cls: type[Optimizer]) -> dict[s
     The options in a recipe's `optim_args`, such as `"delta=0.1,wd_ratio=0.1,nesterov=true"`, with their types.
 
     Args:
-        text (`str`, *optional*):
+        text (`str` or `None`):
             Pairs `option=value`, separated by commas.
         optimizer_cls (`type`):
             Optimizer that takes them.

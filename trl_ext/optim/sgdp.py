@@ -115,8 +115,21 @@ class SGDP(ProjectedOptimizer):
             Which kernels update weights that are not projected: by default torch's fused SGD, where there is momentum
             and one dtype. Both `False`: the reference, one tensor at a time, equal to the authors' package to the last
             bit.
-        maximize, capturable, differentiable, projection, state_dtype, stochastic_rounding, on_unknown_shards:
-            As in [`AdamP`].
+        maximize (`bool`, *optional*, defaults to `False`):
+            Whether to ascend.
+        capturable (`bool`, *optional*, defaults to `False`):
+            Whether the step may be captured in a CUDA graph, as in [`AdamP`].
+        differentiable (`bool`, *optional*, defaults to `False`):
+            Whether autograd records the step. Whole parameters only.
+        projection (`str` or `dict[str, str]`, *optional*):
+            Which weights are scale-invariant, as in [`AdamP`].
+        state_dtype (`torch.dtype`, *optional*):
+            Dtype of the momentum, the parameter's by default.
+        stochastic_rounding (`bool`, *optional*, defaults to `False`):
+            Whether bfloat16 parameters are rounded at random, as in [`AdamP`].
+        on_unknown_shards (`str`, *optional*, defaults to `"raise"`):
+            What to do where the layout of sharded parameters can't be read: `"raise"`, or `"adamw"` to go on without
+            projection.
 
     Raises:
         ValueError: If a hyperparameter is out of its range.
