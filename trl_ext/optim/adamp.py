@@ -37,40 +37,10 @@ def adamp_(
     level: str | None = "test",
 ) -> str | None:
     """
-    One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads.
-
-    Args:
-        param (`torch.Tensor`):
-            Weight, changed in its place.
-        grad (`torch.Tensor` of the same shape):
-            Gradient.
-        exp_avg (`torch.Tensor` of the same shape):
-            Running average of the gradient, changed in its place.
-        exp_avg_sq (`torch.Tensor` of the same shape):
-            Running average of its square, changed in its place.
-        step (`int` or `torch.Tensor`):
-            Number of this step, from 1.
-        lr (`float` or `torch.Tensor`):
-            Learning rate.
-        beta1 (`float`):
-            Decay of the gradient's average.
-        beta2 (`float`):
-            Decay of the square's average.
-        eps (`float`):
-            Added to the denominator, and to norms.
-        weight_decay (`float`):
-            Decoupled weight decay.
-        delta (`float`):
-            Threshold of the test for scale invariance.
-        wd_ratio (`float`):
-            Factor on weight decay where the update is projected.
-        nesterov (`bool`):
-            Whether to use Nesterov's momentum.
-        level (`str`, *optional*, defaults to `"test"`):
-            `"channel"`, `"layer"` or `None` where it is known whether and where to project.
-
-    Returns:
-        `str`, *optional*: the level that was projected at.
+    One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads. Changes `param`,
+    `exp_avg` and `exp_avg_sq` in their place; `step` counts from 1, and the options are those of [`AdamP`]. `level` is
+    `"test"`, or `"channel"`, `"layer"` or `None` where it is known whether and where to project. Returns the level
+    that was projected at.
     """
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -36,13 +36,7 @@ def projection_of(group: dict[str, Any], index: int) -> str:
 
 def check_options(name: str, options: dict[str, Any]) -> None:
     """
-    Checks the options of a group.
-
-    Args:
-        name (`str`):
-            The optimizer's name.
-        options (`dict[str, Any]`):
-            The options, defaults filled in.
+    Checks the options of a group, defaults filled in.
 
     Raises:
         ValueError: If one is negative, not a number, or out of its range.
@@ -106,13 +100,7 @@ def _check_execution(name: str, options: dict[str, Any]) -> None:
 
 
 def check_param(name: str, param: torch.Tensor) -> None:
-    """
-    Checks a parameter that has a gradient.
-
-    Raises:
-        RuntimeError: If the gradient is sparse, of another shape or on another device, or the parameter is complex or
-            a ZeRO-3 placeholder.
-    """
+    """Refuses a parameter or gradient that no step can be taken on."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
@@ -133,12 +121,7 @@ def check_param(name: str, param: torch.Tensor) -> None:
 
 
 def check_state(name: str, param: torch.Tensor, state: torch.Tensor) -> None:
-    """
-    Checks a running average.
-
-    Raises:
-        RuntimeError: If the parameter changed its shape or its device since the state was made.
-    """
+    """Refuses a running average of a parameter that changed its shape or device since."""
     if state.shape != param.shape or state.device != param.device:
         raise RuntimeError(
             f"{name}: the state of a parameter has shape {tuple(state.shape)} on {state.device}, but the parameter "

@@ -34,38 +34,9 @@ def sgdp_(
     level: str | None = "test",
 ) -> str | None:
     """
-    One step of SGDP on one tensor, as the paper's algorithm 1 reads.
-
-    Args:
-        param (`torch.Tensor`):
-            Weight, changed in its place.
-        grad (`torch.Tensor` of the same shape):
-            Gradient.
-        momentum_buffer (`torch.Tensor` of the same shape):
-            Running sum of gradients, changed in its place.
-        lr (`float` or `torch.Tensor`):
-            Learning rate.
-        momentum (`float`):
-            Decay of the momentum.
-        weight_decay (`float`):
-            Decoupled weight decay.
-        dampening (`float`):
-            Taken off the gradient's part in the momentum.
-        nesterov (`bool`):
-            Whether to use Nesterov's momentum.
-        eps (`float`):
-            Added to norms.
-        delta (`float`):
-            Threshold of the test for scale invariance.
-        wd_ratio (`float`):
-            Factor on weight decay where the update is projected.
-        project_momentum (`bool`):
-            Whether the stored momentum is projected too.
-        level (`str`, *optional*, defaults to `"test"`):
-            `"channel"`, `"layer"` or `None` where it is known whether and where to project.
-
-    Returns:
-        `str`, *optional*: the level that was projected at.
+    One step of SGDP on one tensor, as the paper's algorithm 1 reads. Changes `param` and `momentum_buffer` in their
+    place; the options are those of [`SGDP`]. `level` is `"test"`, or `"channel"`, `"layer"` or `None` where it is
+    known whether and where to project. Returns the level that was projected at.
     """
     momentum_buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
     update = grad + momentum * momentum_buffer if nesterov else momentum_buffer

@@ -83,20 +83,8 @@ class Original:
 
 def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Sequence[Original]) -> list[Shard]:
     """
-    Reads the layout of one tensor of a group.
-
-    Args:
-        param (`torch.Tensor`):
-            What the group holds at the time of a step.
-        place (`int`):
-            Its place in the group.
-        num_params (`int`):
-            Number of tensors in the group.
-        originals (`Sequence[Original]`):
-            The parameters that the group was made with.
-
-    Returns:
-        `list[Shard]`: the weights in the tensor, in the order of the originals. What no shard covers is padding.
+    The weights in one tensor of a group, `param` at its `place` among `num_params`, in the order of the `originals`
+    that the group was made with. What no shard covers is padding.
 
     Raises:
         UnknownShardsError: If the layout can't be read.

@@ -200,8 +200,8 @@ class Weight:
 
     def add_layer_dots(self, parts: Sequence[torch.Tensor]) -> None:
         """
-        Sets the dot products of a weight that is known to pass in the layer level, where the test's are not needed,
-        from `<-u, w>` of its blocks.
+        Sets the dot products of a weight that is known to pass at the layer level from `<-u, w>` of its blocks; those
+        of the test are not needed.
         """
         self.dots[3, 0] = torch.stack(list(parts)).sum().neg_()
         start = self.shard.start
@@ -263,19 +263,10 @@ class Weight:
         self, totals: torch.Tensor, num_failing: torch.Tensor, cut_row_dots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Decides on the level, on the device.
-
-        Args:
-            totals (`torch.Tensor` of shape `(4,)`):
-                Dot products over the whole weight.
-            num_failing (`torch.Tensor` of shape `()`):
-                Failing rows of all processes, without those that borders cut.
-            cut_row_dots (`torch.Tensor` of shape `(4, number of cut rows)`):
-                Dot products of the rows that borders cut.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: radial coefficient of each local row or of all, whether
-            the channel level was chosen, and whether the layer level was.
+        Decides on the level, on the device, from the `totals` of the whole weight, shape `(4,)`, the number of failing
+        rows of all processes without those that borders cut, shape `()`, and the dot products of the latter, shape
+        `(4, number of cut rows)`. Returns the radial coefficient of each local row or of all, whether the channel
+        level was chosen, and whether the layer level was.
         """
         group, row_size = self.local.group, self.shard.row_size
         delta, eps = group["delta"], group["eps"]

@@ -69,8 +69,8 @@ def _machine() -> bytes:
 @functools.cache
 def compiled_library(needed: bool = False) -> ctypes.CDLL | None:
     """
-    The compiled kernels, built once for each processor and source in the cache folder (`XDG_CACHE_HOME`, or
-    `~/.cache`); `None` where that fails, with a warning if they are `needed`.
+    The kernels, built once for each processor and source in the cache folder (`XDG_CACHE_HOME`, or `~/.cache`); `None`
+    where that fails, with a warning if they are `needed`.
     """
     built = _build()
     if isinstance(built, str):
@@ -137,15 +137,8 @@ def _rows_of(weight: Weight) -> tuple[int, int]:
 
 def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None = None) -> None:
     """
-    Updates a weight's moments and writes its dot products.
-
-    Args:
-        weight (`Weight`):
-            The weight.
-        keep (`float`, *optional*):
-            Share that weight decay leaves. If given, the step of AdamW is taken as well.
-        old (`torch.Tensor` of shape `(numel,)`, *optional*):
-            With `keep`, where the weights from before the step are kept.
+    Updates a weight's moments and writes its dot products. With `keep`, the share that weight decay leaves, takes the
+    step of AdamW as well and keeps the weights from before it in `old`, shape `(numel,)`.
     """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
@@ -193,15 +186,8 @@ def find_level(weight: Weight) -> str | None:
 
 def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor) -> None:
     """
-    Applies decay and the projected update, to the old weights where [`measure`] kept them (`weight.old`).
-
-    Args:
-        weight (`Weight`):
-            The weight, after [`measure`].
-        scale (`torch.Tensor` of shape `()` or `float`):
-            Share that weight decay leaves.
-        coefficient (`torch.Tensor` of shape `(R,)` or `(1,)`):
-            Radial coefficient of each local row, or of all.
+    Applies decay (`scale`, shape `()`) and the projected update with the radial `coefficient` of each local row or of
+    all, shape `(R,)` or `(1,)`. Starts from the old weights where [`measure`] kept them.
     """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None

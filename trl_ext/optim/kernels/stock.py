@@ -19,17 +19,8 @@ def kernel_batches(
     ranges: Sequence[Range], has_kernel: Callable[[LocalTensor], bool]
 ) -> tuple[list[list[Slices]], list[Range]]:
     """
-    Sorts ranges of tensors by group, device and dtype.
-
-    Args:
-        ranges (`Sequence[tuple[LocalTensor, int, int]]`):
-            Tensors, each with the first element and the one after the last.
-        has_kernel (`Callable[[LocalTensor], bool]`):
-            Whether the kernel takes a tensor.
-
-    Returns:
-        `tuple[list[list[tuple[LocalTensor, list[torch.Tensor]]]], list[tuple[LocalTensor, int, int]]]`: what each call
-        of the kernel is to update, and the ranges that it does not take.
+    Sorts ranges of tensors by group, device and dtype. Returns what each call of a kernel is to update, and the ranges
+    of tensors that the kernel does not take.
     """
     batches: dict[tuple[Any, ...], list[Slices]] = {}
     rest = []
