@@ -1,5 +1,7 @@
 """Which dialogue act an utterance is: a bag-of-words classifier, or one from the hub."""
 
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,7 @@ class IntentClassifier:
         self.weights = weights
 
     def predict(self, last: Sequence[str], replies: Sequence[str]) -> list[int]:
-        """
-        The intent of each reply.
-
-        Args:
-            last (`Sequence[str]`):
-                Utterance before each reply.
-            replies (`Sequence[str]`):
-                Replies.
-
-        Returns:
-            `list[int]`: indices of `INTENTS`.
-        """
+        """The intent of each reply to the utterance before it, an index of `INTENTS`."""
         return [int(np.argmax(self._scores(before, reply))) for before, reply in zip(last, replies, strict=True)]
 
     def _scores(self, last: str, reply: str) -> np.ndarray:
@@ -48,8 +39,6 @@ class IntentClassifier:
 
     def save(self, folder: str | Path) -> None:
         """Writes the classifier to `intent_classifier.json` in a folder."""
-        import json
-
         Path(folder).mkdir(parents=True, exist_ok=True)
         content = {"intents": INTENTS, "vocabulary": list(self.index), "weights": self.weights.round(4).tolist()}
         (Path(folder) / CLASSIFIER_FILE).write_text(json.dumps(content))
@@ -62,12 +51,11 @@ class IntentClassifier:
         Raises:
             FileNotFoundError: If the folder has none.
         """
-        import json
-
         path = Path(folder) / CLASSIFIER_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {CLASSIFIER_FILE}. Make it with `python -m trl_ext.scripts.prepare_dialog`."
+                f"{folder} has no {CLASSIFIER_FILE}. Make it with "
+                "`python -m recipes.experiments.constrained_ppo_dailydialog.prepare`."
             )
         content = json.loads(path.read_text())
         return cls(content["vocabulary"], np.array(content["weights"]))
@@ -76,7 +64,7 @@ class IntentClassifier:
 def features(last: str, reply: str) -> set[str]:
     """Words and neighbouring pairs of the reply with its ends marked, and the words of the utterance before it."""
     words = ["<", *reply.lower().split(), ">"]
-    pairs = (f"{a} {b}" for a, b in zip(words[:-1], words[1:], strict=True))
+    pairs = (f"{a} {b}" for a, b in itertools.pairwise(words))
     return {*words, *pairs, *(f"before: {word}" for word in last.lower().split())}
 
 
@@ -84,21 +72,8 @@ def train_intent_classifier(
     dialogues: Sequence[Dialogue], held_out: Sequence[Dialogue], least_count: int = 3, inverse_penalty: float = 0.1
 ) -> tuple[IntentClassifier, dict[str, float]]:
     """
-    Trains the classifier.
-
-    Args:
-        dialogues (`Sequence[Dialogue]`):
-            Training dialogues.
-        held_out (`Sequence[Dialogue]`):
-            Dialogues to measure it on.
-        least_count (`int`, *optional*, defaults to `3`):
-            Utterances that a feature must occur in.
-        inverse_penalty (`float`, *optional*, defaults to `0.1`):
-            Inverse strength of the L2 penalty.
-
-    Returns:
-        `tuple[IntentClassifier, dict[str, float]]`: the classifier, and its `accuracy` on the held-out replies beside
-        that of the most frequent intent, `majority`.
+    Trains the classifier on features of at least `least_count` utterances, with an L2 penalty; returns it, and its
+    `accuracy` on the held-out replies beside that of the most frequent intent, `majority`.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

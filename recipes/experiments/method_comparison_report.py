@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from trl_ext.core.figures import new_axes, save_figure
+
+from .runner import markdown_table
+
 
 Results = Sequence[dict[str, Any]]
 COLORS = (
@@ -26,20 +30,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def method_table(results: Results, reward_names: Sequence[str]) -> str:
     """
-    The table of the experiment.
-
-    Args:
-        results (`Sequence[dict]`):
-            Finished runs.
-        reward_names (`Sequence[str]`):
-            Names of the rewards.
-
-    Returns:
-        `str`: Markdown; mean and standard error over seeds. Gold, rewards and KL at the end are those of the test
-        split; the best gold and the average over a run are those of the validation split.
+    The table of the experiment, Markdown: mean and standard error over seeds. Gold, rewards and KL at the end are
+    those of the test split; the best gold and the average over a run are those of the validation split.
     """
     columns = ["method", "gold at the end", "best gold", "gold, average of the run", *reward_names, "KL", "seeds"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = []
     for name in methods_of(results):
         own = [result for result in results if result["name"] == name]
         cells = [
@@ -49,8 +44,8 @@ def method_table(results: Results, reward_names: Sequence[str]) -> str:
             *([result["test"][reward] for result in own] for reward in reward_names),
         ]
         shown = [_cell(values, 3) for values in cells] + [_cell([result["test"]["kl"] for result in own], 1)]
-        lines.append("| " + " | ".join([name, *shown, str(len(own))]) + " |")
-    return "\n".join(lines)
+        rows.append([name, *shown, str(len(own))])
+    return markdown_table(columns, rows)
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
@@ -60,26 +55,18 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 def paired_differences(results: Results, method: str) -> str:
     """
-    Gold at the end of every method minus that of `method`, seed by seed.
-
-    Args:
-        results (`Sequence[dict]`):
-            Finished runs.
-        method (`str`):
-            Method that the others are compared with.
-
-    Returns:
-        `str`: Markdown; mean and standard error of the differences, and on how many seeds the method is above.
+    Gold at the end of every method minus that of `method`, seed by seed, Markdown: mean and standard error of the
+    differences, and on how many seeds the method is above.
     """
     gold = {(result["name"], result["seed"]): result["test"]["gold"] for result in results}
-    lines = [f"| method | gold minus that of {method} | above it on |", "|---|---|---|"]
+    rows = []
     for name in methods_of(results):
         seeds = [seed for other, seed in gold if other == name and (method, seed) in gold]
         differences = [gold[name, seed] - gold[method, seed] for seed in seeds]
         if name != method and differences:
             above = sum(difference > 0 for difference in differences)
-            lines.append(f"| {name} | {_cell(differences, 3)} | {above} of {len(seeds)} seeds |")
-    return "\n".join(lines)
+            rows.append([name, _cell(differences, 3), f"{above} of {len(seeds)} seeds"])
+    return markdown_table(["method", f"gold minus that of {method}", "above it on"], rows)
 
 
 def compute_used(results: Results, num_processes: int) -> str:
@@ -93,22 +80,8 @@ def compute_used(results: Results, num_processes: int) -> str:
 
 def write_report(results: Results, names: dict[str, str], folder: Path, gold: str, cost: str) -> str:
     """
-    Writes `overoptimization.png`, `methods.png` and `results.md`.
-
-    Args:
-        results (`Sequence[dict]`):
-            Finished runs.
-        names (`dict[str, str]`):
-            Reward to the name of the runs that maximise it.
-        folder (`Path`):
-            Folder.
-        gold (`str`):
-            Name of the gold metric.
-        cost (`str`):
-            Last paragraph.
-
-    Returns:
-        `str`: the text of `results.md`.
+    Writes `overoptimization.png`, `methods.png` and `results.md` and returns the text of the last. `names` leads from
+    each reward to the name of the runs that maximise it, `gold` is the gold metric's name, `cost` the last paragraph.
     """
     draw_overoptimization(results, names, folder / "overoptimization.png", gold)
     draw_methods(results, folder / "methods.png", gold)
@@ -118,21 +91,8 @@ def write_report(results: Results, names: dict[str, str], folder: Path, gold: st
 
 
 def draw_overoptimization(results: Results, names: dict[str, str], path: Path, gold: str) -> None:
-    """
-    For the runs that maximise one reward: every reward and the gold metric as training goes on, mean over seeds with
-    its standard error.
-
-    Args:
-        results (`Sequence[dict]`):
-            Finished runs.
-        names (`dict[str, str]`):
-            Reward to the name of the runs that maximise it.
-        path (`Path`):
-            File.
-        gold (`str`):
-            Name of the gold metric.
-    """
-    figure, axes = _figure(len(names))
+    """Every reward and the gold metric of the runs that maximise one reward, mean over seeds with its error."""
+    figure, axes = new_axes(1, len(names), width=11 / len(names), height=4.4)
     for axis, (reward, method) in zip(axes, names.items(), strict=True):
         own = [result for result in results if result["name"] == method]
         for key, color, label in [
@@ -143,22 +103,12 @@ def draw_overoptimization(results: Results, names: dict[str, str], path: Path, g
         axis.set_title(f"only {reward} is maximised, without KL", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_methods(results: Results, path: Path, gold: str) -> None:
-    """
-    The gold metric of every method as training goes on and as the KL grows, mean over seeds.
-
-    Args:
-        results (`Sequence[dict]`):
-            Finished runs.
-        path (`Path`):
-            File.
-        gold (`str`):
-            Name of the gold metric.
-    """
-    figure, (by_step, at_end) = _figure(2)
+    """The gold metric of every method as training goes on, mean over seeds, and at its end, seed by seed."""
+    figure, (by_step, at_end) = new_axes(1, 2, width=5.5, height=4.4)
     for position, (name, color) in enumerate(zip(methods_of(results), COLORS * 2, strict=False)):
         own = [result for result in results if result["name"] == name]
         if len({len(result["curve"]) for result in own}) == 1:
@@ -179,20 +129,7 @@ def draw_methods(results: Results, path: Path, gold: str) -> None:
         label.set_color(color)
     at_end.set_xlabel(gold)
     at_end.set_title("test prompts at the end; dots: seeds", loc="left", fontsize=10)
-    figure.savefig(path)
-
-
-def _figure(num_axes: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, num_axes, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    save_figure(figure, path)
 
 
 def _band(axis: Any, results: Results, key: str, color: str, label: str, dashed: bool = False) -> None:

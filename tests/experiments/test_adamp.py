@@ -6,15 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.helpers.tiny import WORDS, tiny_tokenizer
-from trl_ext.scripts import optimizer_language_models, scale_invariance
-from trl_ext.scripts.optimizer_language_models import (
+from recipes.experiments.adamp_language_models import run as language_models
+from recipes.experiments.adamp_language_models.run import (
     LanguageModelArguments,
     Run,
     best_learning_rate,
     differences,
     table,
 )
+from recipes.experiments.adamp_scale_invariance import run as scale_invariance
+from tests.helpers.tiny import WORDS, tiny_tokenizer
 
 
 def test_language_models(tmp_path):
@@ -26,14 +27,14 @@ def test_language_models(tmp_path):
         str(tmp_path), str(tmp_path / "tokenizer"), learning_rates=[0.001, 0.01], seeds=[0], max_steps=4,
         batch_size=2, block_size=16, hidden_size=16, num_layers=1, warmup_steps=1, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
-    optimizer_language_models.main(args)
+    language_models.main(args)
     kept = (tmp_path / "out" / "runs.jsonl").read_text()
     assert len(kept.splitlines()) == 3 * 2 * 2
     results = (tmp_path / "out" / "results.md").read_text()
     for title in ("Llama-like", "Qwen3-like", "Gemma-3-like"):
         assert f"| {title} | AdamP |" in results
     assert (tmp_path / "out" / "results.png").stat().st_size > 1000
-    optimizer_language_models.main(args)  # Nothing is run again
+    language_models.main(args)  # Nothing is run again
     assert (tmp_path / "out" / "runs.jsonl").read_text() == kept
 
 

@@ -4,8 +4,8 @@ import json
 import pytest
 from rich.console import Console
 
+from trl_ext import demo
 from trl_ext.demo import constrained_ppo as demo_constrained_ppo
-from trl_ext.demo import demo
 from trl_ext.demo.constrained_ppo import PROXIES, Point, comparison_table, demonstrate_constrained_ppo
 
 

@@ -13,7 +13,9 @@ from datasets import Dataset
 logger = logging.getLogger(__name__)
 INTENTS = ("inform", "question", "directive", "commissive")
 END = "</s>"
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "…": ".", "—": "-", "–": "-", "、": ","})
+_QUOTES = str.maketrans(
+    {"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "…": ".", "—": "-", "–": "-", "、": ","}  # noqa: RUF001
+)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,22 @@
-"""A small dialogue model, trained from scratch on the dialogues."""
+"""
+Make what the dialogue recipe trains on, from XDailyDialog's English files: a small dialogue model, an intent
+classifier, and prompts with references and intents, split by dialogue.
 
+python -m recipes.experiments.constrained_ppo_dailydialog.prepare --dialog_dir DATA/dialog \
+    --output_dir outputs/dailydialog
+"""
+
+import argparse
+import json
 import random
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,25 +25,43 @@ from transformers import (
     set_seed,
 )
 
-from .daily_dialog import END, Dialogue
+from .daily_dialog import END, Dialogue, read_dialogues, replies, split_dialogues
+from .intent import train_intent_classifier
 
 
+POLICY, FACTS, SPLITS = "policy", "facts.json", ("train", "validation", "test")
 PAD = "<pad>"
 
 
+def prepare(
+    dialog_dir: str, folder: Path, policy_steps: int = 2000, num_context: int = 5, seed: int = 0
+) -> dict[str, float]:
+    """
+    Makes policy, classifier and splits in `folder` where they are missing, and returns what is known of them: sizes,
+    losses, the classifier's held-out accuracy, processor time in seconds.
+    """
+    if (folder / FACTS).is_file():
+        return json.loads((folder / FACTS).read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.process_time()
+    parts = split_dialogues(read_dialogues(dialog_dir), seed=seed)
+    facts: dict[str, float] = {}
+    for name, dialogues in zip(SPLITS, parts, strict=True):
+        rows = replies(dialogues, num_context)
+        rows.to_json(folder / f"{name}.jsonl")
+        facts |= {f"{name}_dialogues": len(dialogues), f"{name}_replies": len(rows)}
+    classifier, measured = train_intent_classifier(parts[0], parts[2])
+    classifier.save(folder)
+    facts |= {f"classifier_{name}": value for name, value in measured.items()}
+    trained = train_policy(parts[0], folder / POLICY, steps=policy_steps, held_out=parts[1], seed=seed)
+    facts |= {f"policy_{name}": value for name, value in trained.items()}
+    facts["cpu_seconds"] = time.process_time() - start
+    (folder / FACTS).write_text(json.dumps(facts, indent=1))
+    return facts
+
+
 def build_tokenizer(dialogues: Sequence[Dialogue], vocabulary_size: int = 1500) -> PreTrainedTokenizerFast:
-    """
-    Byte-pair encoding of the dialogues' words.
-
-    Args:
-        dialogues (`Sequence[Dialogue]`):
-            Training dialogues.
-        vocabulary_size (`int`, *optional*, defaults to `1500`):
-            Tokens, `<pad>` and `</s>` included.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]
-    """
+    """Byte-pair encoding of the dialogues' words; the size counts `<pad>` and `</s>`."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import Metaspace as MetaspaceDecoder
     from tokenizers.models import BPE
@@ -63,32 +92,10 @@ def train_policy(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Trains a Llama on the dialogues, one after the other with `</s>` after each utterance, and saves it.
-
-    Args:
-        dialogues (`Sequence[Dialogue]`):
-            Training dialogues.
-        folder (`str` or `Path`):
-            Where model and tokenizer are saved.
-        steps (`int`, *optional*, defaults to `500`):
-            Optimizer steps.
-        hidden_size (`int`, *optional*, defaults to `96`):
-            Width.
-        num_layers (`int`, *optional*, defaults to `2`):
-            Layers.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Rows of a step.
-        length (`int`, *optional*, defaults to `160`):
-            Tokens of a row.
-        learning_rate (`float`, *optional*, defaults to `4e-3`):
-            Peak learning rate of AdamW, cosine schedule.
-        held_out (`Sequence[Dialogue]`, *optional*):
-            Dialogues for the held-out loss.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed.
+    Trains a Llama on the dialogues, one after the other with `</s>` after each utterance, and saves it to `folder`.
 
     Returns:
-        `dict` with `parameters`, `loss` (training, last 50 steps) and `held_out_loss`, in nats for a token.
+        `dict` with `parameters`, `epochs`, `loss` (training, last 50 steps) and `held_out_loss`, in nats for a token.
     """
     set_seed(seed)
     tokenizer = build_tokenizer(dialogues)
@@ -132,3 +139,27 @@ def packed(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast, le
     texts = ["".join(text + END for text in dialogue.utterances) for dialogue in order]
     ids = [token for row in tokenizer(texts)["input_ids"] for token in row]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = make_parser().parse_args(arguments)
+    facts = prepare(options.dialog_dir, Path(options.output_dir), options.policy_steps, seed=options.seed)
+    Console(highlight=False).print_json(json.dumps(facts))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--dialog_dir", required=True, help="folder of XDailyDialog's English files")
+    parser.add_argument("--output_dir", default="outputs/dailydialog", help="folder for what is made")
+    parser.add_argument("--policy_steps", type=int, default=2000, help="optimizer steps of the dialogue model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split and model")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,11 @@
-"""The demo on the playground, where what matters in a response is known: SparsePO against its relatives,
-constrained PPO against plain PPO, and a reward model that learns by equilibrium propagation."""
+"""The demo's first part: SparsePO, MaPO, TDPO and DPO on pairs whose sentiment-bearing tokens are known."""
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +13,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from ..core.figures import new_axes, save_figure
 
 
 # In the order of the table; the first is launched as a user would launch it
@@ -59,36 +57,27 @@ class MethodResult:
     grammaticality: float = float("nan")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo; returns its exit status."""
-    root = Path(__file__).resolve().parents[2]
-    parser = argparse.ArgumentParser("trl-ext demo", description=__doc__)
-    parser.add_argument("--config", default=str(root / "recipes" / "sparse_po" / "playground.yaml"), help="recipe")
-    parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
-    parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
-    options = parser.parse_args(arguments)
-    if not Path(options.config).is_file():
-        raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # TRL 1.16 warns of names that transformers 5.23 changed; nothing a reader of the demo can act on
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    warnings.simplefilter("ignore", FutureWarning)
-    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-    console = Console(width=max(Console().width, 100))
-    from ..playground import resolve
+def demonstrate_sparse_po(
+    output_dir: str | Path, config: str, console: Console | None = None, max_steps: int | None = None
+) -> list[MethodResult]:
+    """
+    Trains and compares the methods of [`METHODS`], prints one table and draws reward against KL and a pair's masks.
 
-    console.rule("Base model of the playground")
-    resolve("playground")
-    for part in options.parts:
-        PARTS[part](options, console)
-    return 0
+    Args:
+        output_dir (`str` or `Path`):
+            Folder; each method has its own below it, and the pictures are `frontier.png` and `token_masks.png`.
+        config (`str`):
+            Recipe.
+        console ([`~rich.console.Console`], *optional*):
+            Console to print on.
+        max_steps (`int`, *optional*):
+            Steps of each method, to try it quickly.
 
-
-def demonstrate_sparse_po(options: argparse.Namespace, console: Console) -> None:
-    """Trains and compares the methods of [`METHODS`]."""
-    output_dir, start = Path(options.output_dir), time.monotonic()
-    overrides = [] if options.max_steps is None else ["--max_steps", str(options.max_steps)]
+    Returns:
+        `list[MethodResult]`: in the order of [`METHODS`].
+    """
+    console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
+    overrides = [] if max_steps is None else ["--max_steps", str(max_steps)]
     results = []
     for name, settings in METHODS.items():
         console.rule(name)
@@ -96,7 +85,7 @@ def demonstrate_sparse_po(options: argparse.Namespace, console: Console) -> None
         shutil.rmtree(folder, ignore_errors=True)  # checkpoints of an earlier demo
         launch = name == next(iter(METHODS))
         quiet = [] if launch else ["--show_token_masks", "0"]
-        train(folder, options.config, [*settings, *quiet, *overrides], launch)
+        train(folder, config, [*settings, *quiet, *overrides], launch)
         results.append(measure(name, folder))
     console.print(results_table(results))
     draw_frontier(results, output_dir / "frontier.png")
@@ -106,28 +95,7 @@ def demonstrate_sparse_po(options: argparse.Namespace, console: Console) -> None
         f"Pictures: {output_dir / 'frontier.png'} and {output_dir / 'token_masks.png'}. "
         f"{time.monotonic() - start:.0f} seconds."
     )
-
-
-def demonstrate_constrained_ppo(options: argparse.Namespace, console: Console) -> None:
-    """Two hackable proxies, with and without constraints."""
-    from .constrained_ppo import demonstrate_constrained_ppo as demonstrate
-
-    demonstrate(Path(options.output_dir) / "constrained_ppo", console, options.max_steps)
-
-
-def demonstrate_equilibrium(options: argparse.Namespace, console: Console) -> None:
-    """Reward models with an equilibrium-propagation head."""
-    from .equilibrium import demonstrate_equilibrium as demonstrate
-
-    demonstrate(Path(options.output_dir) / "equilibrium", console, options.max_steps)
-
-
-# In the order in which they run
-PARTS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
-    "sparse_po": demonstrate_sparse_po,
-    "constrained_ppo": demonstrate_constrained_ppo,
-    "equilibrium": demonstrate_equilibrium,
-}
+    return results
 
 
 def train(folder: Path, config: str, overrides: list[str], launch: bool) -> None:
@@ -242,12 +210,7 @@ def results_table(results: list[MethodResult]) -> Table:
 
 def draw_frontier(results: list[MethodResult], path: Path) -> None:
     """Reward against KL of every checkpoint of every method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_axes(width=8, height=5.2, dpi=140)
     for result in results:
         divergences, rewards = zip(*result.points, strict=True)
         axes.plot(
@@ -257,10 +220,8 @@ def draw_frontier(results: list[MethodResult], path: Path) -> None:
     axes.set_xlabel("KL(policy || reference), nats per response")
     axes.set_ylabel("sentiment reward")
     axes.set_title("Reward against divergence through training (star: the end)", loc="left", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_pair(folder: Path, path: Path) -> None:

@@ -4,11 +4,17 @@ import json
 
 import pytest
 
-from trl_ext.dialog.daily_dialog import Dialogue, clean, read_dialogues, replies, split_dialogues
-from trl_ext.dialog.evaluation import evaluation_score, lexical_metrics, ranges_of
-from trl_ext.dialog.intent import IntentClassifier, train_intent_classifier
-from trl_ext.dialog.policy import train_policy
-from trl_ext.dialog.rewards import CLASSIFIER_VARIABLE, intent_match, meteor
+from recipes.experiments.constrained_ppo_dailydialog.daily_dialog import (
+    Dialogue,
+    clean,
+    read_dialogues,
+    replies,
+    split_dialogues,
+)
+from recipes.experiments.constrained_ppo_dailydialog.evaluation import evaluation_score, lexical_metrics, ranges_of
+from recipes.experiments.constrained_ppo_dailydialog.intent import IntentClassifier, train_intent_classifier
+from recipes.experiments.constrained_ppo_dailydialog.prepare import train_policy
+from recipes.experiments.constrained_ppo_dailydialog.rewards import CLASSIFIER_VARIABLE, intent_match, meteor
 
 
 def dialogues(num_dialogues=40):
@@ -97,7 +103,7 @@ def test_intents_are_told_and_rewarded(tmp_path, monkeypatch):
     monkeypatch.delenv(CLASSIFIER_VARIABLE)
     with pytest.raises(ValueError, match="TRL_EXT_INTENT_CLASSIFIER.*is not set"):
         intent_match(said, last=last, intent=[0, 0, 0])
-    with pytest.raises(FileNotFoundError, match="prepare_dialog"):
+    with pytest.raises(FileNotFoundError, match="constrained_ppo_dailydialog.prepare"):
         IntentClassifier.load(tmp_path / "nowhere")
 
 

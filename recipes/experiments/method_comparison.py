@@ -19,6 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from trl_ext import ConstrainedPPOTrainer
+from trl_ext.constrained_ppo.logged_runs import Measurements
+from trl_ext.scripts import proxy_points as proxy_points_command
+
+from .method_comparison_report import compute_used, write_report
+from .runner import FinishedRuns
 
 
 # Coefficient that leaves the KL without effect and has it logged
@@ -197,25 +205,13 @@ def best_tuning(finished: list[dict]) -> dict[str, Any]:
 
 def train(task: Task, config: Any, run: Run, folder: Path) -> dict[str, Any]:
     """
-    Trains once.
-
-    Args:
-        task ([`Task`]):
-            What is trained.
-        config ([`ConstrainedPPOConfig`]):
-            Settings of all runs.
-        run ([`Run`]):
-            Method and seed.
-        folder (`Path`):
-            Output folder; emptied before and of checkpoints after.
+    Trains once, into `folder`, which is emptied before and of checkpoints after.
 
     Returns:
         `dict` with `name`, `seed`, `settings`, `curve` (evaluations on the validation split), `test` (the same on the
         test split, at the end), `average` (over rollouts), `multipliers`, `stop_reason`, `gold_evaluations`,
         `seconds` and `cpu_seconds`.
     """
-    from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
-
     shutil.rmtree(folder, ignore_errors=True)
     start, cpu_start = time.monotonic(), time.process_time()
     trainer = ConstrainedPPOTrainer(
@@ -279,23 +275,7 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
     Thresholds from the runs on each reward alone, as `trl-ext proxy-points` finds them: the joint peak or, where that
     lies at the edge of the data and so can't be trusted, the peak of each reward's own curve. The report and its
     pictures go into `folder`.
-
-    Args:
-        results (`list[dict]`):
-            Finished runs.
-        reward_names (`list[str]`):
-            Names of the rewards.
-        folder (`Path`):
-            Folder for the report.
-        degree (`int`):
-            Degree of the polynomial.
-
-    Returns:
-        `dict[str, float]`: threshold of each reward.
     """
-    from ..constrained_ppo.logged_runs import Measurements
-    from .proxy_points import analyse, make_parser, write
-
     own = [(name, result) for name in reward_names for result in results if result["name"] == alone(name)]
     rows = [(run, point) for run, (_, result) in enumerate(own) for point in result["curve"]]
     measurements = Measurements(
@@ -306,9 +286,9 @@ def proxy_points(results: list[dict], reward_names: list[str], folder: Path, deg
         run=np.array([run for run, _ in rows]),
         step=np.array([point["step"] for _, point in rows]),
     )
-    options = make_parser().parse_args(["--runs", "", "--degree", str(degree)])
-    report = analyse(measurements, [name for name, _ in own], options)
-    write(report, measurements, folder)
+    options = proxy_points_command.make_parser().parse_args(["--runs", "", "--degree", str(degree)])
+    report = proxy_points_command.analyse(measurements, [name for name, _ in own], options)
+    proxy_points_command.write(report, measurements, folder)
     joint = report["joint"]
     own_peaks = [float(report["independent"][name].point[0]) for name in reward_names]
     peaks = own_peaks if joint is None or joint.at_edge else joint.point.tolist()
@@ -319,37 +299,20 @@ def run_all(
     make_task: Callable[[Any], Task], arguments: Any, config: Any, runs: Iterable[Run], folder: Path
 ) -> list[dict[str, Any]]:
     """
-    Trains what is missing of `runs`, `num_processes` at a time, and appends each to `runs.jsonl` as it ends.
-
-    Args:
-        make_task (`Callable`):
-            Function of a module that makes the task from the arguments, in each process.
-        arguments ([`ComparisonArguments`]):
-            Arguments.
-        config ([`ConstrainedPPOConfig`]):
-            Settings of all runs.
-        runs (`Iterable[Run]`):
-            Runs.
-        folder (`Path`):
-            Folder of the experiment.
-
-    Returns:
-        `list[dict]`: every finished run of the experiment.
+    Trains what is missing of `runs`, `num_processes` at a time, each kept as it ends; returns all finished runs of the
+    experiment. `make_task`, a function of a module, makes the task from the arguments in each process.
     """
-    finished = read_finished(folder)
-    done = {(result["name"], result["seed"]) for result in finished}
-    missing = [run for run in runs if (run.name, run.seed) not in done]
+    finished = FinishedRuns(folder)
+    missing = [run for run in runs if not finished.has(name=run.name, seed=run.seed)]
     if not missing:
-        return finished
+        return finished.rows
     prepare = partial(_start_worker, make_task, arguments)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.num_processes, mp_context=context, initializer=prepare) as pool:
         futures = [pool.submit(_train_in_worker, config, run, folder) for run in missing]
         for future in as_completed(futures):
-            finished.append(future.result())
-            with (folder / "runs.jsonl").open("a") as file:
-                file.write(json.dumps(finished[-1]) + "\n")
-    return finished
+            finished.add(future.result())
+    return finished.rows
 
 
 def compare(
@@ -382,8 +345,6 @@ def compare(
     Returns:
         `str`: the tables, Markdown.
     """
-    from .method_comparison_report import compute_used, write_report
-
     start, task = time.monotonic(), make_task(arguments)
     results = run_all(make_task, arguments, config, first_runs(task, config, arguments), folder)
     if rescore is not None:
@@ -397,15 +358,7 @@ def compare(
     return write_report(results, {name: alone(name) for name in task.reward_names}, folder, gold, cost)
 
 
-def read_finished(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs of an experiment."""
-    path = folder / "runs.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def _start_worker(make_task: Callable[[Any], Task], arguments: Any) -> None:
-    import torch
-
     torch.set_num_threads(1)
     global _worker_task
     _worker_task = cache(partial(make_task, arguments))

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers.tiny import save_tiny_model, tiny_pairs
-from trl_ext.dialog.evaluation import evaluation_score
-from trl_ext.scripts import dialog_comparison, method_comparison, method_comparison_report
-from trl_ext.scripts.method_comparison import (
+from recipes.experiments import method_comparison, method_comparison_report
+from recipes.experiments.constrained_ppo_dailydialog import run as dialog_comparison
+from recipes.experiments.constrained_ppo_dailydialog.evaluation import evaluation_score
+from recipes.experiments.method_comparison import (
     ComparisonArguments,
     Run,
     Task,
@@ -23,6 +23,7 @@ from trl_ext.scripts.method_comparison import (
     train,
     tuning_runs,
 )
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
 
 
 def good(completions, **columns):
