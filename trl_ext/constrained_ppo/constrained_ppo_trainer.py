@@ -28,6 +28,7 @@ from .._upstream import disable_gradient_checkpointing, open_rollout, restore_ro
 from ..core.companion import CompanionMixin
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
+from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
 from .checkpoint import (
@@ -68,7 +69,7 @@ _MULTIMODAL = (
 _EPOCH_ROUNDING = 1e-6
 
 
-class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).

@@ -1,22 +1,42 @@
-"""Checks of an optimizer's options and of what it is handed."""
+"""Options of a group and what an optimizer is handed: checks, and which weights `projection` names."""
 
 import math
+import re
 from typing import Any
 
 import torch
 
-from .known_views import check_projection
+
+# Values of `projection`, and of its patterns
+PROJECTIONS = ("test", "channel", "layer", "none")
 
 
-def check_hyperparameters(name: str, options: dict[str, Any]) -> None:
+def projection_of(group: dict[str, Any], index: int) -> str:
     """
-    Checks the options of a group.
+    What `projection` says of the weight at a place of a group: `"channel"` or `"layer"`, the level at which it is
+    known to be scale-invariant, `"test"` to find out, or `"none"`.
 
-    Args:
-        name (`str`):
-            The optimizer's name.
-        options (`dict[str, Any]`):
-            The options, defaults filled in.
+    Weights that no pattern matches are not projected: where the scale-invariant ones are named, a test of the others
+    could only hit by chance.
+
+    Raises:
+        ValueError: If the group has patterns but no names.
+    """
+    projection = group["projection"]
+    if not isinstance(projection, dict):
+        return projection or "test"
+    names = group.get("param_names")
+    if names is None or index >= len(names):
+        raise ValueError(
+            "`projection` has patterns, but the parameters have no names. Build the optimizer with "
+            "`model.named_parameters()`, or give the groups `(name, parameter)` pairs."
+        )
+    return next((level for pattern, level in projection.items() if re.search(pattern, names[index])), "none")
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """
+    Checks the options of a group, defaults filled in.
 
     Raises:
         ValueError: If one is negative, not a number, or out of its range.
@@ -49,8 +69,24 @@ def check_hyperparameters(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {dtype!r}."
         )
-    check_projection(name, options)
+    _check_projection(name, options.get("projection"))
     _check_execution(name, options)
+
+
+def _check_projection(name: str, projection: Any) -> None:
+    if projection is None or projection in PROJECTIONS:
+        return
+    if not isinstance(projection, dict):
+        raise ValueError(
+            f"{name}: `projection` must be one of {PROJECTIONS} or a dict of patterns, got {projection!r}."
+        )
+    for pattern, level in projection.items():
+        if level not in PROJECTIONS:
+            raise ValueError(f"{name}: `projection[{pattern!r}]` must be one of {PROJECTIONS}, got {level!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: `projection` has the pattern {pattern!r}, which is none: {error}.") from None
 
 
 def _check_execution(name: str, options: dict[str, Any]) -> None:
@@ -64,13 +100,7 @@ def _check_execution(name: str, options: dict[str, Any]) -> None:
 
 
 def check_param(name: str, param: torch.Tensor) -> None:
-    """
-    Checks a parameter that has a gradient.
-
-    Raises:
-        RuntimeError: If the gradient is sparse, of another shape or on another device, or the parameter is complex or
-            a ZeRO-3 placeholder.
-    """
+    """Refuses a parameter or gradient that no step can be taken on."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
@@ -91,12 +121,7 @@ def check_param(name: str, param: torch.Tensor) -> None:
 
 
 def check_state(name: str, param: torch.Tensor, state: torch.Tensor) -> None:
-    """
-    Checks a running average.
-
-    Raises:
-        RuntimeError: If the parameter changed its shape or its device since the state was made.
-    """
+    """Refuses a running average of a parameter that changed its shape or device since."""
     if state.shape != param.shape or state.device != param.device:
         raise RuntimeError(
             f"{name}: the state of a parameter has shape {tuple(state.shape)} on {state.device}, but the parameter "

@@ -1,28 +1,32 @@
-"""Optimizers by name: for `optim:` in any recipe, and as `optimizer_cls_and_kwargs` where nothing is registered."""
+"""
+Optimizers by name: the registry, a trainer's `optimizer_cls_and_kwargs` for a name, and `optim` with `optim_args` in
+configurations. install.py makes the names valid in transformers' own.
+"""
 
 import ast
 import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from .. import _upstream
 from ..core.parameter_groups import decay_groups
 from .adamp import AdamP
-from .known_views import scale_invariant_weights
-from .optimizer_check_callback import OptimizerCheckCallback
-from .projected_optimizer import ProjectedOptimizer
+from .scale_invariance import scale_invariant_weights
 from .sgdp import SGDP
+from .step import ProjectedOptimizer
 
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"adamp": AdamP, "sgdp": SGDP}
-_registered: set[str] = set()
+# Names that transformers' list of optimizers has from us
+_added: set[str] = set()
 # Option of an optimizer: the field of the training arguments that sets it
 _FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _ADAM_FIELDS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
@@ -153,37 +157,50 @@ def register_optimizer(name: str, cls: type[Optimizer]) -> None:
         raise ValueError(f"`name={name!r}` must be of lower-case letters, digits and underscores.")
     _refuse_taken(name)
     _OPTIMIZERS[name] = cls
-    if _registered:
-        register()
+    if _added:
+        add_names()
 
 
-def register() -> None:
+def add_names() -> None:
+    """Adds the names to transformers' closed list of optimizers, those that it does not have yet."""
+    for name in [name for name in _OPTIMIZERS if name not in _added]:
+        _refuse_taken(name)
+        _upstream.add_optimizer_name(name, lambda context: own_optimizer(context.args))
+        _added.add(name)
+
+
+def remove_names() -> None:
+    """Undoes [`add_names`]."""
+    for name in sorted(_added):
+        _upstream.remove_optimizer_name(name)
+    _added.clear()
+
+
+def post_init_with_own_optimizer(args: Any, super_post_init: Callable[[], None]) -> None:
     """
-    Makes `optim: adamp`, `optim: sgdp` and the names of [`register_optimizer`] valid in every TRL and transformers
-    configuration, recipe and `--optim` flag of this process, with `optim_args: "delta=0.1,wd_ratio=0.1"`. A trainer
-    made afterwards checks, before its first step, that it runs what was asked for ([`OptimizerCheckCallback`]).
+    Runs the `__post_init__` of a configuration's parent, which refuses an `optim` that transformers does not list. One
+    of our names is out of its sight meanwhile and stays a plain string, unless [`register`] has listed it. Then checks
+    `optim_args`.
 
-    transformers' list of optimizers is closed, so this adds to its private tables; [`unregister`] undoes it. Parsers
-    made before do not know the names. Does nothing the second time.
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The configuration, in its own `__post_init__`.
+        super_post_init (`Callable`):
+            `super().__post_init__`.
 
     Raises:
-        ValueError: If transformers has an optimizer of that name itself.
+        ValueError: As the parent and [`check_optim_args`] do.
     """
-    for name in [name for name in _OPTIMIZERS if name not in _registered]:
-        _refuse_taken(name)
-        _upstream.add_optimizer_name(name, _build)
-        _registered.add(name)
-    if OptimizerCheckCallback not in _upstream.DEFAULT_CALLBACKS:
-        _upstream.DEFAULT_CALLBACKS.append(OptimizerCheckCallback)
-
-
-def unregister() -> None:
-    """Undoes [`register`]; a configuration made before keeps its `optim`, which transformers then refuses to build."""
-    for name in sorted(_registered):
-        _upstream.remove_optimizer_name(name)
-    _registered.clear()
-    if OptimizerCheckCallback in _upstream.DEFAULT_CALLBACKS:
-        _upstream.DEFAULT_CALLBACKS.remove(OptimizerCheckCallback)
+    name = _name_of(args.optim)
+    is_own = name in _OPTIMIZERS and name not in _added
+    if is_own:
+        args.optim = TrainingArguments.default_optim
+    try:
+        super_post_init()
+    finally:
+        if is_own:
+            args.optim = name
+    check_optim_args(args)
 
 
 def parse_optim_args(text: str | None, optimizer_cls: type[Optimizer]) -> dict[str, Any]:
@@ -191,7 +208,7 @@ def parse_optim_args(text: str | None, optimizer_cls: type[Optimizer]) -> dict[s
     The options in a recipe's `optim_args`, such as `"delta=0.1,wd_ratio=0.1,nesterov=true"`, with their types.
 
     Args:
-        text (`str`, *optional*):
+        text (`str` or `None`):
             Pairs `option=value`, separated by commas.
         optimizer_cls (`type`):
             Optimizer that takes them.
@@ -225,7 +242,18 @@ def parse_optim_args(text: str | None, optimizer_cls: type[Optimizer]) -> dict[s
 
 def named_optimizer(optim: Any) -> type[Optimizer] | None:
     """The class that a configuration's `optim` names, if it is one of ours."""
-    return _OPTIMIZERS.get(getattr(optim, "value", optim))
+    return _OPTIMIZERS.get(_name_of(optim))
+
+
+def own_optimizer(args: Any) -> OptimizerFactory:
+    """What `optim` and `optim_args` of a configuration ask for, where they name one of ours."""
+    name = _name_of(args.optim)
+    return optimizer_factory(name, args, **_parsed(args.optim_args, _OPTIMIZERS[name]))
+
+
+def _name_of(optim: Any) -> str:
+    """The name in a member of transformers' enum, or in a string."""
+    return getattr(optim, "value", optim)
 
 
 def check_optim_args(args: Any) -> None:
@@ -244,11 +272,6 @@ def check_optim_args(args: Any) -> None:
         options = {key: value for key, value in options.items() if value != "auto"}
         accepted = set(inspect.signature(optimizer_cls).parameters)
         optimizer_cls([nn.Parameter(torch.zeros(1))], **{**_options_of(args, accepted), **options})
-
-
-def _build(context: Any) -> OptimizerFactory:
-    name = context.args.optim.value
-    return optimizer_factory(name, context.args, **_parsed(context.args.optim_args, _OPTIMIZERS[name]))
 
 
 def _parsed(text: str | None, optimizer_cls: type[Optimizer]) -> dict[str, Any]:
@@ -295,7 +318,7 @@ def _refuse_unknown(options: Iterable[str], optimizer_cls: type[Optimizer], wher
 
 
 def _refuse_taken(name: str) -> None:
-    if name in _upstream.optimizer_names() and name not in _registered:
+    if name in _upstream.optimizer_names() and name not in _added:
         raise ValueError(
             f"transformers has an optimizer called {name!r} itself. Give yours another name with "
             "`register_optimizer(name, cls)`."

@@ -1,4 +1,4 @@
-"""AdamP and SGDP as torch optimizers: conventions, options, checkpoints and refusals."""
+"""AdamP and SGDP as torch optimizers: conventions, execution, checkpoints and the report."""
 
 import copy
 import pickle
@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.optim.test_official import assert_close, assert_equal, gradients, run, tensors
-from trl_ext.optim import SGDP, AdamP, cpu_kernels, scale_invariant_weights
-from trl_ext.optim.shards import UnknownShardsError
+from tests.helpers.optim import assert_close, assert_equal, gradients, params_of, run, tensors
+from trl_ext.optim import SGDP, AdamP
+from trl_ext.optim.kernels import cpu
 
 
 BOTH = [(AdamP, {}), (SGDP, {"momentum": 0.9})]
-
-
-def params_of(*shapes, **options):
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, **options)) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return params
 
 
 class HostReads(TorchDispatchMode):
@@ -45,7 +37,7 @@ def test_host_is_read_once_for_all_tensors(cls, options, dtype, capturable, monk
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
     params = [torch.nn.Parameter(tensor) for tensor in tensors(dtype).values()]
     # On a CPU compiled kernels read what they like, on a GPU nothing may
-    monkeypatch.setattr(cpu_kernels, "is_usable", lambda local: False)
+    monkeypatch.setattr(cpu, "is_usable", lambda local: False)
     optimizer = cls(params, lr=1e-3, capturable=capturable, **options)
     for step in range(3):
         for param, grad in zip(params, gradients(tensors(dtype), step).values(), strict=True):
@@ -153,32 +145,6 @@ def test_known_view_is_a_test_that_always_passes(view, execution):
         })  # fmt: skip
     weight = found["layer_invariant"].detach()
     assert torch.isfinite(weight).all()
-
-
-def test_projection_by_name():
-    from transformers import AutoConfig
-
-    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 4), "mlp": torch.nn.Linear(6, 4)})
-    optimizer = AdamP(model.named_parameters(), projection={"q_proj": "layer"}, lr=1e-3)
-    for param in model.parameters():
-        param.grad = param.detach().clone()  # Radial: no test would pass
-    before = model["q_proj"].weight.detach().clone()
-    optimizer.step()
-    report = optimizer.report()
-    assert report["q_proj.weight"]["layer"] == 1
-    assert "mlp.weight" in report and report["mlp.weight"]["layer"] == 0
-    # sign(w) without its radial part
-    sign, change = before.sign(), before - model["q_proj"].weight.detach()
-    expected = 1e-3 * (sign - before * (sign * before).sum() / before.square().sum())
-    torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-7)
-
-    presets = scale_invariant_weights(AutoConfig.for_model("qwen3"))
-    assert list(presets.values()) == ["layer"] and "q_proj" in next(iter(presets))
-    with pytest.raises(ValueError, match="'gpt2'"):
-        scale_invariant_weights(AutoConfig.for_model("gpt2"))
-    unnamed = AdamP(params_of((3, 3)), projection={"q_proj": "layer"})
-    with pytest.raises(ValueError, match="no names"):
-        unnamed.step()
 
 
 # ---------------------------------------------------------------- state
@@ -349,116 +315,9 @@ def test_projection_holds_the_norm_back():
     assert norms["SGDP"] < 0.8 * norms["SGD"]
 
 
-# ---------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "`lr` must be finite"),
-        ({"lr": float("nan")}, "`lr` must be finite"),
-        ({"eps": -1e-8}, "`eps`"),
-        ({"weight_decay": -0.1}, "`weight_decay`"),
-        ({"delta": float("inf")}, "`delta`"),
-        ({"wd_ratio": -1.0}, "`wd_ratio`"),
-        ({"betas": (1.0, 0.999)}, r"`betas\[0\]`"),
-        ({"betas": (0.9,)}, "`betas` must be two"),
-        ({"lr": torch.ones(2)}, "one element"),
-        ({"projection": "row"}, "`projection` must be one of"),
-        ({"projection": {"q_proj": "row"}}, "`projection"),
-        ({"projection": {"q_proj[": "layer"}}, "pattern"),
-        ({"on_unknown_shards": "ignore"}, "`on_unknown_shards`"),
-        ({"state_dtype": torch.int32}, "`state_dtype`"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        AdamP(params_of((2, 2)), **options)
-    with pytest.raises(ValueError, match=message):
-        AdamP([{"params": params_of((2, 2)), **options}])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), [({"momentum": 1.0}, "`momentum`"), ({"dampening": -1}, "`dampening`")]
-)
-def test_wrong_options_of_sgdp(options, message):
-    with pytest.raises(ValueError, match=message):
-        SGDP(params_of((2, 2)), lr=0.1, **options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"foreach": True, "fused": True}, {"differentiable": True, "fused": True},
-                {"differentiable": True, "capturable": True}]
-)  # fmt: skip
-def test_options_that_exclude_each_other(options):
-    with pytest.raises(RuntimeError, match="cannot be `True` together"):
-        AdamP(params_of((2, 2)), **options)
-
-
-@pytest.mark.parametrize(("cls", "options"), BOTH)
-def test_refused_parameters(cls, options):
-    embedding = torch.nn.Embedding(4, 3, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse gradients"):
-        cls(embedding.parameters(), lr=0.1, **options).step()
-    with pytest.raises(RuntimeError, match="complex parameters"):
-        cls(params_of((2, 2), dtype=torch.complex64), lr=0.1, **options).step()
-    params = params_of((4, 3))
-    optimizer = cls(params, lr=0.1, **options)
-    optimizer.step()
-    params[0].data = torch.randn(5, 3)
-    params[0].grad = torch.randn(5, 3)
-    with pytest.raises(RuntimeError, match=r"state of a parameter has shape \(4, 3\)"):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="rows follow each other"):
-        transposed = torch.nn.Parameter(torch.randn(5, 6).t())
-        transposed.grad = torch.randn(6, 5)
-        cls([transposed], lr=0.1, capturable=True, **options).step()
-
-
 def test_step_before_backward_does_nothing():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = AdamP([weight])
     optimizer.step()
     assert not optimizer.state and torch.equal(weight, torch.ones(2, 2))
     assert optimizer.report() == {}
-
-
-def flattened(optimizer):
-    """What an unknown wrapper does: all of a group in one tensor."""
-    group = optimizer.param_groups[0]
-    group["params"] = [torch.nn.Parameter(torch.cat([param.detach().flatten() for param in group["params"]]))]
-    group["params"][0].grad = torch.ones_like(group["params"][0])
-
-
-@pytest.mark.parametrize(("cls", "options"), BOTH)
-def test_unknown_shards(cls, options):
-    params = params_of((4, 3), (3, 5), (5,))
-    optimizer = cls(params, lr=0.1, **options)
-    flattened(optimizer)
-    with pytest.raises(UnknownShardsError, match=r'shape \(32,\).*on_unknown_shards="adamw"'):
-        optimizer.step()
-    assert not optimizer.state
-
-    optimizer = cls(params, lr=0.1, on_unknown_shards="adamw", **options)
-    flattened(optimizer)
-    optimizer.step()
-    assert optimizer.report() == {}
-
-
-def test_a_parameter_flattened_in_place_is_noticed():
-    params = params_of((4, 3))
-    optimizer = AdamP(params)
-    params[0].data = params[0].data.flatten()
-    params[0].grad = torch.ones_like(params[0])
-    with pytest.raises(UnknownShardsError, match="had 2 dimensions"):
-        optimizer.step()
-
-
-def test_replaced_parameters_of_the_same_shapes_are_fine():
-    params = params_of((4, 3), (5,))
-    optimizer = AdamP(params, lr=0.1)
-    optimizer.param_groups[0]["params"] = params_of((4, 3), (5,))
-    del params
-    optimizer.step()
-    assert optimizer.report()["0.0"]["steps"] == 1

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import increment_version
 
-from .projection import VIEWS, threshold
-from .weight import LocalTensor, Weight
+from ..projection import LEVELS, threshold
+from ..weights import LocalTensor, Weight
 
 
-SOURCE = Path(__file__).with_name("adamp_cpu.c")
+SOURCE = Path(__file__).with_name("adamp.c")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Whether the first pass tests as well, and can take AdamW's step at once
+TESTS_WHILE_MEASURING = True
 # Elements below which a second thread costs more than it brings
 MIN_PER_THREAD = 2**19
 
@@ -67,8 +69,8 @@ def _machine() -> bytes:
 @functools.cache
 def compiled_library(needed: bool = False) -> ctypes.CDLL | None:
     """
-    The compiled kernels, built once for each processor and source in the cache folder (`XDG_CACHE_HOME`, or
-    `~/.cache`); `None` where that fails, with a warning if they are `needed`.
+    The kernels, built once for each processor and source in the cache folder (`XDG_CACHE_HOME`, or `~/.cache`); `None`
+    where that fails, with a warning if they are `needed`.
     """
     built = _build()
     if isinstance(built, str):
@@ -135,15 +137,8 @@ def _rows_of(weight: Weight) -> tuple[int, int]:
 
 def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None = None) -> None:
     """
-    Updates a weight's moments and writes its dot products.
-
-    Args:
-        weight (`Weight`):
-            The weight.
-        keep (`float`, *optional*):
-            Share that weight decay leaves. If given, the step of AdamW is taken as well.
-        old (`torch.Tensor` of shape `(numel,)`, *optional*):
-            With `keep`, where the weights from before the step are kept.
+    Updates a weight's moments and writes its dot products. With `keep`, the share that weight decay leaves, takes the
+    step of AdamW as well and keeps the weights from before it in `old`, shape `(numel,)`.
     """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None
@@ -176,30 +171,23 @@ def measure(weight: Weight, keep: float | None = None, old: torch.Tensor | None 
         weight.dots = weight.dots.float()
 
 
-def find_view(weight: Weight) -> str | None:
-    """The view in which a whole weight passes, after [`measure`] of its rows. For the layer view adds them up."""
+def find_level(weight: Weight) -> str | None:
+    """The level at which a whole weight passes, after [`measure`] of its rows. For the layer level adds them up."""
     kernels, group, dots = compiled_library(), weight.local.group, weight.dots.t().contiguous()
     assert kernels is not None
     limits = [threshold(group["delta"], size) for size in (weight.shard.row_size, weight.numel)]
     totals = torch.zeros(4, 1, dtype=torch.float64)
     doubles = map(ctypes.c_double, (*limits, group["eps"]))
-    view = (None, *VIEWS)[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
-    if view == "layer":
+    level = (None, *LEVELS)[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
+    if level == "layer":
         weight.dots, weight.by_rows = totals, False
-    return view
+    return level
 
 
 def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor) -> None:
     """
-    Applies decay and the projected update, to the old weights where [`measure`] kept them (`weight.old`).
-
-    Args:
-        weight (`Weight`):
-            The weight, after [`measure`].
-        scale (`torch.Tensor` of shape `()` or `float`):
-            Share that weight decay leaves.
-        coefficient (`torch.Tensor` of shape `(R,)` or `(1,)`):
-            Radial coefficient of each local row, or of all.
+    Applies decay (`scale`, shape `()`) and the projected update with the radial `coefficient` of each local row or of
+    all, shape `(R,)` or `(1,)`. Starts from the old weights where [`measure`] kept them.
     """
     kernels, local, (row_size, column) = compiled_library(), weight.local, _rows_of(weight)
     assert kernels is not None

@@ -1,43 +1,19 @@
-import copy
-import pickle
-import re
-from pathlib import Path
+"""Optimizers by name: factories, the trainer's groups, `optim_args`, and a user's own."""
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-import trl_ext
+from tests.helpers.optim import arguments
 from tests.helpers.tiny import tiny_model
-from trl_ext import _upstream
 from trl_ext.core.parameter_groups import decay_groups
-from trl_ext.optim import (
-    SGDP,
-    AdamP,
-    OptimizerCheckCallback,
-    optimizer_factory,
-    register,
-    register_optimizer,
-    unregister,
-)
-from trl_ext.optim import factory as factory_module
-from trl_ext.optim.factory import check_optim_args, parse_optim_args
-
-
-@pytest.fixture
-def registered():
-    register()
-    yield
-    unregister()
+from trl_ext.optim import SGDP, AdamP, names, optimizer_factory, register, register_optimizer, unregister
+from trl_ext.optim.names import check_optim_args, parse_optim_args
 
 
 @pytest.fixture
 def own_names(monkeypatch):
-    monkeypatch.setattr(factory_module, "_OPTIMIZERS", dict(factory_module._OPTIMIZERS))
-
-
-def arguments(tmp_path, **settings):
-    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    monkeypatch.setattr(names, "_OPTIMIZERS", dict(names._OPTIMIZERS))
 
 
 def names_by_decay(model, groups):
@@ -61,28 +37,6 @@ def test_optim_names_our_optimizers(name, cls, registered, tmp_path):
         assert group["betas"] == (0.9, 0.98) and group["eps"] == 1e-7
     else:
         assert group["eps"] == 1e-8  # not Adam's
-
-
-def test_registering_twice_and_taking_it_back(tmp_path):
-    before = list(_upstream.optimizer_names())
-    with pytest.raises(ValueError, match="adamp is not a valid OptimizerNames"):
-        arguments(tmp_path, optim="adamp")
-    register()
-    register()
-    args = arguments(tmp_path, optim="adamp")
-    assert copy.deepcopy(args).optim == "adamp" and pickle.loads(pickle.dumps(args)).optim == "adamp"
-    assert _upstream.DEFAULT_CALLBACKS.count(OptimizerCheckCallback) == 1
-    unregister()
-    unregister()
-    assert sorted(before) == sorted(_upstream.optimizer_names())
-    assert OptimizerCheckCallback not in _upstream.DEFAULT_CALLBACKS
-    with pytest.raises(ValueError, match="adamp is not a valid OptimizerNames"):
-        arguments(tmp_path, optim="adamp")
-    with pytest.raises(ValueError, match="unsupported optimizer"):
-        Trainer(tiny_model(), args).create_optimizer()
-    register()
-    assert arguments(tmp_path, optim="adamp").optim == "adamp"
-    unregister()
 
 
 def test_groups_are_the_trainers_in_every_route(registered, tmp_path):
@@ -231,26 +185,3 @@ def test_names_that_cannot_be_given(own_names):
         register_optimizer("Own SGD", Own)
     with pytest.raises(TypeError, match="subclass of `torch.optim.Optimizer`"):
         register_optimizer("own", Own([torch.nn.Parameter(torch.ones(1))]))
-
-
-def test_a_parser_made_after_registering_knows_the_name(registered, tmp_path):
-    from trl import SFTConfig, TrlParser
-
-    arguments = ["--optim", "adamp", "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
-    (args,) = TrlParser(SFTConfig).parse_args_and_config(arguments)
-    assert args.optim == "adamp"
-
-
-def test_recipe_lines_of_the_drop_in_guide(registered, tmp_path):
-    """Read by the parser that alignment-handbook's scripts make."""
-    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
-
-    page = Path(trl_ext.__file__).parents[1] / "docs" / "optimizers.md"
-    lines = re.search(r"### alignment-handbook\n.*?```yaml\n(.*?)```", page.read_text(), re.DOTALL).group(1)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(lines + f"dataset_name: none\noutput_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n")
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
-    _, args, _ = parser.parse_args_and_config(["--config", str(recipe)])
-    optimizer = Trainer(tiny_model(), args).create_optimizer()
-    assert type(optimizer) is AdamP
-    assert [(group["delta"], group["wd_ratio"]) for group in optimizer.param_groups] == [(0.1, 0.1)] * 2

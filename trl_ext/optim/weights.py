@@ -1,19 +1,25 @@
-"""A weight whose update may be projected, in the part that this process holds, worked on in blocks."""
+"""
+A weight whose update may be projected, in the part that this process holds: its dot products and the decision where to
+project, worked on in blocks of flat memory.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .projection import passes, radial_coefficient
 from .shards import Shard
 
 
+# Key of a group that stays the group's own: its index does not, since wrappers drop and split groups
+GROUP_KEY = "projection_group"
 # Elements that are worked on at a time. On a CPU they stay in the cache, and no large temporary is allocated and
 # page-faulted each step.
 CPU_BLOCK, GPU_BLOCK = 2**16, 2**24
-# Rows looked at before the channel view is given up: of a weight that is not scale-invariant one in twelve passes
+# Rows looked at before the channel level is given up: of a weight that is not scale-invariant one in twelve passes
 NUM_PROBED_ROWS = 32
 
 
@@ -104,24 +110,40 @@ class Weight:
             Tensor that holds it.
         shard (`Shard`):
             Where it lies there.
-        view (`str`, *optional*):
-            View that it is known to be scale-invariant in; `None` to test.
-        old (`torch.Tensor`, *optional*):
+        level (`str`, *optional*):
+            Level at which it is known to be scale-invariant; `None` to test.
+        by_rows (`bool`, *optional*, defaults to `True`):
+            Whether each row has dot products of its own. Not at the layer level.
+        kernels (module, *optional*):
+            Compiled passes of `optim/kernels`; `None` for blocks of torch operations.
+        dots (`torch.Tensor` of shape `(4, R)`):
+            For each row `<g, w>`, `<g, g>`, `<w, w>` and `<u, w>` with gradient `g`, weight `w` and update `u`.
+        displacement (`torch.Tensor` of shape `(numel,)`, *optional*):
+            Minus the update, where it is kept between the passes.
+        squared_norm (`torch.Tensor` of shape `()`, *optional*):
+            `<w, w>`, where the test has computed it.
+        old (`torch.Tensor` of shape `(numel,)`, *optional*):
             The weights from before the step without projection, where that has been taken.
     """
 
     local: LocalTensor
     shard: Shard
-    view: str | None = None
+    level: str | None = None
     by_rows: bool = True
+    kernels: Any = None
     dots: torch.Tensor = field(default_factory=lambda: torch.zeros(4, 1))
     displacement: torch.Tensor | None = None
     squared_norm: torch.Tensor | None = None
     old: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.view == "layer":
+        if self.level == "layer":
             self.by_rows = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Names the weight from step to step: its group's key and its place there."""
+        return self.local.group[GROUP_KEY], self.shard.index
 
     @property
     def numel(self) -> int:
@@ -130,12 +152,12 @@ class Weight:
 
     @property
     def first_row(self) -> int:
-        """First row of the channel view that a part of is here."""
+        """First row at the channel level that a part of is here."""
         return self.shard.offset // self.shard.row_size
 
     @property
     def num_local_rows(self) -> int:
-        """Rows of the channel view that a part of is here."""
+        """Rows at the channel level that a part of is here."""
         return -(-(self.shard.offset + self.numel) // self.shard.row_size) - self.first_row if self.numel else 0
 
     def blocks(self) -> Iterator[Block]:
@@ -178,8 +200,8 @@ class Weight:
 
     def add_layer_dots(self, parts: Sequence[torch.Tensor]) -> None:
         """
-        Sets the dot products of a weight that is known to pass in the layer view, where the test's are not needed,
-        from `<-u, w>` of its blocks.
+        Sets the dot products of a weight that is known to pass at the layer level from `<-u, w>` of its blocks; those
+        of the test are not needed.
         """
         self.dots[3, 0] = torch.stack(list(parts)).sum().neg_()
         start = self.shard.start
@@ -187,7 +209,7 @@ class Weight:
         self.dots[2, 0] = self.squared_norm if self.squared_norm is not None else squared_norm(flat, self.local)
 
     def probe(self) -> torch.Tensor | None:
-        """Whether the first whole rows pass in the channel view; `None` where no whole row is here."""
+        """Whether the first whole rows pass in the channel level; `None` where no whole row is here."""
         row_size, local = self.shard.row_size, self.local
         skipped = -self.shard.offset % row_size
         num_rows = min(NUM_PROBED_ROWS, max(1, local.block_size // row_size), (self.numel - skipped) // row_size)
@@ -206,11 +228,11 @@ class Weight:
 
     def num_failing_rows(self) -> torch.Tensor:
         """
-        Rows of the channel view, whole on this process, that don't pass; 1 where they were given up. Shape `()`.
+        Rows at the channel level, whole on this process, that don't pass; 1 where they were given up. Shape `()`.
         """
         dots = self.dots
         if not self.by_rows:
-            return dots.new_ones(()) if self.view is None and self.numel else dots.new_zeros(())
+            return dots.new_ones(()) if self.level is None and self.numel else dots.new_zeros(())
         cut = [row - self.first_row for row in self.shard.cut_rows]
         failing = ~passes(dots, self.shard.row_size, self.local.group["delta"], self.local.group["eps"])
         for row in cut:
@@ -228,29 +250,29 @@ class Weight:
                     found[:, place] = self.dots[:, row - self.first_row]
         return found
 
+    def sums(self) -> torch.Tensor:
+        """What is added up over processes: four totals, a count, and four for each cut row, flat."""
+        return torch.cat([self.totals(), self.num_failing_rows().view(1), self.cut_row_dots().flatten()])
+
+    def split_sums(self, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What [`choose`] takes, from [`sums`] over all processes."""
+        sums = sums.to(self.dots.dtype)
+        return sums[:4], sums[4], sums[5:].view(4, len(self.shard.cut_rows))
+
     def choose(
         self, totals: torch.Tensor, num_failing: torch.Tensor, cut_row_dots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Decides on the view, on the device.
-
-        Args:
-            totals (`torch.Tensor` of shape `(4,)`):
-                Dot products over the whole weight.
-            num_failing (`torch.Tensor` of shape `()`):
-                Failing rows of all processes, without those that borders cut.
-            cut_row_dots (`torch.Tensor` of shape `(4, number of cut rows)`):
-                Dot products of the rows that borders cut.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: radial coefficient of each local row or of all, whether
-            the channel view was chosen, and whether the layer view was.
+        Decides on the level, on the device, from the `totals` of the whole weight, shape `(4,)`, the number of failing
+        rows of all processes without those that borders cut, shape `()`, and the dot products of the latter, shape
+        `(4, number of cut rows)`. Returns the radial coefficient of each local row or of all, whether the channel
+        level was chosen, and whether the layer level was.
         """
         group, row_size = self.local.group, self.shard.row_size
         delta, eps = group["delta"], group["eps"]
         per_layer = radial_coefficient(totals.unsqueeze(1), eps)
-        if self.view is not None:
-            channel = torch.full((), self.view == "channel", device=totals.device)
+        if self.level is not None:
+            channel = torch.full((), self.level == "channel", device=totals.device)
             layer = ~channel
         else:
             cut_fail = (~passes(cut_row_dots, row_size, delta, eps)).sum()
@@ -283,3 +305,36 @@ def squared_norm(flat: torch.Tensor, local: LocalTensor) -> torch.Tensor:
     size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
     blocks = [block.to(local.compute_dtype) for block in flat.split(size)]
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a distributed tensor that is here, and other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_flat(param: torch.Tensor) -> bool:
+    """Whether a tensor's memory is one stretch in which the rows of the channel level follow each other."""
+    tensor = local_part(param)
+    expected = int(tensor.numel())
+    dims = sorted((dim for dim in range(tensor.ndim) if tensor.size(dim) > 1), key=tensor.stride, reverse=True)
+    if expected == 0 or not dims:
+        return True
+    if tensor.size(0) > 1 and dims[0] != 0:
+        return False
+    for dim in dims:
+        expected //= tensor.size(dim)
+        if tensor.stride(dim) != expected:
+            return False
+    return True
+
+
+def has_order_of(tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether the elements of two tensors of one shape follow each other in memory in the same order."""
+    tensor, like = local_part(tensor), local_part(like)
+    return all(tensor.stride(dim) == like.stride(dim) for dim in range(like.ndim) if like.size(dim) > 1)
+
+
+def memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as a flat view."""
+    tensor = local_part(tensor).detach()
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""Rounding of float32 results to half-precision parameters."""
+"""Rounding of float32 results to half-precision parameters, to the nearest or at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from .weight import LocalTensor
+    from ..weights import LocalTensor
 
 # Number of a group's steps, where its parameters' states do not count them
 STEPS_KEY = "num_rounded_steps"
@@ -48,18 +48,8 @@ def copy_rounded_(
     target: torch.Tensor, value: torch.Tensor, stochastic: bool, generator: torch.Generator | None = None
 ) -> None:
     """
-    Copies float32 values into a tensor of lower precision.
-
-    Args:
-        target (`torch.Tensor`):
-            Tensor, changed in its place.
-        value (`torch.Tensor` of the same shape):
-            What it becomes.
-        stochastic (`bool`):
-            Whether to round up or down at random so that the mean is right, which keeps updates smaller than half a
-            unit in the last place; to the nearest otherwise. bfloat16 only.
-        generator (`torch.Generator`, *optional*):
-            What to draw from, torch's global generator by default.
+    Copies float32 values into a tensor of lower precision: to the nearest, or, for `stochastic` and bfloat16, up or
+    down at random so that the mean is right, which keeps updates smaller than half a unit in the last place.
     """
     if not stochastic or target.dtype != torch.bfloat16:
         target.copy_(value)
