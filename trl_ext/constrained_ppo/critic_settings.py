@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..equilibrium.feedback import check_feedback, check_homeostasis
+from ..equilibrium.settings import check_feedback, check_homeostasis
 
 
 if TYPE_CHECKING:

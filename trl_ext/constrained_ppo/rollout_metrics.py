@@ -127,7 +127,7 @@ def record_value_heads(metrics: Metrics, heads: nn.Module) -> None:
     """
     if not isinstance(heads, EPHead):
         return
-    from ..equilibrium.head_access import gathered_asymmetry
+    from ..equilibrium.report import gathered_asymmetry
 
     for name, value in heads.metrics().items():
         # A count so far, of which only the last is of interest
