@@ -86,7 +86,7 @@ def unregistered():
 def test_constrained_ppo_knows_rewards_by_name(saved, unregistered, tmp_path):
     tiny_tokenizer().save_pretrained(saved)
     arguments = ConstrainedPPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_completion_length=4,
+        str(tmp_path), method="ppo", use_cpu=True, bf16=False, report_to="none", max_completion_length=4,
         per_device_train_batch_size=4,
     )  # fmt: skip
     prompts = tiny_pairs(8).select_columns("prompt")
@@ -107,6 +107,8 @@ def test_registration_is_idempotent_and_undone(saved, unregistered):
 def test_a_refused_registration_is_logged(unregistered, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise ValueError("taken")
+
+    from trl_ext.equilibrium import modeling
 
     with monkeypatch.context() as patch:
         patch.setattr(AutoConfig, "register", refuse)

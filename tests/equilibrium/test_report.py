@@ -86,9 +86,7 @@ def test_the_demo_measures_a_reward_model_against_the_truth(tmp_path, monkeypatc
             values = [[playground.sentiment(text)] for text in texts]
             return type("Output", (), {"logits": torch.tensor(values)})
 
-    monkeypatch.setattr(
-        "trl_ext.equilibrium.modeling.EPModelForSequenceClassification.from_pretrained", lambda folder: Truth()
-    )
+    monkeypatch.setattr(EPModelForSequenceClassification, "from_pretrained", lambda folder: Truth())
     found = demo_equilibrium.reward_quality(tmp_path)
     assert found["accuracy"] == 1.0 and found["correlation"] == pytest.approx(1.0)
     console = Console(record=True, width=100)

@@ -223,7 +223,8 @@ def test_model_card(folder, tmp_path):
         assert f"| {row} |" in text, row
     for metric in ("ep/free_residual", "ep/nudged_residual", "ep/symmetry", "ep/weight_angle"):
         assert f"| `{metric}` |" in text, metric
-    assert "2309.02214" in text and "laborieux" in text and text.count("import trl_ext\nfrom transformers") == 2
+    assert "2309.02214" in text and "laborieux" in text and "\nregister_auto_classes()\n" in text
+    assert f'EPModelForSequenceClassification.from_pretrained("{tmp_path}")' in text
 
 
 def test_model_from_a_name(folder, tmp_path):
