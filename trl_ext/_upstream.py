@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
@@ -33,6 +34,7 @@ __all__ = [
     "observe_attention",
     "open_rollout",
     "optimizer_names",
+    "remove_from_auto_classes",
     "remove_optimizer_name",
     "restore_rollout",
     "use_adapter",
@@ -126,6 +128,12 @@ def remove_optimizer_name(name: str) -> None:
     del OptimizerNames._member_map_[member._name_]
     type.__delattr__(OptimizerNames, member._name_)
     del _OPTIMIZER_HANDLERS[member]
+
+
+def remove_from_auto_classes(config_class: Any, auto_class: Any) -> None:
+    """Undoes `AutoConfig.register` and `auto_class.register` of a configuration that transformers itself has not."""
+    auto_class._model_mapping._extra_content.pop(config_class, None)
+    CONFIG_MAPPING._extra_content.pop(config_class.model_type, None)
 
 
 def decay_parameter_names(model: Any) -> list[str]:

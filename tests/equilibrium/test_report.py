@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.equilibrium.test_ep_trainers import ASYMMETRIC, reward_model, trainer_of
+from tests.helpers.equilibrium import ASYMMETRIC, reward_model, trainer_of
 from tests.helpers.tiny import save_tiny_model
 from trl_ext import EPAlignmentCallback, EPModelForSequenceClassification, EPRewardTrainer, playground
 from trl_ext.demo import demo
@@ -86,7 +86,7 @@ def test_the_demo_measures_a_reward_model_against_the_truth(tmp_path, monkeypatc
             values = [[playground.sentiment(text)] for text in texts]
             return type("Output", (), {"logits": torch.tensor(values)})
 
-    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", lambda folder: Truth())
+    monkeypatch.setattr(EPModelForSequenceClassification, "from_pretrained", lambda folder: Truth())
     found = demo_equilibrium.reward_quality(tmp_path)
     assert found["accuracy"] == 1.0 and found["correlation"] == pytest.approx(1.0)
     console = Console(record=True, width=100)

@@ -1,4 +1,8 @@
-"""The free fixed point as a differentiable function of drive and weights, without a graph through the relaxation."""
+"""The free fixed point as a differentiable function of drive and weights, without a graph through the relaxation.
+
+Forward is [`free_relaxation`]. Backward takes the errors from [`error_vectors`] and ends in [`local_gradients`], which
+tests/equilibrium/test_gradient.py holds equal to finite differences and to an unrolled relaxation.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,9 +10,35 @@ from typing import Any
 
 import torch
 
+from .activations import Activation
 from .gradient import Estimator, error_vectors
-from .network import Activation, LayeredNetwork
+from .network import LayeredNetwork
 from .relaxation import Relaxation, free_relaxation
+
+
+def local_gradients(
+    errors: list[torch.Tensor], activities: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """
+    Gradients that each connection has from its two ends:
+
+        dL/d(bias_l) = e_l        dL/dWf_l = e_{l+1} r_l^T        dL/dWb_l = e_l r_{l+1}^T        summed over rows.
+
+    Args:
+        errors (`list[torch.Tensor]` of shapes `(rows, n_l)`):
+            Error vectors `e_l = dL/d(drive_l)`.
+        activities (`list[torch.Tensor]` of shapes `(rows, n_l)`):
+            `r_l` at the free fixed point.
+
+    Returns:
+        `tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]`: of the biases of layers 2 to `L`, of
+        forward and of backward weights.
+    """
+    pairs = range(len(errors) - 1)
+    biases = [error.sum(dim=0) for error in errors[1:]]
+    forward = [errors[layer + 1].T @ activities[layer] for layer in pairs]
+    backward = [errors[layer].T @ activities[layer + 1] for layer in pairs]
+    return biases, forward, backward
 
 
 @dataclass
@@ -34,21 +64,21 @@ class RelaxationStatistics:
 
 
 @dataclass
-class EquilibriumSettings:
+class Evaluation:
     """
     What one evaluation of [`equilibrium`] needs besides tensors.
 
     Attributes:
         activation ([`Activation`]), estimator ([`Estimator`]), tolerance (`float`), max_steps (`int`):
-            See [`EPHead`].
+            See [`HeadSettings`].
         num_layers (`int`):
             `L`.
-        statistics ([`RelaxationStatistics`]):
-            Filled in.
         warn_unconverged (`Callable`):
             Called with the name of the phase and the number of rows that did not converge.
         before_backward (`Callable`):
             Called before a gradient is estimated.
+        statistics ([`RelaxationStatistics`]):
+            Filled in.
     """
 
     activation: Activation
@@ -82,27 +112,25 @@ class EquilibriumSettings:
 
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, settings: EquilibriumSettings, drive: torch.Tensor, *parameters: torch.Tensor
-    ) -> torch.Tensor:
-        biases, network = settings.unpack(parameters, drive.dtype)
-        relaxation = free_relaxation(network, drive, biases, settings.tolerance, settings.max_steps)
-        settings.report("free", [relaxation])
+    def forward(ctx: Any, evaluation: Evaluation, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        biases, network = evaluation.unpack(parameters, drive.dtype)
+        relaxation = free_relaxation(network, drive, biases, evaluation.tolerance, evaluation.max_steps)
+        evaluation.report("free", [relaxation])
         activities, membranes = relaxation.activities, []
-        if settings.activation.needs_membrane:
+        if evaluation.activation.needs_membrane:
             drives = [drive, *biases]
             membranes = [network.current(layer, list(activities), drives[layer]) for layer in range(len(activities))]
-        ctx.settings = settings
+        ctx.evaluation = evaluation
         # The parameters themselves, not their copies: engines that shard free and gather them in place
         ctx.save_for_backward(*parameters, *activities, *membranes)
         return activities[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        settings = ctx.settings
-        settings.before_backward()
+        evaluation = ctx.evaluation
+        evaluation.before_backward()
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
-            gradients = _gradients(settings, ctx.saved_tensors, grad_output, ctx.needs_input_grad[1:])
+            gradients = _gradients(evaluation, ctx.saved_tensors, grad_output, ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
             gradients = _RefuseDoubleBackward.apply(grad_output, *gradients)
         return None, *gradients
@@ -123,17 +151,18 @@ class _RefuseDoubleBackward(torch.autograd.Function):
 
 
 def _gradients(
-    settings: EquilibriumSettings, saved: tuple[torch.Tensor, ...], grad_output: torch.Tensor, needed: tuple[bool, ...]
+    evaluation: Evaluation, saved: tuple[torch.Tensor, ...], grad_output: torch.Tensor, needed: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    count, num_layers = settings.num_layers - 1, settings.num_layers
+    num_layers = evaluation.num_layers
     parameters, states = saved[: len(saved) - num_layers], saved[len(saved) - num_layers :]
     membranes: tuple[torch.Tensor | None, ...] = (None,) * num_layers
-    if settings.activation.needs_membrane:
+    if evaluation.activation.needs_membrane:
         membranes = states
         parameters, states = parameters[:-num_layers], parameters[-num_layers:]
     activities = list(states)
-    _, network = settings.unpack(parameters, grad_output.dtype)
+    _, network = evaluation.unpack(parameters, grad_output.dtype)
 
+    # Rows without a gradient, of padding or prompts, are not relaxed; the others get a nudge of unit norm
     size = grad_output.abs().amax(dim=-1, keepdim=True)
     finite = size.isfinite()
     rows = (finite & (size > 0)).squeeze(1).nonzero().squeeze(1)
@@ -141,16 +170,16 @@ def _gradients(
     if not all_rows:
         activities = [activity[rows] for activity in activities]
         membranes = tuple(membrane if membrane is None else membrane[rows] for membrane in membranes)
-    nudge = (grad_output / size)[rows] if not all_rows else grad_output / size
+    nudge = grad_output / size if all_rows else (grad_output / size)[rows]
     norm = torch.linalg.vector_norm(nudge, dim=-1, keepdim=True)
     constants = [
-        settings.activation.constants(activity, membrane)
+        evaluation.activation.constants(activity, membrane)
         for activity, membrane in zip(activities, membranes, strict=True)
     ]
     estimate = error_vectors(
-        network, constants, nudge / norm, settings.estimator, settings.tolerance, settings.max_steps
+        network, constants, nudge / norm, evaluation.estimator, evaluation.tolerance, evaluation.max_steps
     )
-    settings.report("nudged", estimate.relaxations)
+    evaluation.report("nudged", estimate.relaxations)
     errors = [error.mul_(norm * size[rows]) for error in estimate.layers]
 
     drive_gradient = errors[0]
@@ -158,10 +187,9 @@ def _gradients(
         # A row whose gradient overflowed makes the result NaN, so that a loss scaler sees it
         drive_gradient = errors[0].new_zeros(len(grad_output), errors[0].shape[-1])
         drive_gradient.masked_fill_(~finite, torch.nan).index_copy_(0, rows, errors[0])
-    biases = [error.sum(dim=0) for error in errors[1:]]
-    forward = [errors[layer + 1].T @ activities[layer] for layer in range(count)]
-    backward = [errors[layer].T @ activities[layer + 1] for layer in range(count)]
-    if len(parameters) == 2 * count:
+    biases, forward, backward = local_gradients(errors, activities)
+    if len(parameters) == len(biases) + len(forward):
+        # Feedback through the transposed forward weights: each has both gradients
         forward = [weight.add_(partner.T) for weight, partner in zip(forward, backward, strict=True)]
         backward = []
     weights = [*biases, *forward, *backward]
@@ -173,12 +201,12 @@ def _gradients(
 
 # How many sweeps are needed is known only from the values
 @torch.compiler.disable
-def equilibrium(settings: EquilibriumSettings, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+def equilibrium(evaluation: Evaluation, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """
     Activity of the last layer at the free fixed point.
 
     Args:
-        settings ([`EquilibriumSettings`]):
+        evaluation ([`Evaluation`]):
             Estimator, tolerance and where statistics go.
         drive (`torch.Tensor` of shape `(rows, n_1)`, float32 or float64):
             Static input current of the first layer. Relaxation has its dtype.
@@ -189,4 +217,4 @@ def equilibrium(settings: EquilibriumSettings, drive: torch.Tensor, *parameters:
     Returns:
         `torch.Tensor` of shape `(rows, n_L)`.
     """
-    return _Equilibrium.apply(settings, drive, *parameters)
+    return _Equilibrium.apply(evaluation, drive, *parameters)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
+from tests.helpers.equilibrium import ASYMMETRIC, COMMON, reward_model, trainer_of
 from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import (
     ConstrainedPPOConfig,
@@ -21,36 +22,12 @@ from trl_ext import (
     EPTrainer,
     EPTrainingArguments,
 )
-from trl_ext.equilibrium.head_access import active_head, equilibrium_model
-
-
-ASYMMETRIC = {"feedback": "asymmetric", "feedback_angle": 90.0}
-COMMON = {
-    "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True,
-    "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 7,
-}  # fmt: skip
+from trl_ext.equilibrium.modeling import active_head, equilibrium_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def reward_model(folder, seed=0, **settings):
-    torch.manual_seed(seed)
-    return EPModelForSequenceClassification.from_pretrained(folder, num_labels=1, hidden_features=[8, 8], **settings)
-
-
-def trainer_of(kind, folder, output, model=None, peft_config=None, **settings):
-    config = EPRewardConfig if kind is EPRewardTrainer else RewardConfig
-    return kind(
-        model=reward_model(folder) if model is None else model,
-        args=config(output_dir=str(output), **{"gradient_checkpointing": False, **COMMON, **settings}),
-        train_dataset=tiny_pairs(16),
-        eval_dataset=tiny_pairs(8, seed=3),
-        processing_class=tiny_tokenizer(),
-        peft_config=peft_config,
-    )
 
 
 def losses(trainer):
@@ -246,7 +223,8 @@ def test_model_card(folder, tmp_path):
         assert f"| {row} |" in text, row
     for metric in ("ep/free_residual", "ep/nudged_residual", "ep/symmetry", "ep/weight_angle"):
         assert f"| `{metric}` |" in text, metric
-    assert "2309.02214" in text and "laborieux" in text and text.count("import trl_ext\nfrom transformers") == 2
+    assert "2309.02214" in text and "laborieux" in text and "\nregister_auto_classes()\n" in text
+    assert f'EPModelForSequenceClassification.from_pretrained("{tmp_path}")' in text
 
 
 def test_model_from_a_name(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Follows how well a head's estimated gradient agrees with the exact one, through training."""
+"""What is shown of an equilibrium head: its part of the model card, and its gradient against the exact one."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,102 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .head_access import active_head, equilibrium_model
-from .pooling import pooled_states
+from .._upstream import gathered_state_dict
+from ..core.figures import new_axes, save_figure
+from ..core.model_card import settings_table, write_method_card
+from .configuration import EPConfig
+from .head import EPHead
+from .modeling import active_head, equilibrium_model, pooled_states
+from .settings import SETTINGS
+
+
+CITATION = """@inproceedings{laborieux2024improving,
+    title     = {Improving equilibrium propagation without weight symmetry through {J}acobian homeostasis},
+    author    = {Laborieux, Axel and Zenke, Friedemann},
+    booktitle = {International Conference on Learning Representations},
+    year      = {2024},
+    url       = {https://openreview.net/forum?id=kUveo5k1GF}
+}"""
+_ESTIMATOR_FIELDS = {"holomorphic": ("num_points", "rotated", "radius"), "symmetric": ("radius",),
+                     "one_sided": ("radius",)}  # fmt: skip
+_METRICS = ("ep/", "accuracy")
+
+
+def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
+    """
+    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis and final residuals.
+
+    Args:
+        config ([`EPConfig`]):
+            Configuration of the model.
+        log_history (`list[dict]`):
+            The trainer's log; the last entry with the head's metrics is shown.
+        model_id (`str`):
+            Hub id or folder of the model.
+
+    Returns:
+        `str`
+    """
+    unused = {name for names in _ESTIMATOR_FIELDS.values() for name in names}
+    unused -= set(_ESTIMATOR_FIELDS.get(config.estimator, ()))
+    if config.feedback == "symmetric":
+        unused |= {"feedback_angle", "correction"}
+    settings: dict[str, object] = {name: getattr(config, name) for name in SETTINGS if name not in unused}
+    if config.pooling is not None:
+        settings["pooling"] = config.pooling
+    if config.feedback == "asymmetric":
+        settings["homeostasis_coef"] = config.homeostasis_coef
+    parts = ["### Equilibrium-propagation head", settings_table(settings)]
+    final = next((entry for entry in reversed(log_history) if "ep/free_residual" in entry), None)
+    if final is not None:
+        shown: dict[str, object] = {name: value for name, value in final.items() if name.startswith(_METRICS)}
+        table = settings_table(shown).replace("setting", "metric", 1)
+        parts += [f"At step {final.get('step', '?')} of training:", table]
+    parts.append(
+        "The head relaxes to a fixed point, so the model loads with `trl_ext` only.\n\n"
+        "```python\nfrom transformers import AutoTokenizer\nfrom trl_ext import EPModelForSequenceClassification\n\n"
+        f'model = EPModelForSequenceClassification.from_pretrained("{model_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```\n\n'
+        "transformers' auto classes and pipelines, and reward models given by name, know it after "
+        "`trl_ext.equilibrium.register_auto_classes()`, which that import has called."
+    )
+    return "\n\n".join(parts)
+
+
+def write_card(folder: str | Path, model_id: str, base_model: str, section: str) -> None:
+    """
+    Completes the `README.md` that a trainer left in a folder, so that its example makes transformers know the model.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with the card.
+        model_id (`str`):
+            Hub id or folder of the model.
+        base_model (`str`):
+            Where the model came from; a folder is not named.
+        section (`str`):
+            Markdown of the method ([`method_section`]).
+    """
+    path = Path(folder) / "README.md"
+    example, known = "from transformers import pipeline\n", "from trl_ext.equilibrium import register_auto_classes\n"
+    content = path.read_text(encoding="utf-8").replace(example, f"{example}{known}\nregister_auto_classes()\n")
+    path.write_text(content, encoding="utf-8")
+    named = base_model if base_model and not Path(base_model).is_dir() else None
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section)
+
+
+def gathered_asymmetry(head: EPHead) -> dict[str, float]:
+    """
+    [`EPHead.asymmetry`] of a head whose weights may be sharded. All processes must call it.
+
+    Args:
+        head ([`EPHead`]):
+            Head with asymmetric feedback.
+    """
+    with torch.random.fork_rng(devices=[]):
+        whole = EPHead(head.in_features, head.hidden_features, head.out_features, feedback="asymmetric")
+    whole.load_state_dict(gathered_state_dict(head), strict=False)  # without the cap's buffers
+    return whole.asymmetry()
 
 
 class EPAlignmentCallback(TrainerCallback):
@@ -93,12 +187,7 @@ def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path)
         path (`str` or `Path`):
             PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_axes(1, 2, width=5, height=4.2, dpi=140)
     for index, (name, history) in enumerate(histories.items()):
         steps, color = [entry["step"] for entry in history], f"C{index}"
         for layer, cosines in enumerate(zip(*(entry["cosines"] for entry in history), strict=True), start=1):
@@ -112,7 +201,4 @@ def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path)
     left.legend(frameon=False, fontsize=8)
     if any(histories):
         right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save_figure(figure, path)
