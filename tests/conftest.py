@@ -15,8 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Set by the libraries of OpenMP and by DeepSpeed when they are first loaded, and by pytest in each phase of a test
-OTHERS_VARIABLES = ("KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_")
+# Set where OpenMP, DeepSpeed and torch's compiler are first loaded, and by pytest in each phase of a test
+OTHERS_VARIABLES = ("KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_", "PYTEST_")
 
 
 def seed_everything():
