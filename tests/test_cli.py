@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 import trl_ext
-from tests.tiny import save_tiny_model, tiny_pairs
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.scripts import sparse_po
-from trl_ext.scripts.loading import ignore_boolean_buffers, last_checkpoint
-from trl_ext.scripts.strict_parser import RecipeError, StrictParser
+from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint
+from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser
 
 
 ROOT = Path(trl_ext.__file__).parents[1]

@@ -3,9 +3,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 import trl_ext
+from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 from tests.sparse_po.test_sparse_po_trainer import make_trainer
-from tests.tiny import save_tiny_model, tiny_tokenizer
-from trl_ext.model_card import finish_model_card, settings_table
+from trl_ext.core.model_card import finish_model_card, settings_table
 
 
 def test_card_of_a_saved_model(tmp_path):

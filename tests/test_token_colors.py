@@ -8,7 +8,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trl_ext.token_colors import WeightedText, save_png, shortened, to_html, to_rich, token_pieces
+from trl_ext.core.token_colors import WeightedText, save_png, shortened, to_html, to_rich, token_pieces
 
 
 NAN = float("nan")

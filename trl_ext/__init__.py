@@ -3,10 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .auto_classes import register_on_import
+from ._version import __version__
+from .core.auto_classes import register_on_import
 
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",

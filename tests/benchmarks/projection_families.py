@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trl_ext.core.parameter_groups import decay_groups
 from trl_ext.optim import AdamP
-from trl_ext.parameter_groups import decay_groups
 
 
 VOCABULARY = 128

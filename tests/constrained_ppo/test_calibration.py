@@ -8,7 +8,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, length, low_ids, make, prompts
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 from trl_ext.constrained_ppo.calibration import calibrate, calibration_table
 from trl_ext.constrained_ppo.lagrangian import Constraint
 

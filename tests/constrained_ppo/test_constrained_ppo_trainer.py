@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
-from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from trl_ext.constrained_ppo.advantages import gae, mix_advantages, whiten
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
@@ -198,7 +198,7 @@ def test_only_policy_weights_go_to_vllm(tmp_path, path):
 
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from trl_ext._compat import keep_from_vllm
+    from trl_ext._upstream import keep_from_vllm
 
     class FakeClient:
         def update_named_params(self, metadata, parameters):

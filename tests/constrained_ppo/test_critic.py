@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import trl_ext
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, rollout
-from tests.tiny import save_tiny_model, tiny_model
+from tests.helpers.tiny import save_tiny_model, tiny_model
 from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
 
 
@@ -132,8 +132,8 @@ SHARDED = """
     import collections, itertools, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from trl.trainer.utils import add_fused_lm_head
-    from tests.tiny import tiny_model
-    from trl_ext._compat import gathered_state_dict
+    from tests.helpers.tiny import tiny_model
+    from trl_ext._upstream import gathered_state_dict
     from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads, value_heads_of
     from trl_ext.constrained_ppo.rollout_metrics import record_value_heads
     from trl_ext.equilibrium.value_heads import EPValueHeads

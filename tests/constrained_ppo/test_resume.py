@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, prompts
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")

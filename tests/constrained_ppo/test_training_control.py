@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import trl_ext
 from tests.constrained_ppo.test_constrained_ppo_trainer import XI, length, low_ids, make, prompts, rollout
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 from trl_ext.constrained_ppo.critic import ValueRecorder
 
 

@@ -206,7 +206,7 @@ def test_attention_blocks_ask_the_interface_on_each_call():
 
 
 def test_fused_output_has_the_fields_we_extend():
-    from trl_ext._compat import FusedCausalLMOutput
+    from trl_ext._upstream import FusedCausalLMOutput
 
     fields = ["loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"]
     assert list(FusedCausalLMOutput.__dataclass_fields__) == fields

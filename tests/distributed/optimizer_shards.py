@@ -21,9 +21,9 @@ from torch import nn
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 import trl_ext.optim.exchange  # noqa: E402
+from trl_ext.core.parameter_groups import decay_groups  # noqa: E402
 from trl_ext.optim import SGDP, AdamP  # noqa: E402
 from trl_ext.optim.shards import UnknownShardsError  # noqa: E402
-from trl_ext.parameter_groups import decay_groups  # noqa: E402
 
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.05, "wd_ratio": 0.1}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.test_two_processes import CHAINS, run
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 
 
 pytestmark = pytest.mark.distributed

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.distributed.test_two_processes import CHAINS, LAUNCHERS, ROOT, free_port
 from tests.distributed.test_two_processes import run as run_launcher
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 
 
 pytestmark = pytest.mark.distributed

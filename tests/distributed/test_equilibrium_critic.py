@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.test_constrained_ppo import assert_same_numbers
 from tests.distributed.test_two_processes import CHAINS, run
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import trl_ext
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 
 
 pytestmark = pytest.mark.distributed

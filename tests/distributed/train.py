@@ -6,8 +6,8 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from tests.distributed.launched import finish
-from tests.tiny import tiny_pairs, tiny_tokenizer
+from tests.helpers.launched import finish
+from tests.helpers.tiny import tiny_pairs, tiny_tokenizer
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.distributed.launched import finish
-from tests.tiny import tiny_pairs, tiny_tokenizer
+from tests.helpers.launched import finish
+from tests.helpers.tiny import tiny_pairs, tiny_tokenizer
 from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.distributed.launched import finish
-from tests.tiny import WORDS, tiny_model
+from tests.helpers.launched import finish
+from tests.helpers.tiny import WORDS, tiny_model
 from trl_ext.optim import AdamP
 from trl_ext.optim.optimizer_check_callback import bottom_optimizer
 

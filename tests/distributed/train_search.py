@@ -6,8 +6,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts
-from tests.distributed.launched import finish
-from tests.tiny import tiny_tokenizer
+from tests.helpers.launched import finish
+from tests.helpers.tiny import tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 

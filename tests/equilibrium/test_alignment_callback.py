@@ -8,9 +8,10 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.equilibrium.test_ep_trainers import ASYMMETRIC, reward_model, trainer_of
-from tests.tiny import save_tiny_model
+from tests.helpers.tiny import save_tiny_model
 from trl_ext import EPAlignmentCallback, EPModelForSequenceClassification, EPRewardTrainer, playground
-from trl_ext.playground import demo, demo_equilibrium
+from trl_ext.demo import demo
+from trl_ext.demo import equilibrium as demo_equilibrium
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.equilibrium.test_modeling import IDS
-from tests.tiny import WORDS, save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
+from tests.helpers.tiny import WORDS, save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import EPConfig, EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 from trl_ext.equilibrium.pooling import default_pooling, pooled_states
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
-from tests.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import (
     ConstrainedPPOConfig,
     ConstrainedPPOTrainer,

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from tests.equilibrium.reference import PHI, fixed_point, implicit_error, network_of, read_out, whole_matrix
 from tests.equilibrium.test_relaxation import scaled
+from tests.helpers.equilibrium_reference import PHI, fixed_point, implicit_error, network_of, read_out, whole_matrix
 from trl_ext import EPHead
 from trl_ext.equilibrium.gradient import Estimator, error_vectors
 from trl_ext.equilibrium.relaxation import EquilibriumError

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.equilibrium.reference import network_of, whole_matrix
+from tests.helpers.equilibrium_reference import network_of, whole_matrix
 from trl_ext import EPHead
 from trl_ext.equilibrium.head import at_angle
 from trl_ext.equilibrium.homeostasis import homeostasis_loss, jacobian_product, symmetry_measure, weight_angle

@@ -16,7 +16,7 @@ from transformers import (
     pipeline,
 )
 
-from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from trl_ext import EPConfig, EPHead, EPModelForSequenceClassification
 
 

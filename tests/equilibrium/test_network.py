@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.equilibrium.reference import PHI, fixed_point, network_of, whole_matrix
+from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, whole_matrix
 from trl_ext import EPHead
 from trl_ext.equilibrium.network import ACTIVATIONS
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tests.equilibrium.test_modeling import IDS, MASK
-from tests.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 from trl_ext.equilibrium.head_access import active_head
 

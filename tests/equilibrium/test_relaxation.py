@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.equilibrium.reference import PHI, fixed_point, network_of, read_out
+from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, read_out
 from trl_ext import EPHead
 from trl_ext.equilibrium.network import ACTIVATIONS, LayeredNetwork
 from trl_ext.equilibrium.relaxation import EquilibriumError, FreeDynamics, free_relaxation, relax

@@ -24,7 +24,7 @@ adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
 
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
-from tests.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer  # noqa: E402
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer  # noqa: E402
 from trl_ext.optim import AdamP, OptimizerMixin, optimizer_factory, register  # noqa: E402
 from trl_ext.optim.optimizer_check_callback import optimizer_chain  # noqa: E402
 

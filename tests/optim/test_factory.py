@@ -8,8 +8,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import trl_ext
-from tests.tiny import tiny_model
-from trl_ext import _compat
+from tests.helpers.tiny import tiny_model
+from trl_ext import _upstream
+from trl_ext.core.parameter_groups import decay_groups
 from trl_ext.optim import (
     SGDP,
     AdamP,
@@ -21,7 +22,6 @@ from trl_ext.optim import (
 )
 from trl_ext.optim import factory as factory_module
 from trl_ext.optim.factory import check_optim_args, parse_optim_args
-from trl_ext.parameter_groups import decay_groups
 
 
 @pytest.fixture
@@ -64,18 +64,18 @@ def test_optim_names_our_optimizers(name, cls, registered, tmp_path):
 
 
 def test_registering_twice_and_taking_it_back(tmp_path):
-    before = list(_compat.optimizer_names())
+    before = list(_upstream.optimizer_names())
     with pytest.raises(ValueError, match="adamp is not a valid OptimizerNames"):
         arguments(tmp_path, optim="adamp")
     register()
     register()
     args = arguments(tmp_path, optim="adamp")
     assert copy.deepcopy(args).optim == "adamp" and pickle.loads(pickle.dumps(args)).optim == "adamp"
-    assert _compat.DEFAULT_CALLBACKS.count(OptimizerCheckCallback) == 1
+    assert _upstream.DEFAULT_CALLBACKS.count(OptimizerCheckCallback) == 1
     unregister()
     unregister()
-    assert sorted(before) == sorted(_compat.optimizer_names())
-    assert OptimizerCheckCallback not in _compat.DEFAULT_CALLBACKS
+    assert sorted(before) == sorted(_upstream.optimizer_names())
+    assert OptimizerCheckCallback not in _upstream.DEFAULT_CALLBACKS
     with pytest.raises(ValueError, match="adamp is not a valid OptimizerNames"):
         arguments(tmp_path, optim="adamp")
     with pytest.raises(ValueError, match="unsupported optimizer"):

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from recipes.experiments.adamp_scale_invariance.run import OPTIMIZERS, normalised_network, rayleigh_quotient, run_toy
 from trl_ext.optim import SGDP, AdamP
 from trl_ext.optim.step_geometry import StepRecorder, angle
-from trl_ext.scripts.scale_invariance import OPTIMIZERS, normalised_network, rayleigh_quotient, run_toy
 
 
 def test_angle():

@@ -18,7 +18,7 @@ from trl import (
     SFTTrainer,
 )
 
-from tests.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, SparsePOConfig, SparsePOTrainer
 from trl_ext.optim import (
     AdamP,
@@ -177,7 +177,7 @@ def test_resumed_run_equals_the_uninterrupted_one(registered, model, tmp_path):
 
 def test_training_arguments_reach_a_plain_trainer(registered, tmp_path):
     args = TrainingArguments(str(tmp_path), optim="sgdp", optim_args="momentum=0.9", use_cpu=True, report_to="none")
-    from tests.tiny import tiny_model
+    from tests.helpers.tiny import tiny_model
 
     optimizer = Trainer(tiny_model(), args).create_optimizer()
     assert optimizer.param_groups[0]["momentum"] == 0.9 and json.loads(args.to_json_string())["optim"] == "sgdp"

@@ -9,12 +9,12 @@ import sys
 import pytest
 import yaml
 
-from tests.tiny import save_tiny_model, tiny_pairs
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.optim import AdamP, OptimizerReportCallback
 from trl_ext.optim.optimizer_check_callback import bottom_optimizer
 from trl_ext.scripts import sft, trl_scripts
-from trl_ext.scripts.strict_parser import RecipeError
+from trl_ext.scripts.recipe.strict_parser import RecipeError
 
 
 def write_recipe(folder, **settings):

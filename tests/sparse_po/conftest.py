@@ -1,6 +1,6 @@
 import pytest
 
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.sparse_po.test_sparse_po_trainer import first_batch, make_trainer, perturb
-from tests.tiny import tiny_model, tiny_tokenizer
 from trl_ext.sparse_po import evaluation
 from trl_ext.sparse_po.evaluation import mask_recovery, mask_weights, reward_and_divergence
 from trl_ext.sparse_po.mask_checkpoint import restore_masks

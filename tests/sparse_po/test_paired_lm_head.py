@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
-from tests.tiny import FAMILIES, tiny_model
+from tests.helpers.tiny import FAMILIES, tiny_model
 from trl_ext.sparse_po.paired_lm_head import logit_transform, paired_log_probs
 
 
@@ -176,7 +176,7 @@ def test_agrees_with_trls_fused_head(family):
     extra = {"cohere": {**sizes, "logit_scale": 0.25}, "granite": {**sizes, "logits_scaling": 4.0}}.get(family)
     if extra is not None:
         FAMILIES_WITH = {**FAMILIES, family: extra}
-        import tests.tiny as tiny
+        import tests.helpers.tiny as tiny
 
         original, tiny.FAMILIES = tiny.FAMILIES, FAMILIES_WITH
         model = tiny_model(family)

@@ -4,10 +4,10 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
+from tests.helpers.tiny import tiny_pairs, tiny_tokenizer
 from tests.sparse_po.test_sparse_po_trainer import make_trainer
-from tests.tiny import tiny_pairs, tiny_tokenizer
+from trl_ext.core.token_colors import WeightedText, highest_weight, save_png, to_html, to_rich, token_pieces
 from trl_ext.sparse_po.token_mask_callback import TokenMaskCallback
-from trl_ext.token_colors import WeightedText, highest_weight, save_png, to_html, to_rich, token_pieces
 
 
 @pytest.mark.parametrize("independent", [False, True])

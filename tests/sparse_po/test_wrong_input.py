@@ -9,8 +9,8 @@ from peft import PromptTuningConfig
 from transformers import T5Config, T5ForConditionalGeneration
 from trl import DPOConfig
 
+from tests.helpers.tiny import tiny_model, tiny_pairs
 from tests.sparse_po.test_sparse_po_trainer import COMMON, losses, make_trainer
-from tests.tiny import tiny_model, tiny_pairs
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 

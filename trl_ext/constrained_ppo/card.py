@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..core.model_card import settings_table
 from ..equilibrium.value_heads import EPValueHeads
-from ..model_card import settings_table
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .critic import SeparateCritic, ValueHeads
 from .dashboard import LogHistory, best_gold, by_reward, last_value, named_constraints, reward_names

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .._compat import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
-from ..model_card import MethodCardMixin
-from ..parameter_groups import move_to_own_groups
+from .._upstream import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
+from ..core.model_card import MethodCardMixin
+from ..core.parameter_groups import move_to_own_groups
 from .advantages import gae, reward_streams
 from .calibration import CalibrationCallback
 from .card import PAPER, run_section

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .._compat import FusedCausalLMOutput
+from .._upstream import FusedCausalLMOutput
 from ..equilibrium.head import EPHead
 from ..equilibrium.value_heads import EPValueHeads
 from .constrained_ppo_config import ConstrainedPPOConfig

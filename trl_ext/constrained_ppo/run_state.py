@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
-from .._compat import gathered_state_dict
+from .._upstream import gathered_state_dict
 from ..equilibrium.value_heads import EPValueHeads
 from .critic import SeparateCritic, ValueHeads, value_heads_of
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..model_card import settings_table, write_method_card
+from ..core.model_card import settings_table, write_method_card
 from .configuration import HEAD_FIELDS, EPConfig
 
 

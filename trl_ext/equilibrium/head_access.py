@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from .._compat import gathered_state_dict
-from ..parameter_groups import move_to_own_groups
+from .._upstream import gathered_state_dict
+from ..core.parameter_groups import move_to_own_groups
 from .feedback import check_homeostasis
 from .head import EPHead
 from .modeling import EPModelForSequenceClassification

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import _compat
-from ..parameter_groups import decay_groups
+from .. import _upstream
+from ..core.parameter_groups import decay_groups
 from .adamp import AdamP
 from .known_views import scale_invariant_weights
 from .optimizer_check_callback import OptimizerCheckCallback
@@ -171,19 +171,19 @@ def register() -> None:
     """
     for name in [name for name in _OPTIMIZERS if name not in _registered]:
         _refuse_taken(name)
-        _compat.add_optimizer_name(name, _build)
+        _upstream.add_optimizer_name(name, _build)
         _registered.add(name)
-    if OptimizerCheckCallback not in _compat.DEFAULT_CALLBACKS:
-        _compat.DEFAULT_CALLBACKS.append(OptimizerCheckCallback)
+    if OptimizerCheckCallback not in _upstream.DEFAULT_CALLBACKS:
+        _upstream.DEFAULT_CALLBACKS.append(OptimizerCheckCallback)
 
 
 def unregister() -> None:
     """Undoes [`register`]; a configuration made before keeps its `optim`, which transformers then refuses to build."""
     for name in sorted(_registered):
-        _compat.remove_optimizer_name(name)
+        _upstream.remove_optimizer_name(name)
     _registered.clear()
-    if OptimizerCheckCallback in _compat.DEFAULT_CALLBACKS:
-        _compat.DEFAULT_CALLBACKS.remove(OptimizerCheckCallback)
+    if OptimizerCheckCallback in _upstream.DEFAULT_CALLBACKS:
+        _upstream.DEFAULT_CALLBACKS.remove(OptimizerCheckCallback)
 
 
 def parse_optim_args(text: str | None, optimizer_cls: type[Optimizer]) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def _refuse_unknown(options: Iterable[str], optimizer_cls: type[Optimizer], wher
 
 
 def _refuse_taken(name: str) -> None:
-    if name in _compat.optimizer_names() and name not in _registered:
+    if name in _upstream.optimizer_names() and name not in _registered:
         raise ValueError(
             f"transformers has an optimizer called {name!r} itself. Give yours another name with "
             "`register_optimizer(name, cls)`."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainerCallback
 
-from .. import _compat
+from .. import _upstream
 from .optimizer_check_callback import bottom_optimizer
 from .projected_optimizer import ProjectedOptimizer
 
@@ -114,8 +114,8 @@ def report_metrics(report: dict[str, dict[str, Any]]) -> dict[str, float]:
 @contextmanager
 def default_callback(callback: TrainerCallback) -> Iterator[None]:
     """Gives the callback to every trainer made until the context ends, before its reporters."""
-    _compat.DEFAULT_CALLBACKS.append(callback)
+    _upstream.DEFAULT_CALLBACKS.append(callback)
     try:
         yield
     finally:
-        _compat.DEFAULT_CALLBACKS.remove(callback)
+        _upstream.DEFAULT_CALLBACKS.remove(callback)

@@ -102,7 +102,7 @@ def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Seq
     if isinstance(param, DTensor):
         return [_distributed_tensor_shard(param, place)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from .._compat import fsdp1_handle  # Imports TRL, which one process can do without
+        from .._upstream import fsdp1_handle  # Imports TRL, which one process can do without
 
         handle = fsdp1_handle(param)
         if handle is not None:
@@ -208,7 +208,7 @@ def _fsdp1_shards(param: torch.Tensor, place: int, handle: Any) -> list[Shard]:
 
 def _zero12_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tensor]]) -> list[Shard] | None:
     """ZeRO-1 and 2 and BF16_Optimizer: the parameters are views of one buffer, of which `param` is a piece."""
-    from .._compat import zero_process_group
+    from .._upstream import zero_process_group
 
     process_group = zero_process_group(originals[0][1]) if originals else None
     if process_group is None:
@@ -229,7 +229,7 @@ def _zero12_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Ten
 
 def _zero3_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tensor]]) -> list[Shard] | None:
     """ZeRO-3: of every parameter this process has one piece, and `param` is those pieces one after the other."""
-    from .._compat import zero3_sub_group
+    from .._upstream import zero3_sub_group
 
     members = zero3_sub_group(param, originals[0][1]) if originals else None
     if members is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 @dataclass
@@ -48,7 +48,7 @@ def load_reward(name: str) -> Any:
     Raises:
         RecipeError: If a module has no such function.
     """
-    from .strict_parser import RecipeError
+    from .recipe.strict_parser import RecipeError
 
     module_name, _, function_name = name.rpartition(".")
     if not module_name or "/" in name:
@@ -67,7 +67,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from trl import get_peft_config, get_quantization_config
 
     from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
-    from .loading import (
+    from .recipe.loading import (
         last_checkpoint,
         load_datasets,
         model_init_kwargs,
@@ -75,7 +75,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         resolve_model,
         split_of,
     )
-    from .strict_parser import RecipeError
+    from .recipe.strict_parser import RecipeError
 
     if not reward_args.reward_funcs:
         raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
@@ -114,7 +114,7 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
     from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
     from ..optim import register
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     register()  # before the parser lists the choices of `optim`
     return StrictParser(
@@ -124,6 +124,6 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

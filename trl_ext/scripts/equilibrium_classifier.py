@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 @dataclass
@@ -67,7 +67,7 @@ def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArgument
     Raises:
         RecipeError: If a column is missing.
     """
-    from .strict_parser import RecipeError
+    from .recipe.strict_parser import RecipeError
 
     for name in ("text_column", "label_column"):
         if getattr(task_args, name) not in dataset.column_names:
@@ -120,8 +120,8 @@ def main(
 
     from ..equilibrium.alignment_callback import EPAlignmentCallback
     from ..equilibrium.ep_trainer import EPTrainer
-    from .equilibrium_arguments import check_head, load_model
-    from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+    from .recipe.equilibrium_arguments import check_head, load_model
+    from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
 
     require_model_and_data(model_args, script_args, dataset_args)
     check_head(head_args, training_args.homeostasis_coef)
@@ -169,8 +169,8 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..equilibrium.ep_trainer import EPTrainingArguments
-    from .equilibrium_arguments import EPHeadArguments
-    from .strict_parser import StrictParser
+    from .recipe.equilibrium_arguments import EPHeadArguments
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser(
         (ScriptArguments, EPTrainingArguments, ModelConfig, DatasetMixtureConfig, EPHeadArguments,
@@ -180,6 +180,6 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, head_args: Any) -> None:
@@ -22,8 +22,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..equilibrium.alignment_callback import EPAlignmentCallback
     from ..equilibrium.ep_reward_trainer import EPRewardTrainer
-    from .equilibrium_arguments import check_head, load_model
-    from .loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+    from .recipe.equilibrium_arguments import check_head, load_model
+    from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
 
     require_model_and_data(model_args, script_args, dataset_args)
     check_head(head_args, training_args.homeostasis_coef)
@@ -60,8 +60,8 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..equilibrium.ep_reward_config import EPRewardConfig
-    from .equilibrium_arguments import EPHeadArguments
-    from .strict_parser import StrictParser
+    from .recipe.equilibrium_arguments import EPHeadArguments
+    from .recipe.strict_parser import StrictParser
 
     return StrictParser(
         (ScriptArguments, EPRewardConfig, ModelConfig, DatasetMixtureConfig, EPHeadArguments), prog=prog
@@ -69,6 +69,6 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

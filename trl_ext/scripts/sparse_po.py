@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
 
 @dataclass
@@ -42,7 +42,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from ..sparse_po.sparse_po_trainer import SparsePOTrainer
     from ..sparse_po.token_mask_callback import TokenMaskCallback
-    from .loading import (
+    from .recipe.loading import (
         ignore_boolean_buffers,
         last_checkpoint,
         load_datasets,
@@ -83,7 +83,7 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
     from ..optim import register
     from ..sparse_po.sparse_po_config import SparsePOConfig
-    from .strict_parser import StrictParser
+    from .recipe.strict_parser import StrictParser
 
     register()  # before the parser lists the choices of `optim`
     return StrictParser(
@@ -92,6 +92,6 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 
 
 if __name__ == "__main__":
-    from .strict_parser import run_strictly
+    from .recipe.strict_parser import run_strictly
 
     run_strictly(make_parser(), main)

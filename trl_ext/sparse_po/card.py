@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..model_card import settings_table
+from ..core.model_card import settings_table
 from .mask_checkpoint import TOKEN_MASKS_FILE
 from .sparse_po_config import SparsePOConfig
 

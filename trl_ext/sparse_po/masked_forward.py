@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from .._compat import FusedCausalLMOutput
+from .._upstream import FusedCausalLMOutput
 from .loss import sparse_po_terms
 from .masks import LearnedTokenMask, MaskInit
 from .paired_lm_head import logit_transform, paired_log_probs

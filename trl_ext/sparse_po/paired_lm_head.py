@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from .._compat import maybe_gather_lm_head_ctx
+from .._upstream import maybe_gather_lm_head_ctx
 from . import paired_lm_head_triton
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available, logging
 
-from .._compat import observe_attention
+from .._upstream import observe_attention
 from .masks import ActivationTokenMask, standardize
 from .paired_lm_head import logit_transform
 
@@ -342,7 +342,7 @@ def gathered_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor 
     """Weight and bias of a language-model head, whole, whatever shards them."""
     from torch.distributed.tensor import DTensor
 
-    from .._compat import maybe_gather_lm_head_ctx
+    from .._upstream import maybe_gather_lm_head_ctx
 
     weight, bias = head.weight, getattr(head, "bias", None)
     whole: Callable[[Any], Any] = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
-from .._compat import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
-from ..model_card import MethodCardMixin
-from ..parameter_groups import move_to_own_groups
+from .._upstream import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
+from ..core.model_card import MethodCardMixin
+from ..core.parameter_groups import move_to_own_groups
 from .card import CITATION, method_section
 from .loss import mask_l1_penalty
 from .mask_checkpoint import load_masks, save_masks

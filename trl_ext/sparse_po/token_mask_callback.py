@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..token_colors import WeightedText, highest_weight, save_png, shortened, to_html, to_rich, token_pieces
+from ..core.token_colors import WeightedText, highest_weight, save_png, shortened, to_html, to_rich, token_pieces
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,125 @@
+"""Model cards: TRL's own, mended and completed with what a method adds."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import Trainer
+
+from .. import __version__
+
+
+def settings_table(rows: dict[str, object]) -> str:
+    """A Markdown table of settings and values."""
+    lines = [f"| `{name}` | {_shown(value)} |" for name, value in rows.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def finish_model_card(content: str, *, model_id: str, base_model: str | None, method_section: str) -> str:
+    """
+    Mends TRL's card and adds a method's section before the framework versions.
+
+    TRL writes `[None](https://huggingface.co/None)` for a base model in a local folder, `model="None"` where the model
+    is not on the Hub, and the misspelt metadata `licence: license`.
+
+    Args:
+        content (`str`):
+            Text of TRL's card, metadata included.
+        model_id (`str`):
+            Hub id of the model, or the folder it is saved in.
+        base_model (`str`, *optional*):
+            Name of the base model to show; `None` where it has no name on the Hub.
+        method_section (`str`):
+            Markdown put into the training procedure.
+
+    Returns:
+        `str`
+    """
+    if base_model is None:
+        content = content.replace(
+            "a fine-tuned version of [None](https://huggingface.co/None)", "fine-tuned from a local base model"
+        )
+    content = content.replace('model="None"', f'model="{model_id}"')
+    card = ModelCard(content)
+    metadata = card.data.to_dict()
+    metadata.pop("licence", None)
+    body = card.text
+    versions = "### Framework versions\n\n"
+    if versions not in body:
+        body += f"\n{versions}"
+    body = body.replace(versions, f"{method_section.strip()}\n\n{versions}- trl_ext: {__version__}\n", 1)
+    card.text = re.sub(r"[ \t]+\n", "\n", body)
+    card.data = type(card.data)(**metadata)
+    return str(card)
+
+
+def write_method_card(
+    folder: str | Path, *, model_id: str | None, base_model: str | None, method_section: str
+) -> None:
+    """
+    Rewrites the `README.md` that TRL left in a folder (see [`finish_model_card`]).
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with TRL's card.
+        model_id (`str`, *optional*):
+            Hub id of the model. Defaults to the folder.
+        base_model (`str`, *optional*):
+            Name of the base model, or `None`.
+        method_section (`str`):
+            Markdown of the method.
+    """
+    path = Path(folder) / "README.md"
+    content = finish_model_card(
+        path.read_text(encoding="utf-8"),
+        model_id=model_id or str(folder),
+        base_model=base_model,
+        method_section=method_section,
+    )
+    path.write_text(content, encoding="utf-8")
+
+
+class MethodCardMixin(Trainer):
+    """
+    Base of a trainer, before TRL's, whose model card says what its method did. The card is written with every save, at
+    checkpoints by TRL.
+    """
+
+    def _method_section(self, model_id: str) -> str:
+        """Markdown of the method for a model of this Hub id or folder."""
+        raise NotImplementedError
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            model_id = self.hub_model_id or str(self.args.output_dir)
+            base_model = self.model.config.name_or_path
+            write_method_card(
+                self.args.output_dir,
+                model_id=model_id,
+                base_model=base_model if base_model and not Path(base_model).is_dir() else None,
+                method_section=self._method_section(model_id),
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            self._write_card_into(Path(self.args.output_dir if output_dir is None else output_dir))
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _write_card_into(self, folder: Path) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
+        card = Path(self.args.output_dir) / "README.md"
+        if self.args.should_save and card.is_file() and folder.resolve() != Path(self.args.output_dir).resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            content = card.read_text(encoding="utf-8")
+            if not self.hub_model_id:
+                content = content.replace(f'"{self.args.output_dir}"', f'"{folder}"')
+            (folder / "README.md").write_text(content, encoding="utf-8")

@@ -1,0 +1,91 @@
+"""How a subclass extends a parent's method without copying its body: it widens the model's forward
+([`extend_forward`]), lets `super()` call it, and records what it returned there ([`ForwardRecorder`])."""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+Forward = Callable[..., Any]
+
+
+def extend_forward(model: nn.Module, extension: Forward) -> None:
+    """
+    Widens what a model's forward takes and returns.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, before any engine wraps it; under PEFT, the base model.
+        extension (`Callable`):
+            Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
+    """
+    inner = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return extension(inner, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+class ForwardRecorder:
+    """
+    Stands in for a model inside a parent's method: adds keywords to its calls and keeps what they return.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, wrapped by an engine or not.
+        keywords (`dict[str, Any]`):
+            Keywords that the parent knows nothing of, for the model's forward.
+        first_only (`bool`, *optional*, defaults to `False`):
+            Whether only the first call gets the keywords and is kept; later ones pass unchanged.
+
+    Attributes:
+        outputs (`list`): What the recorded calls returned, in order.
+    """
+
+    def __init__(self, model: nn.Module, keywords: dict[str, Any], first_only: bool = False):
+        self.model, self.keywords, self.first_only = model, keywords, first_only
+        self.outputs: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.first_only and self.outputs:
+            return self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs, **self.keywords)
+        self.outputs.append(output)
+        return output
+
+    def last_tokens(self, field: str, length: int) -> torch.Tensor:
+        """
+        A field of shape `(b, T, ...)` of all recorded outputs, its last `length` tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(B, length, ...)`, `B` the sum of all `b`.
+        """
+        return torch.cat([getattr(output, field)[:, -length:] for output in self.outputs])
+
+
+@contextmanager
+def last_hidden_states(policy: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """
+    Observes the backbone while the context lasts.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`]):
+            Model with a language-model head.
+
+    Yields:
+        `list[torch.Tensor]`: to which each pass of the backbone adds its last hidden states, `(B, T, H)`.
+    """
+    states: list[torch.Tensor] = []
+    hook = policy.base_model.register_forward_hook(lambda _m, _i, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()

@@ -1,0 +1,174 @@
+"""The demo's second part: plain PPO hacks two proxies, constrained PPO holds them where they still mean something."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
+
+
+PROXIES = ("positive_word_share", "reference_similarity")
+NUM_STEPS = 32
+NUM_VALIDATION_PROMPTS = 128
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": NUM_VALIDATION_PROMPTS,
+    "max_completion_length": 48,
+    "optim": "sgd",
+    "learning_rate": 0.8,
+    "max_grad_norm": 0.5,
+    "lr_scheduler_type": "constant",
+    "critic_learning_rate": 1e-2,
+    "critic_detach": True,
+    "gamma": 1.0,
+    "gae_lambda": 1.0,
+    "calibration_samples": 0,
+    "eval_strategy": "steps",
+    "eval_on_start": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A policy, measured on validation prompts.
+
+    Attributes:
+        name (`str`): What it is.
+        step (`int`): Step of training.
+        proxies (`tuple[float, ...]`): Mean of each proxy.
+        gold (`float`): Mean of the gold metric.
+        divergence (`float`): KL from the base model, in nats for a response.
+    """
+
+    name: str
+    step: int
+    proxies: tuple[float, ...]
+    gold: float
+    divergence: float
+
+
+def demonstrate_constrained_ppo(
+    output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
+) -> list[Point]:
+    """
+    Trains plain PPO on one of two proxies, takes as thresholds the values of both where the gold metric was highest,
+    and trains with constraints at these. Prints one table; the dashboard of the constrained run is `dashboard.png` in
+    its folder.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder; the runs are `ppo` and `xi` below it, and the table `results.json`.
+        console ([`~rich.console.Console`], *optional*):
+            Console to print on.
+        max_steps (`int`, *optional*):
+            Steps of each run, to try it quickly.
+
+    Returns:
+        `list[Point]`: base model, PPO where the gold metric was highest, PPO at its end, constrained PPO at its end.
+    """
+    console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
+    num_steps = NUM_STEPS if max_steps is None else max_steps
+    console.rule(f"PPO on one proxy, {PROXIES[0]}")
+    with console.status(f"Training for {num_steps} steps"):
+        plain = _train(
+            output_dir / "ppo", num_steps, method="ppo", kl_coef=1e-6, reward_weights=[1.0, 0.0], dashboard=False
+        )
+    course = _measured(plain, "PPO")
+    peak = max(course, key=lambda point: point.gold)
+    console.rule("Constrained PPO, the proxies held where the gold metric was highest")
+    constraints = [{"reward": name, "threshold": value} for name, value in zip(PROXIES, peak.proxies, strict=True)]
+    with console.status(f"Training for {num_steps} steps"):
+        constrained = _train(output_dir / "xi", num_steps, method="xi", constraints=constraints)
+    points = [
+        _renamed(course[0], "base model"),
+        _renamed(peak, "PPO, gold at its highest"),
+        _renamed(course[-1], "PPO at its end"),
+        _renamed(_measured(constrained, "xi")[-1], "constrained PPO (xi) at its end"),
+    ]
+    console.print(comparison_table(points))
+    (output_dir / "results.json").write_text(json.dumps([vars(point) for point in points], indent=1))
+    picture = output_dir / "xi" / "dashboard.png"
+    console.print(f"Dashboard: {picture}. {time.monotonic() - start:.0f} seconds.", soft_wrap=True)
+    return points
+
+
+def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrainer":
+    from transformers import PrinterCallback
+
+    from .. import ConstrainedPPOConfig, ConstrainedPPOTrainer, playground
+
+    shutil.rmtree(folder, ignore_errors=True)
+    policy = playground.BaseModelSettings.of_one_mind()
+    trainer = ConstrainedPPOTrainer(
+        model=str(playground.base_model_path(settings=policy, show_progress=False)),
+        reward_funcs=[getattr(playground, name) for name in PROXIES],
+        args=ConstrainedPPOConfig(
+            output_dir=str(folder),
+            max_steps=num_steps,
+            logging_steps=max(1, num_steps // 16),
+            eval_steps=max(1, num_steps // 8),
+            **SETTINGS,
+            **settings,
+        ),
+        train_dataset=playground.preference_dataset(2000),
+        eval_dataset=playground.preference_dataset(NUM_VALIDATION_PROMPTS, split="validation"),
+        gold_reward=playground.playground_gold,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def _measured(trainer: "ConstrainedPPOTrainer", name: str) -> list[Point]:
+    """The evaluations of a run; the first is of the base model."""
+    return [
+        Point(
+            name=name,
+            step=entry["step"],
+            proxies=tuple(entry[f"eval_rewards/{proxy}/mean"] for proxy in PROXIES),
+            gold=entry["eval_gold"],
+            divergence=entry["eval_kl/per_response"],
+        )
+        for entry in trainer.state.log_history
+        if "eval_gold" in entry
+    ]
+
+
+def _renamed(point: Point, name: str) -> Point:
+    return Point(**{**vars(point), "name": name})
+
+
+def comparison_table(points: Sequence[Point]) -> Table:
+    """The points as one table."""
+    table = Table(
+        title="Two proxies and the gold metric",
+        caption=f"Means over {NUM_VALIDATION_PROMPTS} validation prompts. gold: grammaticality * (1 + sentiment) / 2; "
+        "KL: nats per response",
+    )
+    for column in ("policy", "step", "positive\nwords (share)", "similarity to\nreference", "gold", "KL"):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for point in points:
+        words, similarity = point.proxies
+        table.add_row(
+            point.name, str(point.step), f"{words:.3f}", f"{similarity:.3f}", f"{point.gold:.3f}",
+            f"{point.divergence:.1f}",
+        )  # fmt: skip
+    return table

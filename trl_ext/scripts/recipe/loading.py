@@ -1,0 +1,117 @@
+"""What the scripts share: models, datasets and checkpoints from parsed arguments."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers.trainer_utils import get_last_checkpoint
+
+from .strict_parser import RecipeError
+
+
+logger = get_logger(__name__)
+PLAYGROUND = "playground"
+
+
+def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
+    """
+    Refuses arguments that name no model or no data, before either is loaded.
+
+    Raises:
+        RecipeError: If one is missing.
+    """
+    if not model_args.model_name_or_path:
+        raise RecipeError("`model_name_or_path` is missing. Name a model or a folder, or `playground`.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise RecipeError("No data: set `dataset_name`, or `datasets` with a `path` for each.")
+
+
+def resolve_model(name: str) -> str:
+    """The model to load; `"playground"` is the small base model that the package trains and caches."""
+    if name == PLAYGROUND:
+        from ...playground import resolve
+
+        return resolve(name)
+    return name
+
+
+def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
+    """Keywords for loading the model, those of `training_args.model_init_kwargs` last."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def load_datasets(script_args: Any, dataset_args: Any) -> Any:
+    """The data that a recipe names: the mixture `datasets`, or `dataset_name`; `"playground"` is made on the spot."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            logger.warning(f"`datasets` is given, so `dataset_name: {script_args.dataset_name}` is not used.")
+        return get_dataset(dataset_args)
+    if script_args.dataset_name == PLAYGROUND:
+        from ...playground import load_playground_dataset
+
+        return load_playground_dataset()
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def split_of(dataset: Any, field: str, script_args: Any) -> Any:
+    """
+    The split that a field of the arguments names.
+
+    Args:
+        dataset (`~datasets.DatasetDict`):
+            Splits by name.
+        field (`str`):
+            `"dataset_train_split"` or `"dataset_test_split"`.
+        script_args (`~trl.ScriptArguments`):
+            Arguments with that field.
+
+    Raises:
+        RecipeError: If the dataset has no such split.
+    """
+    split = getattr(script_args, field)
+    if split not in dataset:
+        remedy = f"Set `{field}` to one of them"
+        if field == "dataset_test_split":
+            remedy += ', or `test_split_size` to split `datasets`, or `eval_strategy: "no"`'
+        raise RecipeError(f"`{field}: {split}` is not among the dataset's splits {sorted(dataset)}. {remedy}.")
+    return dataset[split]
+
+
+def ignore_boolean_buffers(model: Any) -> None:
+    """Keeps DDP from synchronising boolean buffers, for models whose attention masks are such buffers."""
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool
+    ]
+
+
+def last_checkpoint(training_args: Any) -> str | None:
+    """
+    The checkpoint to resume from: `resume_from_checkpoint` as a path, or, where it is `true`, the last one of the
+    output folder.
+
+    Raises:
+        RecipeError: If it names no folder.
+    """
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        folder = training_args.output_dir
+        return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if not Path(wanted).is_dir():
+        raise RecipeError(
+            f"`resume_from_checkpoint: {wanted}` is not a folder. Give a `checkpoint-<step>` folder, or `true` for "
+            "the last one of `output_dir`."
+        )
+    return str(wanted)
