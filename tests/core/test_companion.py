@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from tests.helpers.tiny import WORDS, tiny_model, tiny_tokenizer
-from trl_ext.core.companion import Companion, CompanionMixin, base_policy, extend_forward
+from trl_ext.core.companion import Companion, CompanionMixin, base_policy
+from trl_ext.core.recorder import extend_forward
 
 
 def example_source() -> str:

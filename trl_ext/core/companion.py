@@ -13,8 +13,7 @@ owned by DeepSpeed and FSDP like any layer. [`CompanionMixin`] sees to the rest 
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .._upstream import SyncRefModelCallback, gathered_state_dict, keep_from_vllm
 from .parameter_groups import move_to_own_groups
-
-
-Forward = Callable[..., Any]
+from .recorder import Forward, extend_forward
 
 
 class Companion:
@@ -162,44 +159,9 @@ def read_companion(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def extend_forward(model: nn.Module, extension: Forward) -> None:
-    """
-    Widens what a model's forward takes and returns.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model, before any engine wraps it; under PEFT, the base model.
-        extension (`Callable`):
-            Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
-    """
-    # A partial and no function of this module: a step goes from the model straight to the extension
-    forward = functools.partial(extension, model.forward)
-    model.forward = functools.update_wrapper(forward, model.forward)  # type: ignore[method-assign]
-
-
 def base_policy(model: Any) -> PreTrainedModel:
     """The transformers model itself, without an adapter's wrapper; not for a model that an engine wraps."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-@contextmanager
-def last_hidden_states(policy: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """
-    Observes the backbone while the context lasts.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Model with a language-model head.
-
-    Yields:
-        `list[torch.Tensor]`: to which each pass of the backbone adds its last hidden states, `(B, T, H)`.
-    """
-    states: list[torch.Tensor] = []
-    hook = policy.base_model.register_forward_hook(lambda _m, _i, output: states.append(output.last_hidden_state))
-    try:
-        yield states
-    finally:
-        hook.remove()
 
 
 class CompanionMixin(Trainer):
@@ -212,8 +174,8 @@ class CompanionMixin(Trainer):
     ```python
     from torch import nn
     from trl import SFTTrainer
-    from trl_ext.core.companion import Companion, CompanionMixin, last_hidden_states
-    from trl_ext.core.recorder import ForwardRecorder
+    from trl_ext.core.companion import Companion, CompanionMixin
+    from trl_ext.core.recorder import ForwardRecorder, last_hidden_states
 
     class LengthSFTTrainer(CompanionMixin, SFTTrainer):
         '''Also learns, from each state, how many tokens are still to come.'''

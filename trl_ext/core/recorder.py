@@ -1,9 +1,32 @@
-"""What a forward inside `super()` returned, for a subclass that extends a method without copying its body."""
+"""How a subclass extends a parent's method without copying its body: it widens the model's forward
+([`extend_forward`]), lets `super()` call it, and records what it returned there ([`ForwardRecorder`])."""
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+
+Forward = Callable[..., Any]
+
+
+def extend_forward(model: nn.Module, extension: Forward) -> None:
+    """
+    Widens what a model's forward takes and returns.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, before any engine wraps it; under PEFT, the base model.
+        extension (`Callable`):
+            Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
+    """
+    # A partial and no function of this module: a call goes from the model straight to the extension
+    forward = functools.partial(extension, model.forward)
+    model.forward = functools.update_wrapper(forward, model.forward)  # type: ignore[method-assign]
 
 
 class ForwardRecorder:
@@ -41,3 +64,23 @@ class ForwardRecorder:
             `torch.Tensor` of shape `(B, length, ...)`, `B` the sum of all `b`.
         """
         return torch.cat([getattr(output, field)[:, -length:] for output in self.outputs])
+
+
+@contextmanager
+def last_hidden_states(policy: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """
+    Observes the backbone while the context lasts.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`]):
+            Model with a language-model head.
+
+    Yields:
+        `list[torch.Tensor]`: to which each pass of the backbone adds its last hidden states, `(B, T, H)`.
+    """
+    states: list[torch.Tensor] = []
+    hook = policy.base_model.register_forward_hook(lambda _m, _i, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()

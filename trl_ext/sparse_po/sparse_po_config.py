@@ -6,7 +6,7 @@ from typing import Literal
 from trl import DPOConfig
 
 from ..core.checks import check_choice, check_number
-from ..optim.factory import check_optim_args, register
+from ..optim.names import post_init_with_own_optimizer
 
 
 UNSUPPORTED_LOSS_TYPES = {
@@ -108,9 +108,7 @@ class SparsePOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        register()
-        super().__post_init__()
-        check_optim_args(self)
+        post_init_with_own_optimizer(self, super().__post_init__)
         self._check_masks()
         self._check_inherited_fields()
 

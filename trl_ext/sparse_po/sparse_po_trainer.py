@@ -32,6 +32,7 @@ from trl import DPOTrainer
 from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.companion import CompanionMixin, extend_forward
 from ..core.model_card import MethodCardMixin
+from ..optim.install import OwnOptimizerMixin
 from .loss import mask_l1_penalty
 from .masks import TokenMaskCompanion, TokenMasks
 from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class SparsePOTrainer(CompanionMixin, MethodCardMixin, DPOTrainer):
+class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
