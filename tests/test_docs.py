@@ -69,7 +69,9 @@ def test_modules_that_make_runs():
     assert all(importlib.util.find_spec(name) for name in modules)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda recipe: f"{recipe.parent.name}-{recipe.stem}"
+)
 def test_commands_in_the_header_of_a_recipe(recipe, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     header = recipe.read_text().split("# Run:")[1].split("# Hardware:")[0]

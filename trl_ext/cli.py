@@ -43,7 +43,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
-  recipes     List the recipes below a folder: trl-ext recipes [FOLDER]
+  recipes     List the recipes of the package, or those below a folder: trl-ext recipes [FOLDER]
+              Copy one of the package: trl-ext recipes copy NAME [FOLDER]; `--config NAME` finds it too
 
 --accelerate_config takes the path of a file, or one of: {configs}."""
 
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return commands[command](rest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         errors.print(f"trl-ext {command}: {error}")
         return 2
 
@@ -151,9 +152,9 @@ def _train(module: str, arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    from .demo.demo import main as demo
+    from .demo import main
 
-    return demo(arguments)
+    return main(arguments)
 
 
 def _proxy_points(arguments: list[str]) -> int:
@@ -166,13 +167,21 @@ def _proxy_points(arguments: list[str]) -> int:
 
 
 def _recipes(arguments: list[str]) -> int:
-    folder = Path(arguments[0] if arguments else "recipes")
+    from .scripts.recipe.packaged import copy_recipe, packaged_recipes, title_of
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if arguments[:1] == ["copy"]:
+        if len(arguments) not in (2, 3):
+            raise ValueError("`recipes copy` takes the name of a recipe and, if you like, a folder.")
+        for path in copy_recipe(arguments[1], Path(*arguments[2:])):
+            console.print(f"Written: {path}")
+        return 0
+    folder = Path(*arguments)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds your recipes.")
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    for path in sorted(folder.rglob("*.yaml")):
-        first = path.read_text().split("\n", 1)[0]
-        console.print(f"{path}  {first.removeprefix('#').strip()}")
+    listed = {str(path): path for path in sorted(folder.rglob("*.yaml"))} if arguments else packaged_recipes()
+    for name, path in listed.items():
+        console.print(f"{name}  {title_of(path)}")
     return 0
 
 

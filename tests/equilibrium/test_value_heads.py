@@ -47,12 +47,12 @@ def test_values_start_at_zero_in_float32():
 
 
 def test_tokens_without_a_loss_are_not_nudged(monkeypatch):
-    from trl_ext.equilibrium import equilibrium_function
+    from trl_ext.equilibrium import function
 
     seen = []
-    original = equilibrium_function.error_vectors
+    original = function.error_vectors
     monkeypatch.setattr(
-        equilibrium_function, "error_vectors",
+        function, "error_vectors",
         lambda network, constants, nudge, *rest: seen.append(len(nudge)) or original(network, constants, nudge, *rest),
     )  # fmt: skip
     heads = EPValueHeads(16, 2, [8, 8])

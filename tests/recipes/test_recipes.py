@@ -11,9 +11,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import trl_ext
+from recipes.experiments.constrained_ppo_dailydialog.intent import IntentClassifier
 from tests.helpers.tiny import FAMILIES, WORDS, save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext.cli import TRAINING_COMMANDS
-from trl_ext.dialog.intent import IntentClassifier
 from trl_ext.scripts.recipe.strict_parser import load_recipe
 
 
@@ -22,7 +22,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def ids(path):
-    return path.stem
+    return str(path.relative_to(ROOT / "recipes").with_suffix(""))
 
 
 def module_of(path):
@@ -57,7 +57,7 @@ def test_recipe_has_its_header(path):
     for part in ("Run:", "Hardware:"):
         assert part in header, part
     assert "Expected:" in header or "minute" in header
-    assert f"recipes/{path.parent.name}/{path.name}" in header
+    assert str(path.relative_to(ROOT)) in header
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)

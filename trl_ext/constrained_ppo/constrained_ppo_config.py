@@ -7,7 +7,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..equilibrium.value_heads import check_value_heads
-from ..optim.factory import check_optim_args, register
+from ..optim.names import post_init_with_own_optimizer
 from .multipliers import Constraint, check_constraints
 from .threshold_search.config import ThresholdSearchConfig
 
@@ -281,7 +281,6 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
 
     def __post_init__(self):
-        register()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -291,10 +290,9 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         # GRPOTrainer keeps a reference model and scores it only where `beta` is not zero
         self.beta = self.kl_coef
-        super().__post_init__()
+        post_init_with_own_optimizer(self, super().__post_init__)
         if one:
             self.num_generations = 1
-        check_optim_args(self)
         self._apply_preset()
         self._check_numbers()
         self._check_method()

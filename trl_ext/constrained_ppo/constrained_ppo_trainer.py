@@ -28,6 +28,7 @@ from .._upstream import disable_gradient_checkpointing, open_rollout, restore_ro
 from ..core.companion import CompanionMixin
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
+from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
 from .checkpoint import (
@@ -68,7 +69,7 @@ _MULTIMODAL = (
 _EPOCH_ROUNDING = 1e-6
 
 
-class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -144,6 +145,13 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, GRPOTrainer):
         **kwargs: Any,
     ):
         args = checked_config(args, model, gold_reward, eval_dataset)
+        if any(
+            isinstance(reward, str) for reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
+        ):
+            # TRL loads rewards given by name with an auto class; they may have an equilibrium head
+            from ..equilibrium import register_auto_classes
+
+            register_auto_classes()
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,

@@ -112,14 +112,13 @@ def demonstrate_constrained_ppo(
 def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrainer":
     from transformers import PrinterCallback
 
-    from .. import ConstrainedPPOConfig, ConstrainedPPOTrainer
-    from ..scripts.overoptimization import OveroptimizationArguments, playground_task
+    from .. import ConstrainedPPOConfig, ConstrainedPPOTrainer, playground
 
     shutil.rmtree(folder, ignore_errors=True)
-    task = playground_task(OveroptimizationArguments(num_prompts=NUM_VALIDATION_PROMPTS))
+    policy = playground.BaseModelSettings.of_one_mind()
     trainer = ConstrainedPPOTrainer(
-        model=task.model,
-        reward_funcs=list(task.rewards),
+        model=str(playground.base_model_path(settings=policy, show_progress=False)),
+        reward_funcs=[getattr(playground, name) for name in PROXIES],
         args=ConstrainedPPOConfig(
             output_dir=str(folder),
             max_steps=num_steps,
@@ -128,9 +127,9 @@ def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrai
             **SETTINGS,
             **settings,
         ),
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        gold_reward=task.gold,
+        train_dataset=playground.preference_dataset(2000),
+        eval_dataset=playground.preference_dataset(NUM_VALIDATION_PROMPTS, split="validation"),
+        gold_reward=playground.playground_gold,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

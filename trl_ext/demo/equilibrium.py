@@ -39,23 +39,17 @@ def demonstrate_equilibrium(
 
     Returns:
         `list[dict]`: a row of the table for each run.
-
-    Raises:
-        FileNotFoundError: If the recipe is missing.
     """
-    from ..equilibrium.alignment_callback import draw_alignment
+    from ..equilibrium.report import draw_alignment
 
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
-    recipe = Path(__file__).resolve().parents[2] / "recipes" / "equilibrium" / "playground_reward.yaml"
-    if not recipe.is_file():
-        raise FileNotFoundError(f"{recipe} is not there. Run the demo from a clone of the repository.")
     rows, histories = [], {}
     for name, overrides in RUNS.items():
         console.rule(f"Equilibrium propagation, feedback at 90 degrees, {name}")
         folder = output_dir / name.replace(" ", "_")
         shutil.rmtree(folder, ignore_errors=True)
         steps = [] if max_steps is None else ["--max_steps", str(max_steps)]
-        _train(folder, [*overrides, *steps], recipe, launch=not overrides)
+        _train(folder, [*overrides, *steps], launch=not overrides)
         histories[name] = json.loads((folder / "alignment.json").read_text())
         rows.append({"run": name, **histories[name][-1], **reward_quality(folder)})
     console.print(equilibrium_table(rows))
@@ -65,8 +59,8 @@ def demonstrate_equilibrium(
     return rows
 
 
-def _train(folder: Path, overrides: list[str], recipe: Path, launch: bool) -> None:
-    arguments = ["--config", str(recipe), "--output_dir", str(folder), *overrides]
+def _train(folder: Path, overrides: list[str], launch: bool) -> None:
+    arguments = ["--config", "equilibrium/playground_reward", "--output_dir", str(folder), *overrides]
     if launch:
         subprocess.run([sys.executable, "-m", "trl_ext.cli", "equilibrium-reward", *arguments], check=True)
         return
@@ -78,11 +72,12 @@ def _train(folder: Path, overrides: list[str], recipe: Path, launch: bool) -> No
 @torch.no_grad()
 def reward_quality(folder: Path) -> dict[str, float]:
     """Accuracy of a saved reward model on test pairs, and the correlation of its rewards with the exact sentiment."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from ..equilibrium import EPModelForSequenceClassification
     from ..playground import preference_dataset, sentiment
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = EPModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = preference_dataset(NUM_PAIRS, split="test")
     rewards: dict[str, np.ndarray] = {}

@@ -1,1 +1,1 @@
-"""Dialogue: DailyDialog as prompts, references and intents, rewards for replies, and the paper's evaluation score."""
+"""Deprecated: what is left of the dialogue experiment in the package, for one release."""

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from .feedback import FeedbackName, check_feedback, check_homeostasis
 from .head import EPHead
+from .settings import FeedbackName, HeadSettings, check_feedback, check_homeostasis
 
 
+# Below 1, where the relaxation of two layers always contracts, with room for the error of the cap's own iteration
 SPECTRAL_CAP = 0.9
 
 
@@ -24,12 +25,9 @@ class EPValueHeads(EPHead):
         num_heads (`int`):
             Number of streams: rewards, and one for the KL.
         hidden_features (`int` or `list[int]`, *optional*, defaults to `(64, 64)`):
-            Widths of the relaxing layers. The spectral norm of the weights between them is bounded by 0.9, so that
-            relaxation always converges.
-        feedback (`str`, *optional*, defaults to `"symmetric"`):
-            Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
-        feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
+            Widths of the relaxing layers; the spectral norm of the weights between them is bounded by 0.9.
+        feedback, feedback_angle:
+            See [`HeadSettings`].
 
     Raises:
         ValueError: If a width is not positive, or the feedback is wrong.
@@ -40,8 +38,8 @@ class EPValueHeads(EPHead):
         hidden_size: int,
         num_heads: int,
         hidden_features: int | Sequence[int] = (64, 64),
-        feedback: FeedbackName = "symmetric",
-        feedback_angle: float = 0.0,
+        feedback: FeedbackName = HeadSettings.feedback,
+        feedback_angle: float = HeadSettings.feedback_angle,
     ):
         super().__init__(
             hidden_size, hidden_features, num_heads, feedback=feedback, feedback_angle=feedback_angle,

@@ -51,6 +51,25 @@ class BaseModelSettings:
             if name != "seed" and not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
 
+    @classmethod
+    def of_one_mind(cls, hidden_size: int = 64, num_layers: int = 2) -> "BaseModelSettings":
+        """
+        A smaller model of reviews whose sentiment is pronounced: it over-optimises a reward within 32 updates.
+
+        Args:
+            hidden_size (`int`, *optional*, defaults to `64`):
+                Width.
+            num_layers (`int`, *optional*, defaults to `2`):
+                Decoder layers.
+
+        Returns:
+            [`BaseModelSettings`]
+        """
+        return cls(
+            steps=400, learning_rate=8e-3, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+            num_layers=num_layers, num_drafts=4,
+        )  # fmt: skip
+
     def key(self) -> str:
         """Hash of the settings, the vocabulary, a sample of the corpus, the training code and the torch version."""
         generator = random.Random("key")

@@ -1,16 +1,6 @@
-"""
-DPO: TRL's own script with this package's optimizers and strict recipes.
+"""TRL's DPO script with our optimizers and strict recipes: `python -m trl_ext.scripts.dpo --config RECIPE`."""
 
-python -m trl_ext.scripts.dpo --config RECIPE
-"""
-
-from functools import partial
-
-from . import trl_scripts
+from .trl_scripts import trl_script
 
 
-main = partial(trl_scripts.main, "dpo")
-make_parser = partial(trl_scripts.make_parser, "dpo")
-
-if __name__ == "__main__":
-    trl_scripts.run("dpo")
+main, make_parser = trl_script("dpo", __name__)

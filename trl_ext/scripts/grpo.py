@@ -1,16 +1,6 @@
-"""
-GRPO: TRL's own script with this package's optimizers and strict recipes.
+"""TRL's GRPO script with our optimizers and strict recipes: `python -m trl_ext.scripts.grpo --config RECIPE`."""
 
-python -m trl_ext.scripts.grpo --config RECIPE
-"""
-
-from functools import partial
-
-from . import trl_scripts
+from .trl_scripts import trl_script
 
 
-main = partial(trl_scripts.main, "grpo")
-make_parser = partial(trl_scripts.make_parser, "grpo")
-
-if __name__ == "__main__":
-    trl_scripts.run("grpo")
+main, make_parser = trl_script("grpo", __name__)

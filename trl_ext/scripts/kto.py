@@ -1,16 +1,6 @@
-"""
-KTO: TRL's own script with this package's optimizers and strict recipes.
+"""TRL's KTO script with our optimizers and strict recipes: `python -m trl_ext.scripts.kto --config RECIPE`."""
 
-python -m trl_ext.scripts.kto --config RECIPE
-"""
-
-from functools import partial
-
-from . import trl_scripts
+from .trl_scripts import trl_script
 
 
-main = partial(trl_scripts.main, "kto")
-make_parser = partial(trl_scripts.make_parser, "kto")
-
-if __name__ == "__main__":
-    trl_scripts.run("kto")
+main, make_parser = trl_script("kto", __name__)

@@ -1,16 +1,6 @@
-"""
-Reward modelling: TRL's own script with this package's optimizers and strict recipes.
+"""TRL's reward script with our optimizers and strict recipes: `python -m trl_ext.scripts.reward --config RECIPE`."""
 
-python -m trl_ext.scripts.reward --config RECIPE
-"""
-
-from functools import partial
-
-from . import trl_scripts
+from .trl_scripts import trl_script
 
 
-main = partial(trl_scripts.main, "reward")
-make_parser = partial(trl_scripts.make_parser, "reward")
-
-if __name__ == "__main__":
-    trl_scripts.run("reward")
+main, make_parser = trl_script("reward", __name__)

@@ -1,16 +1,6 @@
-"""
-RLOO: TRL's own script with this package's optimizers and strict recipes.
+"""TRL's RLOO script with our optimizers and strict recipes: `python -m trl_ext.scripts.rloo --config RECIPE`."""
 
-python -m trl_ext.scripts.rloo --config RECIPE
-"""
-
-from functools import partial
-
-from . import trl_scripts
+from .trl_scripts import trl_script
 
 
-main = partial(trl_scripts.main, "rloo")
-make_parser = partial(trl_scripts.make_parser, "rloo")
-
-if __name__ == "__main__":
-    trl_scripts.run("rloo")
+main, make_parser = trl_script("rloo", __name__)

@@ -1,6 +1,7 @@
 """TRL's own training scripts with this package's optimizers and strict recipes."""
 
 import importlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +28,27 @@ class OptimizerScriptArguments:
     )
 
 
-def trl_script(name: str) -> ModuleType:
-    """The script `trl.scripts.<name>`."""
+def trl_script(name: str, module_name: str) -> tuple[Callable[..., None], "Callable[..., StrictParser]"]:
+    """
+    What each of the modules named as TRL's scripts consists of; `accelerate launch -m` needs a module for each.
+
+    Args:
+        name (`str`):
+            Name of TRL's script.
+        module_name (`str`):
+            The module's `__name__`; as the process's own command the script runs.
+
+    Returns:
+        `tuple[Callable, Callable]`: `main` and `make_parser`.
+    """
+    if module_name == "__main__":
+        from .recipe.strict_parser import run_strictly
+
+        run_strictly(make_parser(name), partial(main, name))
+    return partial(main, name), partial(make_parser, name)
+
+
+def _of_trl(name: str) -> ModuleType:
     return importlib.import_module(f"trl.scripts.{name}")
 
 
@@ -38,15 +58,15 @@ def make_parser(name: str, prog: str | None = None) -> "StrictParser":
     from .recipe.strict_parser import StrictParser
 
     register()
-    return StrictParser((*trl_script(name).make_parser().dataclass_types, OptimizerScriptArguments), prog=prog)
+    return StrictParser((*_of_trl(name).make_parser().dataclass_types, OptimizerScriptArguments), prog=prog)
 
 
 def main(
     name: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, optimizer_args: Any
 ) -> None:
     """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
-    from ..optim.factory import check_optim_args
-    from ..optim.optimizer_report_callback import OptimizerReportCallback, default_callback
+    from ..optim.callbacks import OptimizerReportCallback, default_callback
+    from ..optim.names import check_optim_args
     from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
@@ -56,11 +76,4 @@ def main(
     with ExitStack() as stack:
         if optimizer_args.log_optimizer_report:
             stack.enter_context(default_callback(OptimizerReportCallback()))
-        trl_script(name).main(script_args, training_args, model_args, dataset_args)
-
-
-def run(name: str) -> None:
-    """Runs a script on the process's arguments."""
-    from .recipe.strict_parser import run_strictly
-
-    run_strictly(make_parser(name), partial(main, name))
+        _of_trl(name).main(script_args, training_args, model_args, dataset_args)

@@ -15,6 +15,8 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from .packaged import find_packaged
+
 
 class RecipeError(ValueError):
     """A recipe or command line that cannot be run as written."""
@@ -223,7 +225,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
     Args:
         path (`str` or `Path`):
-            YAML file with a mapping.
+            YAML file with a mapping, or the name of a packaged recipe, such as `sparse_po/playground`.
 
     Returns:
         `dict[str, Any]`
@@ -231,15 +233,23 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: If it is no file, no YAML mapping, or has a key twice.
     """
-    if not Path(path).is_file():
+    file = Path(path) if Path(path).is_file() else find_packaged(path)
+    if file is None:
         raise RecipeError(f"`--config {path}` is not a file. `trl-ext recipes` lists the recipes.")
     try:
-        recipe = yaml.load(Path(path).read_text(), Loader=_UniqueKeyLoader)  # noqa: S506
+        recipe = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(f"The recipe {path} must be a mapping of arguments to values, got {type(recipe).__name__}.")
-    return recipe
+    # A packaged recipe names a packaged DeepSpeed config
+    return {key: _packaged_file(value) if key == "deepspeed" else value for key, value in recipe.items()}
+
+
+def _packaged_file(value: Any) -> Any:
+    if not isinstance(value, str) or Path(value).is_file():
+        return value
+    return str(find_packaged(value) or value)
 
 
 def _refuse(message: str) -> None:

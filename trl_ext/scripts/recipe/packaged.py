@@ -1,0 +1,76 @@
+"""The recipes that come with the package: `recipes/` of a clone, which the wheel carries as `trl_ext/recipes/`."""
+
+from pathlib import Path
+
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def recipes_folder() -> Path:
+    """
+    The folder of the recipes.
+
+    Raises:
+        FileNotFoundError: If the installation has none.
+    """
+    for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+        if (folder / "sparse_po").is_dir():
+            return folder
+    raise FileNotFoundError(f"{_PACKAGE} is installed without recipes. Install trl-ext's wheel or its clone anew.")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name, such as `sparse_po/playground`, and file of every recipe; experiments are none."""
+    paths = sorted(recipes_folder().glob("*/*.yaml"))
+    return {f"{path.parent.name}/{path.stem}": path for path in paths}
+
+
+def find_packaged(name: str | Path) -> Path | None:
+    """The packaged file of a name as in `packaged_recipes`, with or without `recipes/` and an ending; else `None`."""
+    try:
+        folder = recipes_folder()
+    except FileNotFoundError:
+        return None
+    relative = str(name).removeprefix("recipes/")
+    found = [(folder / file).resolve() for file in (relative, f"{relative}.yaml")]
+    return next((path for path in found if path.is_file() and path.is_relative_to(folder)), None)
+
+
+def title_of(path: Path) -> str:
+    """The first line of a recipe, which says what it is."""
+    return path.read_text().split("\n", 1)[0].removeprefix("#").strip()
+
+
+def copy_recipe(name: str, folder: Path) -> list[Path]:
+    """
+    Copies a recipe, and what it names beside itself, such as a DeepSpeed config; the copy names the copies.
+
+    Args:
+        name (`str`):
+            Name or packaged path of the recipe.
+        folder (`Path`):
+            Where to; it is made.
+
+    Returns:
+        `list[Path]`: the new files, the recipe first.
+
+    Raises:
+        ValueError: If there is no such recipe.
+        FileExistsError: If a file is there already.
+    """
+    source = find_packaged(name)
+    if source is None:
+        raise ValueError(f"{name} is not a recipe of the package; `trl-ext recipes` lists them.")
+    text, method = source.read_text(), source.parent.name
+    beside = [path for path in sorted(source.parent.glob("*.json")) if f"recipes/{method}/{path.name}" in text]
+    copies = {path: folder / path.name for path in (source, *beside)}
+    for copy in copies.values():
+        if copy.exists():
+            raise FileExistsError(f"{copy} is there already. Name another folder, or move the file away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, copy in copies.items():
+        content = path.read_text()
+        for other, its_copy in copies.items():
+            content = content.replace(f"recipes/{method}/{other.name}", str(its_copy))
+        copy.write_text(content)
+    return list(copies.values())
