@@ -135,7 +135,7 @@ def forced_counts(step: Callable[[], object], nudged_sweeps: int) -> Callable[[]
 
     def run() -> None:
         never = mock.patch.object(relaxation, "absolute_tolerance", lambda *_: -1.0)
-        content = mock.patch.object(relaxation._Left, "stuck", lambda left: left.residuals < -1)
+        content = mock.patch.object(relaxation._MovingSamples, "stuck", lambda moving: moving.residuals < -1)
         with never, content, mock.patch.object(gradient, "relax", nudged):
             step()
 
@@ -240,7 +240,7 @@ def peak_memory(batch: int) -> list[str]:
     torch.manual_seed(0)
     hidden = torch.randn(batch, 256)
     lines = []
-    content = mock.patch.object(relaxation._Left, "stuck", lambda left: left.residuals < -1)
+    content = mock.patch.object(relaxation._MovingSamples, "stuck", lambda moving: moving.residuals < -1)
     with mock.patch.object(relaxation, "absolute_tolerance", lambda *_: -1.0), content:
         for sweeps in (5, 20, 80):
             head = EPHead(256, [256, 256], 10, max_steps=sweeps)
@@ -276,7 +276,7 @@ def what_was_tried(rounds: int) -> list[str]:
             hidden = torch.randn(batch, 256) * torch.logspace(-0.5, 1, batch).unsqueeze(1)
 
             def all_rows(head=head, hidden=hidden):
-                with mock.patch.object(relaxation._Left, "drop_all_but", lambda *_: None):
+                with mock.patch.object(relaxation._MovingSamples, "narrow", lambda *_: None):
                     head(hidden)
 
             best = measure_cpu({"all": all_rows, "dropped": lambda: head(hidden)}, rounds)  # noqa: B023

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
 from trl_ext.equilibrium.head import EPHead
-from trl_ext.equilibrium.modeling import EPModelForSequenceClassification
-from trl_ext.equilibrium.pooling import last_token_states
+from trl_ext.equilibrium.modeling import EPModelForSequenceClassification, last_token_states
 from trl_ext.playground import preference_dataset
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from trl_ext import EPModelForSequenceClassification
-from trl_ext.equilibrium.head_access import gathered_asymmetry
+from trl_ext.equilibrium.report import gathered_asymmetry
 
 
 def sharded(model, **options):

@@ -6,10 +6,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.equilibrium.test_modeling import IDS
+from tests.helpers.equilibrium import IDS
 from tests.helpers.tiny import WORDS, save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import EPConfig, EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
-from trl_ext.equilibrium.pooling import default_pooling, pooled_states
+from trl_ext.equilibrium.modeling import default_pooling, pooled_states
 
 
 RIGHT = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0], [11, 12, 0, 0, 0]])

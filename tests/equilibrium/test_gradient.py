@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from tests.equilibrium.test_relaxation import scaled
+from tests.helpers.equilibrium import scaled
 from tests.helpers.equilibrium_reference import PHI, fixed_point, implicit_error, network_of, read_out, whole_matrix
 from trl_ext import EPHead
 from trl_ext.equilibrium.gradient import Estimator, error_vectors
@@ -261,7 +261,7 @@ def test_estimate_does_not_depend_on_the_scale_of_the_loss(estimator):
 
 
 def test_rows_without_gradient_are_not_relaxed(monkeypatch):
-    import trl_ext.equilibrium.equilibrium_function as module
+    import trl_ext.equilibrium.function as module
 
     seen = []
 

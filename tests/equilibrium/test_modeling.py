@@ -1,8 +1,5 @@
 """The classifier in transformers' form: saving, loading, pooling, losses, and where the head may stand."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,17 +8,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     pipeline,
 )
 
+from tests.helpers.equilibrium import IDS, MASK
 from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from trl_ext import EPConfig, EPHead, EPModelForSequenceClassification
-
-
-IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0], [0, 0, 11, 12, 13]])
-MASK = (IDS != 0).long()
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +57,6 @@ def test_head_is_initialised_as_the_head_says_and_loaded_parts_are_kept(folder, 
     other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert other.score.readout_weight.shape == (5, 8) and other.score.readout_weight.norm() > 0.5
     assert torch.equal(other.score.forward_weight_1, model.score.forward_weight_1)
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import trl_ext",
-        "from transformers.models.auto import modeling_auto; import trl_ext",
-        "from trl_ext import EPModelForSequenceClassification",
-    ],
-)
-def test_auto_classes_know_it_in_a_fresh_process(imports, folder, tmp_path):
-    classifier(folder).save_pretrained(tmp_path)
-    code = (
-        f"{imports}\nfrom transformers import AutoConfig, AutoModelForSequenceClassification as Auto\n"
-        f"print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__, "
-        f"type(Auto.from_pretrained({str(tmp_path)!r})).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["EPConfig", "EPModelForSequenceClassification"], done.stderr[-2000:]
 
 
 def test_auto_class_builds_from_a_configuration(folder):
@@ -265,52 +239,3 @@ def t5():
 def test_wrong_input(call, error, message, folder):
     with pytest.raises(error, match=message):
         call(folder)
-
-
-class OwnHead(LlamaForCausalLM):
-    def __init__(self, config):
-        super().__init__(config)
-        self.lm_head = EPHead(config.hidden_size, [8], config.vocab_size)
-
-
-class OwnName(LlamaForCausalLM):
-    def __init__(self, config):
-        super().__init__(config)
-        self.vocabulary = self.lm_head
-
-    def get_output_embeddings(self):
-        return self.vocabulary
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: setattr(tiny_model(), "lm_head", EPHead(32, [8], 36)),
-        lambda: tiny_model().set_output_embeddings(EPHead(32, [8], 36)),
-        lambda: setattr(OwnName(tiny_model().config), "vocabulary", EPHead(32, [8], 36)),
-        lambda: setattr(tiny_model(), "lm_head", nn.Sequential(EPHead(32, [8], 36), nn.Linear(36, 36))),
-        lambda: OwnHead(tiny_model().config),
-    ],
-    ids=["lm_head", "set_output_embeddings", "own name", "nested", "own class"],
-)
-def test_behind_lm_head_is_refused(call):
-    with pytest.raises(ValueError, match="EPHead.*output embeddings.*bypassed.*critic_head='equilibrium'"):
-        call()
-
-
-def test_other_places_are_not_refused():
-    model = tiny_model()
-    model.lm_head = nn.Linear(32, 36)
-    model.value_heads = EPHead(32, [8], 2)
-    model.model.norm = nn.Sequential(EPHead(32, [8], 32), model.model.norm)  # before the output embeddings
-    other = nn.Module()
-    other.lm_head = EPHead(32, [8], 2)  # no model of transformers
-    assert isinstance(other.lm_head, EPHead) and isinstance(model.value_heads, EPHead)
-
-
-def test_unknown_name_of_the_package():
-    import trl_ext.equilibrium as package
-
-    assert package.EPHead is EPHead
-    with pytest.raises(AttributeError, match="EPHead"):
-        package.EPHed  # noqa: B018

@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, whole_matrix
 from trl_ext import EPHead
-from trl_ext.equilibrium.network import ACTIVATIONS
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.network import vector_field
 
 
 NAMES = sorted(ACTIVATIONS)
@@ -75,11 +76,16 @@ def test_field_and_matrix(feedback):
     u = fixed_point(head, hidden).detach()
     biases, _, _ = head.recurrent_parameters()
     drives = [hidden @ head.input_weight.T + head.input_bias, *biases]
-    field = network.vector_field(list(u.split([7, 4, 6], dim=1)), drives)
+    field = vector_field(network, list(u.split([7, 4, 6], dim=1)), drives)
     assert max(part.abs().max() for part in field) < 1e-12
-    moved = network.vector_field(list((u + 0.1).split([7, 4, 6], dim=1)), drives)
+    moved = vector_field(network, list((u + 0.1).split([7, 4, 6], dim=1)), drives)
     expected = torch.tanh(u + 0.1) @ whole_matrix(head).T + (u - torch.tanh(u) @ whole_matrix(head).T) - (u + 0.1)
     torch.testing.assert_close(torch.cat(moved, 1), expected)
+    # What a relaxation runs: the current of each layer, which its membrane is equal to where the field is zero
+    membranes = list((u + 0.1).split([7, 4, 6], dim=1))
+    activities = [torch.tanh(membrane) for membrane in membranes]
+    for layer, (membrane, drive) in enumerate(zip(membranes, drives, strict=True)):
+        torch.testing.assert_close(network.current(layer, list(activities), drive) - membrane, moved[layer])
 
 
 def test_safe_cap_makes_the_whole_matrix_contract():

@@ -5,10 +5,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from tests.equilibrium.test_modeling import IDS, MASK
+from tests.helpers.equilibrium import IDS, MASK
 from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
-from trl_ext.equilibrium.head_access import active_head
+from trl_ext.equilibrium.modeling import active_head
 
 
 LABELS = torch.tensor([0, 2, 1])

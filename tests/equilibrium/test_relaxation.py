@@ -1,19 +1,12 @@
 import pytest
 import torch
 
+from tests.helpers.equilibrium import scaled
 from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, read_out
 from trl_ext import EPHead
-from trl_ext.equilibrium.network import ACTIVATIONS, LayeredNetwork
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.network import LayeredNetwork
 from trl_ext.equilibrium.relaxation import EquilibriumError, FreeDynamics, free_relaxation, relax
-
-
-def scaled(head, factor):
-    """The head with recurrent weights multiplied by `factor`."""
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            if name.startswith(("forward_weight", "backward_weight")):
-                parameter.mul_(factor)
-    return head
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "dsilu"])

@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import low_ids, prompts, rollout
+from tests.helpers.constrained_ppo import low_ids, prompts, rollout
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
+from trl_ext.constrained_ppo.checkpoint import critic_from_pretrained
 from trl_ext.constrained_ppo.critic import value_heads_of
-from trl_ext.constrained_ppo.run_state import critic_from_pretrained
 from trl_ext.equilibrium.head import EPHead
 from trl_ext.equilibrium.value_heads import EPValueHeads
 
@@ -47,12 +47,12 @@ def test_values_start_at_zero_in_float32():
 
 
 def test_tokens_without_a_loss_are_not_nudged(monkeypatch):
-    from trl_ext.equilibrium import equilibrium_function
+    from trl_ext.equilibrium import function
 
     seen = []
-    original = equilibrium_function.error_vectors
+    original = function.error_vectors
     monkeypatch.setattr(
-        equilibrium_function, "error_vectors",
+        function, "error_vectors",
         lambda network, constants, nudge, *rest: seen.append(len(nudge)) or original(network, constants, nudge, *rest),
     )  # fmt: skip
     heads = EPValueHeads(16, 2, [8, 8])

@@ -2,7 +2,8 @@
 
 import torch
 
-from trl_ext.equilibrium.network import ACTIVATIONS, LayeredNetwork
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.network import LayeredNetwork
 
 
 PHI = {

@@ -79,13 +79,13 @@ def test_lora(folder, tmp_path):
 @pytest.mark.parametrize(
     ("script", "settings", "message"),
     [
-        (equilibrium_reward, {"head_radius": 0.0}, r"radius.*0\.0.*`head_`"),
-        (equilibrium_reward, {"head_hidden_features": [0, 8]}, "hidden_features.*0"),
-        (equilibrium_reward, {"head_feedback_angle": 30.0}, "feedback_angle.*symmetric"),
+        (equilibrium_reward, {"head_radius": 0.0}, r"`head_radius`.*0\.0"),
+        (equilibrium_reward, {"head_hidden_features": [0, 8]}, "`head_hidden_features`.*0"),
+        (equilibrium_reward, {"head_feedback_angle": 30.0}, "`head_feedback_angle`.*`head_feedback` is 'symmetric'"),
         (equilibrium_reward, {"head_feedbak": "symmetric"}, "head_feedbak.*did you mean `head_feedback`"),
         (equilibrium_reward, {"head_feedback": "random"}, "head_feedback.*random.*symmetric"),
         (equilibrium_reward, {"pooling": "max"}, "pooling.*max.*first"),
-        (equilibrium_reward, {"homeostasis_coef": 1.0}, "homeostasis_coef=1.0.*asymmetric"),
+        (equilibrium_reward, {"homeostasis_coef": 1.0}, "`homeostasis_coef=1.0`.*`head_feedback='asymmetric'`"),
         (equilibrium_classifier, {"label_column": "stars"}, "label_column: stars.*'label', 'text'"),
     ],
 )

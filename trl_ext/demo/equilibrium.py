@@ -40,7 +40,7 @@ def demonstrate_equilibrium(
     Returns:
         `list[dict]`: a row of the table for each run.
     """
-    from ..equilibrium.alignment_callback import draw_alignment
+    from ..equilibrium.report import draw_alignment
 
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
     rows, histories = [], {}
@@ -72,11 +72,12 @@ def _train(folder: Path, overrides: list[str], launch: bool) -> None:
 @torch.no_grad()
 def reward_quality(folder: Path) -> dict[str, float]:
     """Accuracy of a saved reward model on test pairs, and the correlation of its rewards with the exact sentiment."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from ..equilibrium import EPModelForSequenceClassification
     from ..playground import preference_dataset, sentiment
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = EPModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = preference_dataset(NUM_PAIRS, split="test")
     rewards: dict[str, np.ndarray] = {}

@@ -1,29 +1,15 @@
 """Configuration of a sequence classifier with an equilibrium-propagation head."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .feedback import check_homeostasis
-from .pooling import PoolingName, check_pooling
+from ..core.checks import check_choice
+from .settings import HeadSettings, check_head, check_homeostasis, head_settings
 
 
-# Fields of `EPConfig` that are arguments of `EPHead` under the same name
-HEAD_FIELDS = (
-    "hidden_features",
-    "feedback",
-    "feedback_angle",
-    "activation",
-    "estimator",
-    "num_points",
-    "rotated",
-    "radius",
-    "correction",
-    "tolerance",
-    "max_steps",
-    "spectral_cap",
-)
+PoolingName = Literal["last", "first", "mean", "pooler"]
 
 
 class EPConfig(PreTrainedConfig):
@@ -33,30 +19,9 @@ class EPConfig(PreTrainedConfig):
     Parameters:
         text_config (`PreTrainedConfig` or `dict`):
             Configuration of the backbone.
-        hidden_features (`int` or `list[int]`, *optional*, defaults to `[256, 256]`):
-            Widths of the head's relaxing layers.
-        feedback (`str`, *optional*, defaults to `"symmetric"`):
-            Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
-        feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
-        activation (`str`, *optional*, defaults to `"tanh"`):
-            `"tanh"`, `"dsilu"` or `"sigmoid"`.
-        estimator (`str`, *optional*, defaults to `"holomorphic"`):
-            `"holomorphic"`, `"symmetric"`, `"one_sided"`, `"tangent"` or `"exact"`.
-        num_points (`int`, *optional*, defaults to `2`):
-            Points on the circle of the holomorphic estimator.
-        rotated (`bool`, *optional*, defaults to `True`):
-            Whether those points stand half a step from the real axis.
-        radius (`float`, *optional*, defaults to `1e-3`):
-            Size of the nudge.
-        correction (`str`, *optional*, defaults to `"none"`):
-            `"asymep"` removes the bias of asymmetric feedback.
-        tolerance (`float`, *optional*, defaults to `1e-4`):
-            Residual at which a state counts as a fixed point.
-        max_steps (`int`, *optional*, defaults to `100`):
-            Sweeps at most.
-        spectral_cap (`float`, *optional*):
-            Bound on the spectral norm of every recurrent block.
+        hidden_features, feedback, feedback_angle, activation, estimator, num_points, rotated, radius, correction,
+        tolerance, max_steps, spectral_cap:
+            Settings of the head; see [`HeadSettings`].
         pooling (`str`, *optional*):
             State that the head reads: `"last"` or `"first"`, of the last or first token that is not padding; `"mean"`,
             of all such tokens; `"pooler"`, of an encoder's own pooler, as BERT's classifier. Defaults to `"last"` for
@@ -65,8 +30,8 @@ class EPConfig(PreTrainedConfig):
             Weight of the Jacobian homeostasis objective in the loss.
 
     Raises:
-        ValueError: If `text_config` is missing, `pooling` is unknown, or `homeostasis_coef` is negative or has
-            symmetric feedback.
+        ValueError: If `text_config` is missing, a setting of the head is wrong, `pooling` is unknown, or
+            `homeostasis_coef` is negative or has symmetric feedback.
 
     Example:
 
@@ -85,28 +50,29 @@ class EPConfig(PreTrainedConfig):
 
     text_config: Any = None
     hidden_features: int | list[int] | None = None
-    feedback: str = "symmetric"
-    feedback_angle: float = 0.0
-    activation: str = "tanh"
-    estimator: str = "holomorphic"
-    num_points: int = 2
-    rotated: bool = True
-    radius: float = 1e-3
-    correction: str = "none"
-    tolerance: float = 1e-4
-    max_steps: int = 100
-    spectral_cap: float | None = None
+    feedback: str = HeadSettings.feedback
+    feedback_angle: float = HeadSettings.feedback_angle
+    activation: str = HeadSettings.activation
+    estimator: str = HeadSettings.estimator
+    num_points: int = HeadSettings.num_points
+    rotated: bool = HeadSettings.rotated
+    radius: float = HeadSettings.radius
+    correction: str = HeadSettings.correction
+    tolerance: float = HeadSettings.tolerance
+    max_steps: int = HeadSettings.max_steps
+    spectral_cap: float | None = HeadSettings.spectral_cap
     pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
-        if self.hidden_features is None:
-            self.hidden_features = [256, 256]
-        elif not isinstance(self.hidden_features, int):
-            self.hidden_features = list(self.hidden_features)
-        check_pooling(self.pooling)
+        widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
+        self.hidden_features = widths if isinstance(widths, int) else list(widths)
+        check_head(self)
+        check_choice(
+            self, "pooling", choices=(None, *get_args(PoolingName)), remedy="None is the backbone's own pooling."
+        )
         check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
 
@@ -122,7 +88,4 @@ class EPConfig(PreTrainedConfig):
 
     def head_settings(self) -> dict[str, Any]:
         """Keyword arguments of [`EPHead`], but for the numbers of features in and out."""
-        return {name: getattr(self, name) for name in HEAD_FIELDS}
-
-
-AutoConfig.register(EPConfig.model_type, EPConfig, exist_ok=True)
+        return head_settings(self)

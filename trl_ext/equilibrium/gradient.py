@@ -1,5 +1,10 @@
 """Gradient estimators: the response of the free fixed point to a nudge of the last layer.
 
+    dr/dbeta |0  ~  1/N sum_k (r*(beta_k) - r*(0)) / beta_k        with beta_k = radius exp(i pi (2k + rotated) / N)
+
+[`error_vectors`] runs it: on the mode that all points have in common ([`principal_mode`]), and point by point where
+the other modes can matter. tests/equilibrium/test_gradient.py holds it equal to the formula on complex states.
+
 The nudge is the incoming gradient as a constant force, `beta n`. The fixed point is `r = phi(W r + drive + beta n)`,
 so `dr/dbeta = (D^-1 - W)^-1 n` with `D = diag(phi')`. For a symmetric `W` that is the error vector
 `(D^-1 - W^T)^-1 n` of the exact gradient. Responses are relaxed as deviations from the free state: their size then
@@ -9,16 +14,20 @@ sets their precision, and a free state that has not quite converged adds no drif
 import cmath
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
-from .network import Activation, Constants, LayeredNetwork
+from .activations import Activation, Constants
+from .network import LayeredNetwork
 from .relaxation import Relaxation, absolute_tolerance, free_relaxation, relax, select_rows
+from .settings import CorrectionName, EstimatorName
 
 
-EstimatorName = Literal["holomorphic", "symmetric", "one_sided", "tangent", "exact"]
-CorrectionName = Literal["none", "asymep"]
+# Points on the unit circle that are nearer than this are one: a cosine and a sine are off by some 1e-16
+SAME_POINT = 1e-9
+# Below every norm of an error vector in float32: behind a saturated unit it is as small as the unit's slope, which the
+# default of `cosine_similarity`, 1e-8, would take for zero
+SMALLEST_NORM = 1e-30
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ def principal_mode(
     activation: Activation, constants: Constants, current: torch.Tensor, points: list[tuple[complex, float]]
 ) -> torch.Tensor:
     """
-    Mean over the points `z_k` of the unit circle of `(phi(u + z_k v) - phi(u)) / z_k`.
+    Mean over the [`Estimator.points`] `z_k` of `(phi(u + z_k v) - phi(u)) / z_k`, the mode that they have in common.
 
     Args:
         activation ([`Activation`]), constants (`tuple[torch.Tensor]`):
@@ -199,14 +208,14 @@ def principal_mode(
         current (`torch.Tensor` of shape `(rows, n)`):
             Real `v`.
         points (`list[tuple[complex, float]]`):
-            [`Estimator.points`].
+            The points with their weights.
 
     Returns:
         `torch.Tensor` of shape `(rows, n)`, real by conjugate symmetry.
     """
     total: torch.Tensor | None = None
     # The negative of a point is a point, or the conjugate of one: each pair has the odd part of the difference
-    has_negatives = all(any(abs(point + other.conjugate()) < 1e-9 for other, _ in points) for point, _ in points)
+    has_negatives = all(any(abs(point + other.conjugate()) < SAME_POINT for other, _ in points) for point, _ in points)
     for point, weight in points:
         if has_negatives and point.real < 0:
             continue
@@ -287,9 +296,6 @@ def error_vectors(
         relaxation = relax(TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)
         return ErrorVectors(relaxation.activities, [relaxation])
 
-    if num_samples == 0:
-        return ErrorVectors([layer[0] for layer in constants], [])
-
     points = estimator.points()
     drive = nudge * estimator.radius
     dynamics = PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
@@ -315,21 +321,8 @@ def relax_points(
     max_steps: int,
 ) -> ErrorVectors:
     """
-    Relaxes the responses at all points, from a state in which all but the principal mode is zero. Samples for which
-    that state is stationary, within the absolute tolerance, are left as they are.
-
-    Args:
-        network, constants, tolerance, max_steps:
-            See [`error_vectors`].
-        drive (`torch.Tensor` of shape `(rows, n_L)`):
-            The nudge at the point 1.
-        principal (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-            The mode, as a response to `drive`.
-        points (`list[tuple[complex, float]]`):
-            [`Estimator.points`].
-
-    Returns:
-        [`ErrorVectors`]: the mode, and the relaxation if there was one.
+    Relaxes the responses at all points from a state in which all but the principal mode, the response to `drive`, is
+    zero. Samples for which that state is stationary, within the absolute tolerance, are left as they are.
     """
     # Block `p` of the rows is `parts[p]` times the mode; the mode is the mean of the blocks weighted with `mixer`
     real = [(point.real, weight) for point, weight in points if point.imag == 0]
@@ -374,20 +367,7 @@ def layer_cosines(
     tolerance: float,
     max_steps: int,
 ) -> list[float]:
-    """
-    Mean over the rows of the cosine between the estimated and the exact error vector of each layer.
-
-    Args:
-        network, drive, biases, tolerance, max_steps:
-            See [`free_relaxation`].
-        gradient (`torch.Tensor` of shape `(rows, n_L)`):
-            Gradient of the loss at the last activity. Rows of zeros are left out.
-        estimator ([`Estimator`]):
-            What to compare.
-
-    Returns:
-        `list[float]`: one for each layer.
-    """
+    """Mean over the rows with a gradient of the cosine between estimated and exact error vector, for each layer."""
     rows = gradient.abs().amax(dim=-1).nonzero().squeeze(1)
     drive, nudge = drive[rows], torch.nn.functional.normalize(gradient[rows], dim=-1)
     activities = free_relaxation(network, drive, biases, tolerance, max_steps).activities
@@ -399,5 +379,4 @@ def layer_cosines(
     estimated = error_vectors(network, constants, nudge, estimator, tolerance, max_steps).layers
     exact = error_vectors(network, constants, nudge, Estimator("exact"), tolerance, max_steps).layers
     similarity = torch.nn.functional.cosine_similarity
-    # Error vectors may be as small as the slope of a saturated unit: the default `eps` would shrink their cosine
-    return [similarity(e, x, eps=1e-30).mean().item() for e, x in zip(estimated, exact, strict=True)]
+    return [similarity(e, x, eps=SMALLEST_NORM).mean().item() for e, x in zip(estimated, exact, strict=True)]

@@ -1,21 +1,42 @@
-"""The equilibrium-propagation head."""
+"""The equilibrium-propagation head.
+
+    drive = W_in h + b_in        r = fixed point of the network under drive        output = W_out r_L + b_out
+
+One forward: [`EPHead.forward`] casts and maps the input, [`equilibrium`] (function.py) relaxes by [`relax`]
+(relaxation.py) over [`LayeredNetwork.current`] (network.py), and the readout maps the last layer. One backward:
+function.py, [`error_vectors`] (gradient.py), and the same [`relax`] on the differences of activations.py.
+"""
 
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
-from .equilibrium_function import EquilibriumSettings, RelaxationStatistics, equilibrium
-from .feedback import FeedbackName, check_feedback
-from .gradient import CorrectionName, Estimator, EstimatorName, layer_cosines
+from .activations import ACTIVATIONS
+from .function import Evaluation, RelaxationStatistics, equilibrium
+from .gradient import Estimator, layer_cosines
 from .homeostasis import homeostasis_loss, symmetry_measure, weight_angle
-from .network import ACTIVATIONS, ActivationName, LayeredNetwork
+from .network import LayeredNetwork
+from .settings import (
+    ActivationName,
+    CorrectionName,
+    EstimatorName,
+    FeedbackName,
+    HeadSettings,
+    check_head,
+    check_widths,
+    head_settings,
+)
 from .spectral_cap import SUBSPACE_SIZE, cap_singular_values
 
 
+# Of fresh recurrent weights, with variance `(gain / chain)^2 / n`: the spectral norm of a large square one tends to
+# `2 gain / chain`, and that of all layers together to 1, up to which every relaxation contracts
 INITIAL_GAIN = 0.5
 
 
@@ -35,38 +56,12 @@ class EPHead(nn.Module):
         in_features (`int`):
             Size of the input.
         hidden_features (`int` or `list[int]`):
-            Widths of the layers, from the input to the output. An `int` is one layer, which has no recurrence.
+            Widths of the layers; see [`HeadSettings`].
         out_features (`int`):
             Size of the output.
-        feedback (`str`, *optional*, defaults to `"symmetric"`):
-            `"symmetric"`: a layer is fed back through the transposed forward weights, and the gradient is exact up to
-            the size of the nudge. `"asymmetric"`: feedback has its own weights; the gradient is then biased, see
-            `correction` and [`~EPHead.homeostasis_loss`].
-        feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Angle in degrees between the initial feedback weights and the transposed forward weights, from 0 to 180.
-            Only with asymmetric feedback.
-        activation (`str`, *optional*, defaults to `"tanh"`):
-            `"tanh"`, `"dsilu"` or the paper's `"sigmoid"`, `1 / (1 + exp(2 - 4u))`. All are complex-differentiable.
-        estimator (`str`, *optional*, defaults to `"holomorphic"`):
-            `"holomorphic"`, `"symmetric"`, `"one_sided"`, `"tangent"` or `"exact"`; see [`Estimator`].
-        num_points (`int`, *optional*, defaults to `2`):
-            Points `N` of the holomorphic estimator, whose error is of the order `radius^N`.
-        rotated (`bool`, *optional*, defaults to `True`):
-            Whether the points start at the angle `pi / N`. With two points they are then purely imaginary, and the
-            estimate is exact to float32.
-        radius (`float`, *optional*, defaults to `1e-3`):
-            Size of the nudge, which has unit norm in each row before it is scaled by `radius`.
-        correction (`str`, *optional*, defaults to `"none"`):
-            `"asymep"` removes the bias of asymmetric feedback
-            ([Scurria et al., 2026](https://huggingface.co/papers/2602.03670)).
-        tolerance (`float`, *optional*, defaults to `1e-4`):
-            Relaxation ends when no activity changes by more in a sweep; for nudged states, no response by more of its
-            largest entry.
-        max_steps (`int`, *optional*, defaults to `100`):
-            Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
-        spectral_cap (`float`, *optional*):
-            Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
-            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
+        feedback, feedback_angle, activation, estimator, num_points, rotated, radius, correction, tolerance, max_steps,
+        spectral_cap:
+            See [`HeadSettings`].
 
     Attributes:
         statistics ([`RelaxationStatistics`]):
@@ -94,63 +89,38 @@ class EPHead(nn.Module):
         hidden_features: int | Sequence[int],
         out_features: int,
         *,
-        feedback: FeedbackName = "symmetric",
-        feedback_angle: float = 0.0,
-        activation: ActivationName = "tanh",
-        estimator: EstimatorName = "holomorphic",
-        num_points: int = 2,
-        rotated: bool = True,
-        radius: float = 1e-3,
-        correction: CorrectionName = "none",
-        tolerance: float = 1e-4,
-        max_steps: int = 100,
-        spectral_cap: float | None = None,
+        feedback: FeedbackName = HeadSettings.feedback,
+        feedback_angle: float = HeadSettings.feedback_angle,
+        activation: ActivationName = HeadSettings.activation,
+        estimator: EstimatorName = HeadSettings.estimator,
+        num_points: int = HeadSettings.num_points,
+        rotated: bool = HeadSettings.rotated,
+        radius: float = HeadSettings.radius,
+        correction: CorrectionName = HeadSettings.correction,
+        tolerance: float = HeadSettings.tolerance,
+        max_steps: int = HeadSettings.max_steps,
+        spectral_cap: float | None = HeadSettings.spectral_cap,
     ):
         super().__init__()
-        self.in_features = in_features
+        self.in_features, self.out_features = in_features, out_features
         self.hidden_features = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
-        self.out_features = out_features
-        self.feedback = feedback
-        self.feedback_angle = feedback_angle
-        self.activation = activation
-        self.estimator = estimator
-        self.num_points = num_points
-        self.rotated = rotated
-        self.radius = radius
-        self.correction = correction
-        self.tolerance = tolerance
-        self.max_steps = max_steps
-        self.spectral_cap = spectral_cap
-        self._check_arguments()
+        self.feedback, self.feedback_angle, self.activation = feedback, feedback_angle, activation
+        self.estimator, self.num_points, self.rotated = estimator, num_points, rotated
+        self.radius, self.correction = radius, correction
+        self.tolerance, self.max_steps, self.spectral_cap = tolerance, max_steps, spectral_cap
+        check_widths("in_features", in_features)
+        check_widths("out_features", out_features)
+        check_head(self)
+        install_lm_head_guard()
         self._build_parameters()
         self.statistics = RelaxationStatistics()
         self._warned: set[str] = set()
         self._uses_homeostasis = False
         self.reset_parameters()
 
-    def _check_arguments(self) -> None:
-        widths = {"in_features": [self.in_features], "hidden_features": self.hidden_features}
-        for name, values in {**widths, "out_features": [self.out_features]}.items():
-            if not values or any(not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
-        choices = {"estimator": EstimatorName, "correction": CorrectionName}
-        if self.activation not in ACTIVATIONS:
-            reason = ""
-            if self.estimator == "holomorphic":
-                reason = " The holomorphic estimator relaxes complex states, so it needs a complex-differentiable one."
-            raise ValueError(f"`activation` must be one of {list(ACTIVATIONS)}, got {self.activation!r}.{reason}")
-        for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(f"`{name}` must be one of {list(get_args(choice))}, got {getattr(self, name)!r}.")
-        for name in ("radius", "tolerance"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}. The default is a good start.")
-        for name in ("num_points", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        check_feedback(self.feedback, self.feedback_angle)
-        if self.spectral_cap is not None and not self.spectral_cap > 0:
-            raise ValueError(f"`spectral_cap` must be positive or None, got {self.spectral_cap}.")
+    def settings(self) -> dict[str, Any]:
+        """Arguments that build a head of the same kind, as JSON can hold them."""
+        return {"in_features": self.in_features, "out_features": self.out_features, **head_settings(self)}
 
     def _build_parameters(self) -> None:
         # All are parameters of this module itself: ZeRO-3 gathers a module's own parameters around its forward
@@ -199,7 +169,7 @@ class EPHead(nn.Module):
             `dict[str, torch.Tensor]`: by their names.
         """
         widths = self.hidden_features
-        # Norm of the chain of layers over that of one weight
+        # Spectral norm of a chain of equal weights over that of one: the largest eigenvalue of a path of `L` nodes
         chain = 2 * math.cos(math.pi / (len(widths) + 1)) if len(widths) > 1 else 1.0
 
         def draw(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -280,13 +250,13 @@ class EPHead(nn.Module):
             self._check_finite(hidden, drive)
             biases, _, _ = self.recurrent_parameters()
             forward_weights, backward_weights = self._recurrent_weights(dtype)
-            settings = self._settings(trains_backbone=torch.is_grad_enabled() and hidden.requires_grad)
-            top = equilibrium(settings, drive, *biases, *forward_weights, *backward_weights)
+            evaluation = self._evaluation(trains_backbone=torch.is_grad_enabled() and hidden.requires_grad)
+            top = equilibrium(evaluation, drive, *biases, *forward_weights, *backward_weights)
             output = nn.functional.linear(top, self.readout_weight.to(dtype), self.readout_bias.to(dtype))
         return output.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
-    def _settings(self, trains_backbone: bool) -> EquilibriumSettings:
-        return EquilibriumSettings(
+    def _evaluation(self, trains_backbone: bool) -> Evaluation:
+        return Evaluation(
             activation=ACTIVATIONS[self.activation],
             estimator=Estimator(self.estimator, self.num_points, self.rotated, self.radius, self.correction),
             tolerance=self.tolerance,
@@ -371,15 +341,15 @@ class EPHead(nn.Module):
         """
         dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
         rows = hidden.reshape(-1, self.in_features).to(dtype)
-        settings = self._settings(trains_backbone=False)
+        evaluation = self._evaluation(trains_backbone=False)
         parameters, _, _ = self.recurrent_parameters()
         forward, backward = self._recurrent_weights(dtype)
-        biases, network = settings.unpack((*parameters, *forward, *backward), dtype)
+        biases, network = evaluation.unpack((*parameters, *forward, *backward), dtype)
         drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
         if output_gradient is None:
             output_gradient = torch.ones(len(rows), self.out_features, dtype=dtype, device=rows.device)
         gradient = output_gradient.reshape(-1, self.out_features).to(dtype) @ self.readout_weight.to(dtype)
-        return layer_cosines(network, drive, biases, gradient, settings.estimator, self.tolerance, self.max_steps)
+        return layer_cosines(network, drive, biases, gradient, evaluation.estimator, self.tolerance, self.max_steps)
 
     @torch.no_grad()
     def asymmetry(self) -> dict[str, float]:
@@ -438,3 +408,57 @@ def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | 
 
 def _do_nothing() -> None:
     return None
+
+
+_lm_head_guard: RemovableHandle | None = None
+
+
+def install_lm_head_guard() -> None:
+    """
+    Calls [`refuse_behind_lm_head`] for every module that any module of this process gets from now on. The first
+    [`EPHead`] that is built does this; a second call changes nothing.
+    """
+    global _lm_head_guard
+    if _lm_head_guard is None:
+        _lm_head_guard = register_module_module_registration_hook(refuse_behind_lm_head)
+
+
+def remove_lm_head_guard() -> None:
+    """Undoes [`install_lm_head_guard`], until another [`EPHead`] is built."""
+    global _lm_head_guard
+    if _lm_head_guard is not None:
+        _lm_head_guard.remove()
+        _lm_head_guard = None
+
+
+def refuse_behind_lm_head(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """
+    Refuses a model's output embeddings that are an [`EPHead`], or contain one.
+
+    Args:
+        module (`torch.nn.Module`):
+            Module that gets a submodule.
+        name (`str`):
+            Name of the submodule in it.
+        submodule (`torch.nn.Module`, *optional*):
+            The submodule.
+
+    Raises:
+        ValueError: If `submodule` would be the output embeddings of a model of transformers.
+    """
+    if submodule is None or not hasattr(type(module), "get_output_embeddings"):
+        return
+    if name != "lm_head" and not _is_output_embeddings(module, name):
+        return
+    if any(isinstance(part, EPHead) for part in submodule.modules()):
+        raise ValueError(
+            f"An `EPHead` must not stand in `{name}`, where the output embeddings are: TRL's trainers read the weight "
+            "of that module and never call it, so the head would be bypassed without a word. Put it before the output "
+            "embeddings, or use it as `EPModelForSequenceClassification`, or as critic of `ConstrainedPPOTrainer` "
+            "(`critic_head='equilibrium'`)."
+        )
+
+
+def _is_output_embeddings(module: Any, name: str) -> bool:
+    current = getattr(module, name, None)
+    return current is not None and current is module.get_output_embeddings()

@@ -1,4 +1,11 @@
-"""The Jacobian homeostasis objective and measures of asymmetry."""
+"""The Jacobian homeostasis objective, which makes feedback symmetric, and measures of asymmetry.
+
+    E[|J e|^2 - e^T J^2 e] / n  =  2 |A|_F^2 / n  =  sum_l |Wf_l - Wb_l^T|_F^2 / n
+
+over Gaussian `e`, with the Jacobian `J = W - 1` of the vector field in the activities, its antisymmetric part `A` and
+`n` neurons: in a chain of layers `A` lies in the pairs of reciprocal weights only. What runs is the last, closed form,
+without noise and local to each pair; tests/equilibrium/test_homeostasis.py holds it equal to the first, the paper's.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +20,7 @@ def homeostasis_loss(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """
-    The paper's `E[|J e|^2 - e^T J^2 e] / n` over Gaussian `e`, with the Jacobian `J = W - 1` of the vector field in
-    the activities and `n` neurons.
-
-    It is `2 |A|_F^2 / n` with the antisymmetric part `A` of `J`. In a chain of layers `A` lies in the pairs of
-    reciprocal weights only, whence the closed form `sum_l |Wf_l - Wb_l^T|_F^2 / n`: without noise, and local to each
-    pair. It depends on no state and no input.
+    The objective above. It depends on no state and no input.
 
     Args:
         forward_weights (`Sequence[torch.Tensor]` of shapes `(n_{l+1}, n_l)`):
@@ -61,18 +63,7 @@ def homeostasis_loss(
 def jacobian_product(
     forward_weights: Sequence[torch.Tensor], backward_weights: Sequence[torch.Tensor], vectors: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """
-    `J v` for `J = W - 1`, row by row.
-
-    Args:
-        forward_weights, backward_weights (`Sequence[torch.Tensor]`):
-            See [`homeostasis_loss`].
-        vectors (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-            `v`, split into layers.
-
-    Returns:
-        `list[torch.Tensor]` of the same shapes.
-    """
+    """`J v` for `J = W - 1`, row by row; `v`, of shapes `(rows, n_l)`, is split into layers."""
     products = [-vector for vector in vectors]
     for layer, (forward, backward) in enumerate(zip(forward_weights, backward_weights, strict=True)):
         products[layer + 1] = products[layer + 1] + vectors[layer] @ forward.T

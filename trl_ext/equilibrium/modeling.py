@@ -1,13 +1,21 @@
-"""Sequence classifiers and reward models with an equilibrium-propagation head, in transformers' form."""
+"""Sequence classifiers and reward models with an equilibrium-propagation head, in transformers' form.
 
+One forward: the backbone, [`pooled_states`], [`EPHead.forward`], then the loss of `problem_type`, to which
+`homeostasis_coef` times the homeostasis objective is added. Importing this module registers the model with
+transformers' auto classes ([`register_auto_classes`]).
+"""
+
+import logging
 import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
@@ -17,16 +25,18 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .configuration import HEAD_FIELDS, EPConfig
+from .configuration import EPConfig, PoolingName
 from .head import EPHead
-from .pooling import PoolingName, default_pooling, pooled_states, remove_unused_pooler
+from .settings import SETTINGS
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token",
                 "trust_remote_code")  # fmt: skip
 # What quantized models of transformers carry, which trainers and PEFT ask for
 _QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
-_CONFIG_FIELDS = (*HEAD_FIELDS, "pooling", "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
+# How encoders' own classifiers say what they pool
+_CLASSIFIER_POOLING: dict[str, PoolingName] = {"cls": "first", "mean": "mean"}
+_CONFIG_FIELDS = (*SETTINGS, "pooling", "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
 
 
 @dataclass
@@ -49,7 +59,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
 
     Classification, regression and several labels at once, as `problem_type` says, and reward models with
     `num_labels=1`. Saved and loaded as any model of transformers;
-    [`~transformers.AutoModelForSequenceClassification`] loads it after `import trl_ext`.
+    [`~transformers.AutoModelForSequenceClassification`] loads it too once this class has been imported.
 
     Args:
         config ([`EPConfig`]):
@@ -270,4 +280,158 @@ class EPModelForSequenceClassification(PreTrainedModel):
                 tensor.register_hook(lambda gradient, name=name: passes.update([name]))
 
 
-AutoModelForSequenceClassification.register(EPConfig, EPModelForSequenceClassification, exist_ok=True)
+def equilibrium_model(model: nn.Module) -> EPModelForSequenceClassification:
+    """
+    The classifier itself, without an adapter's wrapper.
+
+    Args:
+        model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
+            Model, not wrapped by an engine.
+
+    Raises:
+        TypeError: If it has no equilibrium head.
+    """
+    found: Any = model
+    if is_peft_model(model):
+        found = found.get_base_model()
+    if not isinstance(found, EPModelForSequenceClassification):
+        raise TypeError(
+            f"`model` is a `{type(found).__name__}`, which has no equilibrium head. Give an "
+            "`EPModelForSequenceClassification`; `EPModelForSequenceClassification.from_backbone(model)` makes one."
+        )
+    return found
+
+
+def active_head(model: nn.Module) -> EPHead:
+    """The head that runs: under PEFT's `modules_to_save=["score"]`, the active adapter's copy."""
+    score: Any = equilibrium_model(model).score
+    return score if isinstance(score, EPHead) else score.modules_to_save[score.active_adapter]
+
+
+def default_pooling(config: PreTrainedConfig) -> PoolingName:
+    """
+    How transformers' own classifier on a backbone pools: encoders, that is those which transformers trains with masked
+    tokens, as their `classifier_pooling` says, which ModernBERT has, or else `"first"`; all others `"last"`.
+    """
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not is_encoder:
+        return "last"
+    return _CLASSIFIER_POOLING.get(getattr(config, "classifier_pooling", None) or "cls", "first")
+
+
+def remove_unused_pooler(backbone: PreTrainedModel, pooling: PoolingName) -> None:
+    """
+    Takes out an encoder's pooler where the head does not read it, as transformers does with `add_pooling_layer=False`:
+    without a gradient it would stop distributed training.
+    """
+    pooler = getattr(backbone, "pooler", None)
+    if pooling == "pooler" and pooler is None:
+        raise ValueError(
+            f"`pooling='pooler'` needs a backbone with a pooler, which `{type(backbone).__name__}` has not. Use "
+            "'first', whose state a pooler reads, or 'mean'."
+        )
+    if pooling != "pooler" and pooler is not None:
+        backbone.pooler = None
+
+
+def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
+    """
+    `(B, H)`, the state of the last token of each row that is not padding, left or right, as transformers' classifiers
+    pool; without `input_ids`, of the last position.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if pad_token_id is None and len(hidden) > 1:
+        raise ValueError(
+            f"A batch of {len(hidden)} rows needs a padding token. Set `model.config.get_text_config().pad_token_id`."
+        )
+    if pad_token_id is None or input_ids is None:
+        return hidden[:, -1]
+    is_token = (input_ids != pad_token_id).to(hidden.device, torch.int32)
+    positions = torch.arange(input_ids.size(1), device=hidden.device, dtype=torch.int32)
+    return hidden[rows, (positions * is_token).argmax(-1)]
+
+
+def _token_mask(
+    hidden: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """`(B, T)`, 1 where a token is not padding, in the dtype of the states."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return attention_mask.to(hidden)
+    if input_ids is not None and pad_token_id is not None:
+        return (input_ids != pad_token_id).to(hidden)
+    return hidden.new_ones(hidden.shape[:2])
+
+
+def pooled_states(
+    outputs: Any,
+    pooling: PoolingName,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    pad_token_id: int | None = None,
+) -> torch.Tensor:
+    """
+    One state for each row.
+
+    Args:
+        outputs (`ModelOutput`):
+            The backbone's, with `last_hidden_state` of shape `(B, T, H)` and, for `"pooler"`, `pooler_output`.
+        pooling (`str`):
+            `"last"` or `"first"`, the state of the last or first token that is not padding, left or right; `"mean"`,
+            that of all such tokens; `"pooler"`, what the backbone's pooler makes of the first.
+        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Tokens.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 where a token is not padding. Read by `"first"` and `"mean"`, which else compare tokens with
+            `pad_token_id`.
+        pad_token_id (`int`, *optional*):
+            Padding token.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H)`.
+
+    Raises:
+        ValueError: If `pooling="last"`, there are several rows and no padding token.
+    """
+    if pooling == "pooler":
+        return outputs.pooler_output
+    hidden = outputs.last_hidden_state
+    if pooling == "last":
+        return last_token_states(hidden, input_ids, pad_token_id)
+    mask = _token_mask(hidden, input_ids, attention_mask, pad_token_id)
+    if pooling == "first":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
+    # In float32: a sum over many tokens overflows or is rounded in half precision
+    mask = mask.float().unsqueeze(-1)
+    return (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+
+
+def register_auto_classes() -> None:
+    """
+    Makes transformers' `AutoConfig` and `AutoModelForSequenceClassification`, and what is built on them, such as
+    `pipeline` and reward models of TRL's trainers that are given by name, load models with an equilibrium head. The
+    first import of [`EPConfig`] or [`EPModelForSequenceClassification`] does this; a second call changes nothing.
+    """
+    AutoConfig.register(EPConfig.model_type, EPConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(EPConfig, EPModelForSequenceClassification, exist_ok=True)
+
+
+def unregister_auto_classes() -> None:
+    """Undoes [`register_auto_classes`]."""
+    from .._upstream import remove_from_auto_classes
+
+    remove_from_auto_classes(EPConfig, AutoModelForSequenceClassification)
+
+
+def _register_on_import() -> None:
+    """The classes work without registration: a failure is logged, and no import fails of it."""
+    try:
+        register_auto_classes()
+    except Exception:
+        message = "transformers' auto classes did not take the equilibrium model: load it by its own class."
+        logging.getLogger(__name__).warning(message, exc_info=True)
+
+
+_register_on_import()

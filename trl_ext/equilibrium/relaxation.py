@@ -1,8 +1,12 @@
 """Red-black Gauss-Seidel relaxation of a layered network to a fixed point.
 
-A chain of layers is bipartite: layers of one parity depend on those of the other only. A sweep updates the first half
-from the second and then the second from the first, which takes half the sweeps of simultaneous updates and has none of
-their orbits of period two.
+    r_l <- phi(Wf_{l-1} r_{l-1} + Wb_l r_{l+1} + drive_l)        for the layers l of one parity, then of the other
+
+which stands still where [`vector_field`] is zero; tests/equilibrium/test_relaxation.py holds the result equal to a
+damped iteration of all neurons. The responses of gradient.py relax by the same sweeps, with another `activate`.
+
+A chain of layers is bipartite: layers of one parity depend on those of the other only. A sweep of both takes half the
+sweeps of simultaneous updates and has none of their orbits of period two.
 """
 
 import math
@@ -14,10 +18,17 @@ import torch
 from .network import LayeredNetwork
 
 
+# Sweeps from one test of convergence to the next: on a GPU each test waits for its result
 CHECK_EVERY = 2
-DECAY_OF_A_SLOW_STATE = 0.98
-# A state can rest a while near a fixed point that is about to appear, so the suspicion is tested with more sweeps
+# A copy of the batch costs, so samples leave it only when at most this share of them still moves
+NARROW_BELOW = 0.5
+# A sample is stuck if its largest change in the last quarter of the sweeps is above this share of that in the quarter
+# before. Changes that fall by a factor `q` a sweep fall by `q^25` between quarters of 100: up to 0.999 passes
+EARLIER_QUARTER, LATER_QUARTER, STUCK_ABOVE = 0.5, 0.75, 0.98
+# A state can rest a while near a fixed point that is about to appear, so stuck samples get this many times `max_steps`
 PATIENCE = 10
+# Rounding of an update of an activity of size one, in machine epsilons: no change can be told from less
+ROUNDING = 4
 
 
 class EquilibriumError(RuntimeError):
@@ -134,39 +145,41 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
     if dynamics.num_samples == 0:
         return Relaxation(state, 0, state[0].new_zeros(0), 0)
     tolerance = absolute_tolerance(tolerance, state[0].dtype)
-    left = _Left(dynamics, state)
-    sweeps = left.sweep(tolerance, max_steps, 1 if start is not None else CHECK_EVERY)
+    moving = _MovingSamples(dynamics, state)
+    sweeps = moving.sweep(tolerance, max_steps, 1 if start is not None else CHECK_EVERY)
     if sweeps is not None:
-        return left.finish(sweeps, 0)
-    waiting = left.residuals > tolerance
-    stuck = (waiting & left.stuck()).nonzero().squeeze(1)
+        return moving.finish(sweeps, 0)
+    waiting = moving.residuals > tolerance
+    stuck = (waiting & moving.stuck()).nonzero().squeeze(1)
     if len(stuck):
-        left.replace(stuck, _last_chance(left, stuck, tolerance, PATIENCE * max_steps))
-    return left.finish(max_steps, int(waiting.sum().item()))
+        moving.replace(stuck, _sweep_alone(moving, stuck, tolerance, PATIENCE * max_steps))
+    return moving.finish(max_steps, int(waiting.sum().item()))
 
 
-def _last_chance(left: "_Left", samples: torch.Tensor, tolerance: float, max_steps: int) -> "_Left":
+def _sweep_alone(
+    moving: "_MovingSamples", samples: torch.Tensor, tolerance: float, max_steps: int
+) -> "_MovingSamples":
     """Sweeps the given samples alone; raises if one still does not approach a fixed point."""
-    alone = _Left(
-        left.dynamics.select(samples), [select_rows(rows, samples, left.dynamics.num_samples) for rows in left.state]
-    )
+    num_samples = moving.dynamics.num_samples
+    state = [select_rows(rows, samples, num_samples) for rows in moving.state]
+    alone = _MovingSamples(moving.dynamics.select(samples), state)
     if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
         stuck = (alone.residuals > tolerance) & alone.stuck()
         if stuck.any():
-            rows = samples if left.samples is None else left.samples[samples]
+            rows = samples if moving.samples is None else moving.samples[samples]
             rows = rows if alone.samples is None else rows[alone.samples]
             raise EquilibriumError(
-                f"{int(stuck.sum())} of {left.num_samples} samples (first: row {rows[stuck][0].item()}) oscillate or "
-                f"diverge: the change of an activity in a sweep is {alone.residuals[stuck].max().item():.2g} and does "
-                f"not fall. {remedy(left.dynamics.network)}"
+                f"{int(stuck.sum())} of {moving.num_samples} samples (first: row {rows[stuck][0].item()}) oscillate "
+                f"or diverge: the change of an activity in a sweep is {alone.residuals[stuck].max().item():.2g} and "
+                f"does not fall. {remedy(moving.dynamics.network)}"
             )
-    alone.keep()
+    alone.store()
     return alone
 
 
 def absolute_tolerance(tolerance: float, dtype: torch.dtype) -> float:
     """The tolerance, or what the dtype can resolve of an activity of size one."""
-    return max(tolerance, 4 * torch.finfo(dtype).eps)
+    return max(tolerance, ROUNDING * torch.finfo(dtype).eps)
 
 
 def one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
@@ -179,16 +192,16 @@ def one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
     return [activity for activity in state if activity is not None]
 
 
-class _Left:
-    """The samples that have not converged, and where those that have are kept."""
+class _MovingSamples:
+    """The samples that have not converged, and the stored state of all."""
 
     def __init__(self, dynamics: Dynamics, state: list[torch.Tensor]):
         self.dynamics = dynamics
         self.state = list(state)
         self.num_samples = dynamics.num_samples
         self.samples: torch.Tensor | None = None
-        self.kept: list[torch.Tensor] = []
-        self.kept_residuals: torch.Tensor | None = None
+        self.stored: list[torch.Tensor] = []
+        self.stored_residuals: torch.Tensor | None = None
         self.residuals = state[0].new_full((self.num_samples,), math.inf)
         self.envelopes = [torch.zeros_like(self.residuals), torch.zeros_like(self.residuals)]
 
@@ -214,56 +227,56 @@ class _Left:
     def record(self, change: torch.Tensor, tolerance: float, sweep: int, max_steps: int) -> bool:
         """Whether all have converged; drops those that have if they are many."""
         self.residuals = change
-        if sweep > max_steps / 2:
-            late = int(sweep > 0.75 * max_steps)
-            self.envelopes[late] = torch.maximum(self.envelopes[late], change)
+        if sweep > EARLIER_QUARTER * max_steps:
+            later = int(sweep > LATER_QUARTER * max_steps)
+            self.envelopes[later] = torch.maximum(self.envelopes[later], change)
         worst = change.max().item()
         if not math.isfinite(worst):
             raise EquilibriumError(f"The state is not finite. {remedy(self.dynamics.network)}")
         if worst <= tolerance:
             return True
         waiting = (change > tolerance).nonzero().squeeze(1)
-        if len(waiting) <= len(change) / 2:
-            self.drop_all_but(waiting)
+        if len(waiting) <= NARROW_BELOW * len(change):
+            self.narrow(waiting)
         return False
 
-    def drop_all_but(self, waiting: torch.Tensor) -> None:
-        self.keep()
+    def narrow(self, waiting: torch.Tensor) -> None:
+        self.store()
         self.state = [select_rows(rows, waiting, self.dynamics.num_samples) for rows in self.state]
         self.samples = waiting if self.samples is None else self.samples[waiting]
         self.residuals = self.residuals[waiting]
         self.envelopes = [envelope[waiting] for envelope in self.envelopes]
         self.dynamics = self.dynamics.select(waiting)
 
-    def keep(self) -> None:
-        """Writes the state of the samples left to its place among all samples."""
-        if self.samples is None or self.kept_residuals is None:
-            self.kept, self.kept_residuals = [rows.clone() for rows in self.state], self.residuals.clone()
+    def store(self) -> None:
+        """Writes the state of the moving samples to its place among all."""
+        if self.samples is None or self.stored_residuals is None:
+            self.stored, self.stored_residuals = [rows.clone() for rows in self.state], self.residuals.clone()
             return
-        for kept, rows in zip(self.kept, self.state, strict=True):
+        for stored, rows in zip(self.stored, self.state, strict=True):
             width = rows.shape[-1]
             blocks = rows.view(-1, len(self.samples), width)
-            kept.view(-1, self.num_samples, width).index_copy_(1, self.samples, blocks)
-        self.kept_residuals.index_copy_(0, self.samples, self.residuals)
+            stored.view(-1, self.num_samples, width).index_copy_(1, self.samples, blocks)
+        self.stored_residuals.index_copy_(0, self.samples, self.residuals)
 
     def finish(self, sweeps: int, unconverged: int) -> Relaxation:
-        if self.samples is None or self.kept_residuals is None:
+        if self.samples is None or self.stored_residuals is None:
             return Relaxation(self.state, sweeps, self.residuals, unconverged)
-        self.keep()
-        return Relaxation(self.kept, sweeps, self.kept_residuals, unconverged)
+        self.store()
+        return Relaxation(self.stored, sweeps, self.stored_residuals, unconverged)
 
     def stuck(self) -> torch.Tensor:
-        """For each sample left, whether its change has not fallen from the third quarter of the sweeps to the last."""
+        """For each moving sample, whether its change has not fallen from the third quarter to the last."""
         earlier, later = self.envelopes
-        return (earlier > 0) & (later > DECAY_OF_A_SLOW_STATE * earlier)
+        return (earlier > 0) & (later > STUCK_ABOVE * earlier)
 
-    def replace(self, samples: torch.Tensor, others: "_Left") -> None:
+    def replace(self, samples: torch.Tensor, others: "_MovingSamples") -> None:
         """Takes over the state of samples that went on alone."""
-        assert others.kept_residuals is not None
-        for rows, kept in zip(self.state, others.kept, strict=True):
+        assert others.stored_residuals is not None
+        for rows, stored in zip(self.state, others.stored, strict=True):
             blocks = rows.view(-1, self.dynamics.num_samples, rows.shape[-1])
-            blocks.index_copy_(1, samples, kept.view(-1, len(samples), rows.shape[-1]))
-        self.residuals = self.residuals.index_copy(0, samples, others.kept_residuals)
+            blocks.index_copy_(1, samples, stored.view(-1, len(samples), rows.shape[-1]))
+        self.residuals = self.residuals.index_copy(0, samples, others.stored_residuals)
 
 
 def remedy(network: LayeredNetwork) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from .feedback import FeedbackName
 from .head import EPHead
+from .settings import FeedbackName, HeadSettings, check_feedback, check_homeostasis
 
 
+# Below 1, where the relaxation of two layers always contracts, with room for the error of the cap's own iteration
 SPECTRAL_CAP = 0.9
 
 
@@ -24,12 +25,9 @@ class EPValueHeads(EPHead):
         num_heads (`int`):
             Number of streams: rewards, and one for the KL.
         hidden_features (`int` or `list[int]`, *optional*, defaults to `(64, 64)`):
-            Widths of the relaxing layers. The spectral norm of the weights between them is bounded by 0.9, so that
-            relaxation always converges.
-        feedback (`str`, *optional*, defaults to `"symmetric"`):
-            Feedback weights: `"symmetric"`, the forward ones transposed, or `"asymmetric"`, weights of their own.
-        feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
+            Widths of the relaxing layers; the spectral norm of the weights between them is bounded by 0.9.
+        feedback, feedback_angle:
+            See [`HeadSettings`].
 
     Raises:
         ValueError: If a width is not positive, or the feedback is wrong.
@@ -40,8 +38,8 @@ class EPValueHeads(EPHead):
         hidden_size: int,
         num_heads: int,
         hidden_features: int | Sequence[int] = (64, 64),
-        feedback: FeedbackName = "symmetric",
-        feedback_angle: float = 0.0,
+        feedback: FeedbackName = HeadSettings.feedback,
+        feedback_angle: float = HeadSettings.feedback_angle,
     ):
         super().__init__(
             hidden_size, hidden_features, num_heads, feedback=feedback, feedback_angle=feedback_angle,
@@ -75,3 +73,30 @@ class EPValueHeads(EPHead):
             `torch.Tensor` of shape `(B, T, num_heads)`, float32.
         """
         return super().forward(None if hidden is None else hidden.float(), **kwargs)  # type: ignore[arg-type]
+
+
+def check_value_heads(
+    hidden_features: Sequence[int], feedback: str, feedback_angle: float, homeostasis_coef: float, prefix: str = ""
+) -> None:
+    """
+    Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used.
+
+    Args:
+        hidden_features (`Sequence[int]`):
+            Widths of the relaxing layers.
+        feedback (`str`):
+            Feedback weights.
+        feedback_angle (`float`):
+            Degrees between feedback and transposed forward weights at the start.
+        homeostasis_coef (`float`):
+            Weight of the homeostasis objective.
+        prefix (`str`, *optional*, defaults to `""`):
+            What their names begin with where the user gave them.
+
+    Raises:
+        ValueError: If one is out of its range, or has nothing to do beside the others.
+    """
+    if not all(width >= 1 for width in hidden_features or [0]):
+        raise ValueError(f"`{prefix}hidden_features` must be positive, got {hidden_features}.")
+    check_feedback(feedback, feedback_angle, prefix=prefix)
+    check_homeostasis(homeostasis_coef, feedback, prefix=prefix)

@@ -118,13 +118,13 @@ def main(
     from transformers import AutoTokenizer, DataCollatorWithPadding
     from trl import get_peft_config
 
-    from ..equilibrium.alignment_callback import EPAlignmentCallback
-    from ..equilibrium.ep_trainer import EPTrainer
-    from .recipe.equilibrium_arguments import check_head, load_model
+    from ..equilibrium.report import EPAlignmentCallback
+    from ..equilibrium.training import EPTrainer
+    from .recipe.equilibrium_arguments import check_head_arguments, load_model
     from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
 
     require_model_and_data(model_args, script_args, dataset_args)
-    check_head(head_args, training_args.homeostasis_coef)
+    check_head_arguments(head_args, training_args.homeostasis_coef)
     checkpoint = last_checkpoint(training_args)
     dataset = load_datasets(script_args, dataset_args)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -168,7 +168,7 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     """The strict parser of the script's arguments."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from ..equilibrium.ep_trainer import EPTrainingArguments
+    from ..equilibrium.training import EPTrainingArguments
     from .recipe.equilibrium_arguments import EPHeadArguments
     from .recipe.strict_parser import StrictParser
 

@@ -1,42 +1,35 @@
 """Arguments that the scripts of the equilibrium-propagation head share, and the model they describe."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
+
+from ...equilibrium.settings import HeadSettings, check_head, check_homeostasis, head_settings
+from .strict_parser import RecipeError
 
 
 PREFIX = "head_"
 
 
+def _argument(item: Any) -> tuple[str, Any, Any]:
+    """Name, type and field of the argument for a field of [`HeadSettings`]."""
+    if item.name == "hidden_features":  # the parser reads lists
+        return PREFIX + item.name, list[int], field(default_factory=lambda: list(item.default), metadata=item.metadata)
+    return PREFIX + item.name, item.type, field(default=item.default, metadata=item.metadata)
+
+
+_PrefixedHeadSettings: Any = make_dataclass(
+    "_PrefixedHeadSettings", [_argument(item) for item in fields(HeadSettings)]
+)
+
+
 @dataclass
-class EPHeadArguments:
+class EPHeadArguments(_PrefixedHeadSettings):
     """
-    The head, and whether the backbone trains. Every `head_*` is an argument of [`~trl_ext.EPHead`] with a prefix.
+    The head, and whether the backbone trains.
 
     Args:
-        head_hidden_features (`list[int]`, *optional*, defaults to `[256, 256]`):
-            Widths of the relaxing layers.
-        head_feedback (`str`, *optional*, defaults to `"symmetric"`):
-            Feedback weights: `"symmetric"` or `"asymmetric"`.
-        head_feedback_angle (`float`, *optional*, defaults to `0.0`):
-            Degrees between asymmetric feedback weights and the transposed forward ones at the start.
-        head_activation (`str`, *optional*, defaults to `"tanh"`):
-            `"tanh"`, `"dsilu"` or `"sigmoid"`.
-        head_estimator (`str`, *optional*, defaults to `"holomorphic"`):
-            `"holomorphic"`, `"symmetric"`, `"one_sided"`, `"tangent"` or `"exact"`.
-        head_num_points (`int`, *optional*, defaults to `2`):
-            Points of the holomorphic estimator.
-        head_rotated (`bool`, *optional*, defaults to `True`):
-            Whether the points stand half a step from the real axis.
-        head_radius (`float`, *optional*, defaults to `1e-3`):
-            Size of the nudge.
-        head_correction (`str`, *optional*, defaults to `"none"`):
-            `"asymep"` removes the bias of asymmetric feedback.
-        head_tolerance (`float`, *optional*, defaults to `1e-4`):
-            Residual at which a state counts as a fixed point.
-        head_max_steps (`int`, *optional*, defaults to `100`):
-            Sweeps at most.
-        head_spectral_cap (`float`, *optional*):
-            Bound on the spectral norm of every recurrent block.
+        head_* (`Any`, *optional*):
+            Every field of [`HeadSettings`](../../equilibrium/settings.py), with the prefix.
         pooling (`str`, *optional*):
             State that the head reads: `"last"`, `"first"`, `"mean"` or `"pooler"`. Defaults to the last token's for
             decoders and, for encoders, to what their configuration says or the first token's.
@@ -47,32 +40,6 @@ class EPHeadArguments:
             picture ([`~trl_ext.EPAlignmentCallback`]).
     """
 
-    head_hidden_features: list[int] = field(
-        default_factory=lambda: [256, 256], metadata={"help": "Widths of the head's relaxing layers."}
-    )
-    head_feedback: Literal["symmetric", "asymmetric"] = field(
-        default="symmetric", metadata={"help": "Feedback weights: the forward ones transposed, or their own."}
-    )
-    head_feedback_angle: float = field(
-        default=0.0, metadata={"help": "Degrees between feedback and transposed forward weights at the start."}
-    )
-    head_activation: Literal["tanh", "dsilu", "sigmoid"] = field(
-        default="tanh", metadata={"help": "Activation of the relaxing layers."}
-    )
-    head_estimator: Literal["holomorphic", "symmetric", "one_sided", "tangent", "exact"] = field(
-        default="holomorphic", metadata={"help": "Estimator of the gradient."}
-    )
-    head_num_points: int = field(default=2, metadata={"help": "Points of the holomorphic estimator."})
-    head_rotated: bool = field(default=True, metadata={"help": "Points half a step from the real axis."})
-    head_radius: float = field(default=1e-3, metadata={"help": "Size of the nudge."})
-    head_correction: Literal["none", "asymep"] = field(
-        default="none", metadata={"help": "'asymep' removes the bias of asymmetric feedback."}
-    )
-    head_tolerance: float = field(default=1e-4, metadata={"help": "Residual of a fixed point."})
-    head_max_steps: int = field(default=100, metadata={"help": "Sweeps at most."})
-    head_spectral_cap: float | None = field(
-        default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
-    )
     pooling: Literal["last", "first", "mean", "pooler"] | None = field(
         default=None, metadata={"help": "State that the head reads: 'last', 'first', 'mean' or 'pooler'."}
     )
@@ -83,11 +50,10 @@ class EPHeadArguments:
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""
-        own = [item.name for item in fields(self) if item.name.startswith(PREFIX)]
-        return {name.removeprefix(PREFIX): getattr(self, name) for name in own}
+        return head_settings(self, PREFIX)
 
 
-def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> None:
+def check_head_arguments(head_args: EPHeadArguments, homeostasis_coef: float | None) -> None:
     """
     Refuses a head that cannot be built, before a model or data is loaded.
 
@@ -100,15 +66,12 @@ def check_head(head_args: EPHeadArguments, homeostasis_coef: float | None) -> No
     Raises:
         RecipeError: If an argument of the head is wrong.
     """
-    from ...equilibrium.feedback import check_homeostasis
-    from ...equilibrium.head import EPHead
-    from .strict_parser import RecipeError
-
     try:
-        EPHead(1, out_features=1, **head_args.head_settings())
-        check_homeostasis(homeostasis_coef or 0.0, head_args.head_feedback)
+        check_head(head_args, PREFIX)
+        check_homeostasis(homeostasis_coef or 0.0, head_args.head_settings()["feedback"])
     except ValueError as error:
-        raise RecipeError(f"{error} (In a recipe, the head's arguments begin with `{PREFIX}`.)") from error
+        # The homeostasis objective has no prefix, the feedback that it names has
+        raise RecipeError(str(error).replace("`feedback=", f"`{PREFIX}feedback=")) from error
 
 
 def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, **settings: Any) -> Any:

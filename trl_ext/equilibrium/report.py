@@ -1,0 +1,204 @@
+"""What is shown of an equilibrium head: its part of the model card, and its gradient against the exact one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from .._upstream import gathered_state_dict
+from ..core.figures import new_axes, save_figure
+from ..core.model_card import settings_table, write_method_card
+from .configuration import EPConfig
+from .head import EPHead
+from .modeling import active_head, equilibrium_model, pooled_states
+from .settings import SETTINGS
+
+
+CITATION = """@inproceedings{laborieux2024improving,
+    title     = {Improving equilibrium propagation without weight symmetry through {J}acobian homeostasis},
+    author    = {Laborieux, Axel and Zenke, Friedemann},
+    booktitle = {International Conference on Learning Representations},
+    year      = {2024},
+    url       = {https://openreview.net/forum?id=kUveo5k1GF}
+}"""
+_ESTIMATOR_FIELDS = {"holomorphic": ("num_points", "rotated", "radius"), "symmetric": ("radius",),
+                     "one_sided": ("radius",)}  # fmt: skip
+_METRICS = ("ep/", "accuracy")
+
+
+def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
+    """
+    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis and final residuals.
+
+    Args:
+        config ([`EPConfig`]):
+            Configuration of the model.
+        log_history (`list[dict]`):
+            The trainer's log; the last entry with the head's metrics is shown.
+        model_id (`str`):
+            Hub id or folder of the model.
+
+    Returns:
+        `str`
+    """
+    unused = {name for names in _ESTIMATOR_FIELDS.values() for name in names}
+    unused -= set(_ESTIMATOR_FIELDS.get(config.estimator, ()))
+    if config.feedback == "symmetric":
+        unused |= {"feedback_angle", "correction"}
+    settings: dict[str, object] = {name: getattr(config, name) for name in SETTINGS if name not in unused}
+    if config.pooling is not None:
+        settings["pooling"] = config.pooling
+    if config.feedback == "asymmetric":
+        settings["homeostasis_coef"] = config.homeostasis_coef
+    parts = ["### Equilibrium-propagation head", settings_table(settings)]
+    final = next((entry for entry in reversed(log_history) if "ep/free_residual" in entry), None)
+    if final is not None:
+        shown: dict[str, object] = {name: value for name, value in final.items() if name.startswith(_METRICS)}
+        table = settings_table(shown).replace("setting", "metric", 1)
+        parts += [f"At step {final.get('step', '?')} of training:", table]
+    parts.append(
+        "The head relaxes to a fixed point, so the model loads with `trl_ext` only.\n\n"
+        "```python\nfrom transformers import AutoTokenizer\nfrom trl_ext import EPModelForSequenceClassification\n\n"
+        f'model = EPModelForSequenceClassification.from_pretrained("{model_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```\n\n'
+        "transformers' auto classes and pipelines, and reward models given by name, know it after "
+        "`trl_ext.equilibrium.register_auto_classes()`, which that import has called."
+    )
+    return "\n\n".join(parts)
+
+
+def write_card(folder: str | Path, model_id: str, base_model: str, section: str) -> None:
+    """
+    Completes the `README.md` that a trainer left in a folder, so that its example makes transformers know the model.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with the card.
+        model_id (`str`):
+            Hub id or folder of the model.
+        base_model (`str`):
+            Where the model came from; a folder is not named.
+        section (`str`):
+            Markdown of the method ([`method_section`]).
+    """
+    path = Path(folder) / "README.md"
+    example, known = "from transformers import pipeline\n", "from trl_ext.equilibrium import register_auto_classes\n"
+    content = path.read_text(encoding="utf-8").replace(example, f"{example}{known}\nregister_auto_classes()\n")
+    path.write_text(content, encoding="utf-8")
+    named = base_model if base_model and not Path(base_model).is_dir() else None
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section)
+
+
+def gathered_asymmetry(head: EPHead) -> dict[str, float]:
+    """
+    [`EPHead.asymmetry`] of a head whose weights may be sharded. All processes must call it.
+
+    Args:
+        head ([`EPHead`]):
+            Head with asymmetric feedback.
+    """
+    with torch.random.fork_rng(devices=[]):
+        whole = EPHead(head.in_features, head.hidden_features, head.out_features, feedback="asymmetric")
+    whole.load_state_dict(gathered_state_dict(head), strict=False)  # without the cap's buffers
+    return whole.asymmetry()
+
+
+class EPAlignmentCallback(TrainerCallback):
+    """
+    At the start, at every log and at the end of training, measures on a few evaluation rows the cosine between the
+    head's estimated and exact error vectors, layer by layer, and the asymmetry of its weights. Writes `alignment.json`
+    and `alignment.png` into the output folder.
+
+    Args:
+        trainer ([`~trl.RewardTrainer`] or [`~transformers.Trainer`]):
+            Trainer of an [`EPModelForSequenceClassification`], with evaluation data.
+        num_examples (`int`, *optional*, defaults to `32`):
+            Examples, the first ones of the evaluation data.
+
+    Attributes:
+        history (`list[dict]`):
+            One entry for each measurement, with `step`, `cosines` (`list[float]`, one for each layer), `symmetry` and
+            `weight_angle` (degrees).
+
+    Raises:
+        ValueError: If `num_examples` is below 1, there is no evaluation data, or weights are sharded (ZeRO-3, FSDP).
+    """
+
+    def __init__(self, trainer: Any, num_examples: int = 32):
+        if num_examples < 1:
+            raise ValueError(f"`num_examples` must be at least 1, got {num_examples}.")
+        if trainer.eval_dataset is None:
+            raise ValueError("`EPAlignmentCallback` measures on evaluation data. Give the trainer an `eval_dataset`.")
+        if trainer.is_fsdp_enabled or getattr(trainer.args.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise ValueError(
+                "`EPAlignmentCallback` reads the head's weights, which ZeRO-3 and FSDP shard. Use ZeRO-2."
+            )
+        self.trainer = trainer
+        self.num_examples = num_examples
+        self.history: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "alignment.json").write_text(json.dumps(self.history, indent=1))
+        draw_alignment({"": self.history}, folder / "alignment.png")
+
+    def _measure(self, step: int) -> None:
+        if self.history and self.history[-1]["step"] == step:
+            return
+        model, head = equilibrium_model(self.trainer.model), active_head(self.trainer.model)
+        examples = [
+            self.trainer.eval_dataset[i] for i in range(min(self.num_examples, len(self.trainer.eval_dataset)))
+        ]
+        batch = {name: tensor.to(model.device) for name, tensor in self.trainer.data_collator(examples).items()}
+        training = model.training
+        with torch.no_grad():
+            outputs = model.eval().model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        pad_token_id = model.config.get_text_config().pad_token_id
+        pooled = pooled_states(outputs, model.pooling, batch["input_ids"], batch["attention_mask"], pad_token_id)
+        asymmetry = head.asymmetry()
+        self.history.append({
+            "step": step,
+            "cosines": head.alignment(pooled.float()),
+            "symmetry": asymmetry["ep/symmetry"],
+            "weight_angle": asymmetry["ep/weight_angle"],
+        })  # fmt: skip
+        model.train(training)
+
+
+def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
+    """
+    Draws cosines and the weight angle through training, of one or several runs.
+
+    Args:
+        histories (`dict[str, list[dict]]`):
+            [`EPAlignmentCallback.history`] by the name of the run.
+        path (`str` or `Path`):
+            PNG to write.
+    """
+    figure, (left, right) = new_axes(1, 2, width=5, height=4.2, dpi=140)
+    for index, (name, history) in enumerate(histories.items()):
+        steps, color = [entry["step"] for entry in history], f"C{index}"
+        for layer, cosines in enumerate(zip(*(entry["cosines"] for entry in history), strict=True), start=1):
+            style = ("-", "--", ":", "-.")[(layer - 1) % 4]
+            left.plot(steps, cosines, style, color=color, label=f"{name} layer {layer}".strip())
+        right.plot(steps, [entry["weight_angle"] for entry in history], color=color, label=name or None)
+    left.set(ylim=(-0.3, 1.05), xlabel="step", ylabel="cosine")
+    left.set_title("Estimated against exact error vectors", loc="left", fontsize=11)
+    right.set(ylim=(0, 100), xlabel="step", ylabel="degrees")
+    right.set_title("Angle between forward and feedback weights", loc="left", fontsize=11)
+    left.legend(frameon=False, fontsize=8)
+    if any(histories):
+        right.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)

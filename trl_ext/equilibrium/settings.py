@@ -1,0 +1,157 @@
+"""Settings of an equilibrium-propagation head, explained and checked in this one place.
+
+[`EPHead`] and [`EPConfig`] have them under these names, the recipes with the prefix `head_`, and the critic of
+constrained PPO some of them with the prefix `critic_`.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ..core.checks import check_choice, check_number
+
+
+FeedbackName = Literal["symmetric", "asymmetric"]
+ActivationName = Literal["tanh", "dsilu", "sigmoid"]
+EstimatorName = Literal["holomorphic", "symmetric", "one_sided", "tangent", "exact"]
+CorrectionName = Literal["none", "asymep"]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """
+    Settings of an [`EPHead`] besides its sizes of input and output.
+
+    Args:
+        hidden_features (`int` or `list[int]`, *optional*, defaults to `[256, 256]`):
+            Widths of the relaxing layers, from the input to the output. An `int` is one layer, which has no
+            recurrence.
+        feedback (`str`, *optional*, defaults to `"symmetric"`):
+            `"symmetric"`: a layer is fed back through the transposed forward weights, and the gradient is exact up to
+            the size of the nudge. `"asymmetric"`: feedback has its own weights; the gradient is then biased, see
+            `correction` and [`~EPHead.homeostasis_loss`].
+        feedback_angle (`float`, *optional*, defaults to `0.0`):
+            Angle in degrees between the initial feedback weights and the transposed forward weights, from 0 to 180.
+            Only with asymmetric feedback.
+        activation (`str`, *optional*, defaults to `"tanh"`):
+            `"tanh"`, `"dsilu"` or the paper's `"sigmoid"`, `1 / (1 + exp(2 - 4u))`. All are complex-differentiable.
+        estimator (`str`, *optional*, defaults to `"holomorphic"`):
+            Of the gradient: `"holomorphic"`, `"symmetric"`, `"one_sided"`, `"tangent"` or `"exact"`; see
+            [`Estimator`].
+        num_points (`int`, *optional*, defaults to `2`):
+            Points `N` of the holomorphic estimator, whose error is of the order `radius^N`.
+        rotated (`bool`, *optional*, defaults to `True`):
+            Whether the points start at the angle `pi / N`. With two points they are then purely imaginary, and the
+            estimate is exact to float32.
+        radius (`float`, *optional*, defaults to `1e-3`):
+            Size of the nudge, which has unit norm in each row before it is scaled by `radius`.
+        correction (`str`, *optional*, defaults to `"none"`):
+            `"asymep"` removes the bias of asymmetric feedback
+            ([Scurria et al., 2026](https://huggingface.co/papers/2602.03670)).
+        tolerance (`float`, *optional*, defaults to `1e-4`):
+            Relaxation ends when no activity changes by more in a sweep; for nudged states, no response by more of its
+            largest entry.
+        max_steps (`int`, *optional*, defaults to `100`):
+            Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
+        spectral_cap (`float`, *optional*):
+            Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
+            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
+
+    Raises:
+        ValueError: If a setting is not one of those above.
+    """
+
+    hidden_features: int | tuple[int, ...] = _setting((256, 256), "Widths of the head's relaxing layers.")
+    feedback: FeedbackName = _setting("symmetric", "Feedback weights: the forward ones transposed, or their own.")
+    feedback_angle: float = _setting(0.0, "Degrees between feedback and transposed forward weights at the start.")
+    activation: ActivationName = _setting("tanh", "Activation of the relaxing layers.")
+    estimator: EstimatorName = _setting("holomorphic", "Estimator of the gradient.")
+    num_points: int = _setting(2, "Points of the holomorphic estimator.")
+    rotated: bool = _setting(True, "Points half a step from the real axis.")
+    radius: float = _setting(1e-3, "Size of the nudge.")
+    correction: CorrectionName = _setting("none", "'asymep' removes the bias of asymmetric feedback.")
+    tolerance: float = _setting(1e-4, "Residual of a fixed point.")
+    max_steps: int = _setting(100, "Sweeps at most.")
+    spectral_cap: float | None = _setting(None, "Bound on the spectral norm of every recurrent block.")
+
+    def __post_init__(self) -> None:
+        check_head(self)
+
+
+SETTINGS = tuple(item.name for item in fields(HeadSettings))
+
+
+def head_settings(owner: Any, prefix: str = "") -> dict[str, Any]:
+    """Those of [`HeadSettings`] that an object has as attributes, whose names begin with `prefix`."""
+    return {name: getattr(owner, prefix + name) for name in SETTINGS if hasattr(owner, prefix + name)}
+
+
+def check_head(owner: Any, prefix: str = "") -> None:
+    """
+    Refuses settings that no head can have.
+
+    Args:
+        owner (`Any`):
+            Object that has the settings, or some of them, as attributes.
+        prefix (`str`, *optional*, defaults to `""`):
+            What their names begin with.
+
+    Raises:
+        ValueError: If one is not as [`HeadSettings`] says.
+    """
+    found = head_settings(owner, prefix)
+    if "hidden_features" in found:
+        check_widths(f"{prefix}hidden_features", found["hidden_features"])
+    needs_complex = "The holomorphic estimator needs a complex-differentiable one."
+    for name, choices in (
+        ("activation", ActivationName), ("estimator", EstimatorName), ("correction", CorrectionName),
+    ):  # fmt: skip
+        if name in found:
+            remedy = needs_complex if name == "activation" and found.get("estimator") == "holomorphic" else ""
+            check_choice(owner, prefix + name, choices=get_args(choices), remedy=remedy)
+    for name in ("radius", "tolerance"):
+        if name in found:
+            check_number(owner, prefix + name, above=0, remedy="The default is a good start.")
+    for name in ("num_points", "max_steps"):
+        if name in found:
+            check_number(owner, prefix + name, at_least=1)
+    if found.get("spectral_cap") is not None:
+        check_number(owner, f"{prefix}spectral_cap", above=0, remedy="None is no bound.")
+    check_feedback(found.get("feedback", "symmetric"), found.get("feedback_angle", 0.0), prefix)
+
+
+def check_widths(name: str, widths: Any) -> None:
+    """Refuses sizes, one or several, that are no positive integers."""
+    values = [widths] if isinstance(widths, int) else list(widths)
+    if not values or any(not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
+
+
+def check_feedback(feedback: str, feedback_angle: float, prefix: str = "") -> None:
+    """Refuses feedback weights that cannot be built; `prefix` is what the user's names of the two begin with."""
+    if feedback not in get_args(FeedbackName):
+        raise ValueError(f"`{prefix}feedback` must be one of {list(get_args(FeedbackName))}, got {feedback!r}.")
+    if not 0 <= feedback_angle <= 180:
+        raise ValueError(f"`{prefix}feedback_angle` must be from 0 to 180 degrees, got {feedback_angle}.")
+    if feedback == "symmetric" and feedback_angle != 0:
+        raise ValueError(
+            f"`{prefix}feedback_angle` is {feedback_angle} but `{prefix}feedback` is 'symmetric', which has an angle "
+            f"of 0 throughout. Set `{prefix}feedback='asymmetric'`."
+        )
+
+
+def check_homeostasis(homeostasis_coef: float, feedback: str, prefix: str = "") -> None:
+    """Refuses a weight of the homeostasis objective that cannot be used; `prefix` as in [`check_feedback`]."""
+    if not 0 <= homeostasis_coef < float("inf"):
+        raise ValueError(
+            f"`{prefix}homeostasis_coef` must not be negative and must be finite, got {homeostasis_coef}. Set it to 0 "
+            "to go without."
+        )
+    if homeostasis_coef > 0 and feedback == "symmetric":
+        raise ValueError(
+            f"`{prefix}homeostasis_coef={homeostasis_coef}` has nothing to do where `{prefix}feedback='symmetric'`. "
+            f"Leave it at 0, or use `{prefix}feedback='asymmetric'`."
+        )

@@ -1,0 +1,276 @@
+"""Trainers of models with an equilibrium head: transformers' and TRL's own, with the head's metrics, rate and card.
+
+One step: [`EPRewardTrainer.compute_loss`] calls TRL's, whose forward of the model has the homeostasis objective too,
+and adds that to the loss; [`HeadMetrics`] takes the head's statistics, which `log` hands on.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from trl import RewardConfig, RewardTrainer
+
+from ..core.parameter_groups import move_to_own_groups
+from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
+from .report import CITATION, gathered_asymmetry, method_section, write_card
+from .settings import check_homeostasis
+
+
+@dataclass
+class _HeadTrainingArguments:
+    """The two fields that trainers of an equilibrium head add to their arguments."""
+
+    homeostasis_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the homeostasis objective. Defaults to the model's."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the head. Defaults to `learning_rate`."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.homeostasis_coef is not None:
+            check_homeostasis(self.homeostasis_coef, "asymmetric")
+        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
+            raise ValueError(
+                f"`head_learning_rate` must be positive and finite, got {self.head_learning_rate}. Leave it out to "
+                "use `learning_rate`."
+            )
+
+
+@dataclass
+class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
+    r"""
+    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more.
+
+    Parameters:
+        homeostasis_coef (`float`, *optional*):
+            Weight of the Jacobian homeostasis objective, which brings asymmetric feedback weights towards the
+            transposed forward ones. Defaults to the model's own, `config.homeostasis_coef`.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the head, whose weights are new and whose feedback, if asymmetric, has to be straightened,
+            where `learning_rate` is one for fine-tuning the backbone. Defaults to `learning_rate`.
+    """
+
+
+@dataclass
+class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
+    r"""
+    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more.
+
+    Parameters:
+        homeostasis_coef (`float`, *optional*), head_learning_rate (`float`, *optional*):
+            As in [`EPTrainingArguments`].
+    """
+
+
+class _HeadTrainer(Trainer):
+    """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
+
+    def _attach_head(self) -> None:
+        """To be called after `super().__init__()`."""
+        self._head_metrics = HeadMetrics(self)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        use_head_learning_rate(optimizer, self.model if model is None else model, self.args.head_learning_rate)
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs |= self._head_metrics.pop()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            model, model_id = equilibrium_model(self.model), self.hub_model_id or str(self.args.output_dir)
+            section = method_section(model.config, self.state.log_history, model_id)
+            write_card(self.args.output_dir, model_id, model.config.name_or_path, section)
+
+
+class EPTrainer(_HeadTrainer, Trainer):
+    """
+    [`~transformers.Trainer`] for classifiers with an equilibrium-propagation head
+    (https://huggingface.co/papers/2309.02214): the head's metrics in the log and its settings in the model card. The
+    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too.
+
+    Args:
+        model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
+            Model.
+        args ([`EPTrainingArguments`]):
+            Configuration.
+        kwargs (`Any`):
+            The other arguments of [`~transformers.Trainer`], by name.
+
+    Raises:
+        TypeError: If `args` is not an [`EPTrainingArguments`], or the model has no equilibrium head.
+    """
+
+    args: EPTrainingArguments
+
+    def __init__(self, model: Any, args: EPTrainingArguments, **kwargs: Any):
+        if not isinstance(args, EPTrainingArguments):
+            raise TypeError(f"`args` must be an `EPTrainingArguments`, got `{type(args).__name__}`.")
+        use_homeostasis_coef(equilibrium_model(model), args.homeostasis_coef)
+        super().__init__(model=model, args=args, **kwargs)
+        self._attach_head()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self._head_metrics.record(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        kwargs["tags"] = [*(kwargs.get("tags") or ()), "trl_ext", "equilibrium-propagation"]
+        super().create_model_card(**kwargs)
+
+
+class EPRewardTrainer(_HeadTrainer, RewardTrainer):
+    """
+    [`~trl.RewardTrainer`] for reward models with an equilibrium-propagation head
+    (https://huggingface.co/papers/2309.02214): with the homeostasis objective in the loss, the head's metrics in the
+    log and its settings in the model card.
+
+    TRL's own trainer, unmodified, trains these models too, but its loss leaves the homeostasis objective out.
+
+    Args:
+        model (`str`, [`EPModelForSequenceClassification`] or `PeftModel` on one):
+            Model with `num_labels=1`. Of a model id or folder without an equilibrium head, the backbone is taken and
+            gets a new head; `args.model_init_kwargs` may then hold fields of [`EPConfig`].
+        args ([`EPRewardConfig`], *optional*):
+            Configuration.
+        kwargs (`Any`):
+            The other arguments of [`~trl.RewardTrainer`], by name.
+
+    Raises:
+        TypeError: If `args` is not an [`EPRewardConfig`], or the model has no equilibrium head.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_ext import EPRewardConfig, EPRewardTrainer
+
+    trainer = EPRewardTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=EPRewardConfig(output_dir="Qwen3-0.6B-EP-Reward"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "trl_ext", "equilibrium-propagation", "reward-trainer"]
+    _name = "Equilibrium Propagation"
+    _paper = {
+        "title": "Improving equilibrium propagation without weight symmetry through Jacobian homeostasis",
+        "id": "2309.02214",
+        "citation": CITATION,
+    }
+
+    args: EPRewardConfig
+
+    def __init__(self, model: Any, args: EPRewardConfig | None = None, **kwargs: Any):
+        if args is None:
+            args = EPRewardConfig("EPReward")
+        if not isinstance(args, EPRewardConfig):
+            raise TypeError(f"`args` must be an `EPRewardConfig`, got `{type(args).__name__}`.")
+        if isinstance(model, str):
+            options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
+            model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
+            args.model_init_kwargs = None
+        use_homeostasis_coef(equilibrium_model(model), args.homeostasis_coef)
+        super().__init__(model=model, args=args, **kwargs)
+        # TRL casts all that trains on a quantized backbone to bf16
+        head = active_head(self.model)
+        if head.input_weight.dtype in (torch.float16, torch.bfloat16):
+            head.float()
+        self._attach_head()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if outputs.homeostasis_loss is not None:
+            loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
+        self._head_metrics.record(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def use_homeostasis_coef(model: EPModelForSequenceClassification, value: float | None) -> None:
+    """
+    Sets the weight of the homeostasis objective in a model's configuration; `None` leaves the model's own.
+
+    Raises:
+        ValueError: If it is above 0 and the feedback is symmetric.
+    """
+    if value is not None:
+        check_homeostasis(value, model.config.feedback)
+        model.config.homeostasis_coef = value
+
+
+def use_head_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float | None) -> None:
+    """
+    Gives the head's parameters groups of their own, with the weight decay they have. `None` leaves them as they are.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            Optimizer without state.
+        model (`nn.Module`):
+            Model that it steps, whatever wraps it.
+        learning_rate (`float`, *optional*):
+            Their learning rate.
+    """
+    if learning_rate is None:
+        return
+    heads = {id(parameter) for name, parameter in model.named_parameters() if "score" in name.split(".")}
+    groups = [
+        ([parameter for parameter in group["params"] if id(parameter) in heads], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
+    move_to_own_groups(optimizer, groups, learning_rate, tag="equilibrium_head")
+
+
+class HeadMetrics:
+    """
+    Collects the head's metrics between two entries of a trainer's log.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer of an [`EPModelForSequenceClassification`].
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def record(self, outputs: Any) -> None:
+        """Takes the head's statistics after a forward, and the objective among its outputs."""
+        for name, value in active_head(self.trainer.model).metrics().items():
+            self._values[name].append(value)
+        if outputs.homeostasis_loss is not None:
+            self._values["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
+
+    def pop(self) -> dict[str, float]:
+        """
+        Means since the last call, of this process; counts are the last ones. Names as in [`EPHead.metrics`] and, with
+        asymmetric feedback, [`EPHead.asymmetry`]. All processes must call it.
+        """
+        values, self._values = self._values, defaultdict(list)
+        if not values:
+            return {}
+        means = {name: seen[-1] if "num_" in name else sum(seen) / len(seen) for name, seen in values.items()}
+        if not self.trainer.model.training:
+            return {f"eval_{name}": means[name] for name in ("ep/free_sweeps", "ep/free_residual")}
+        head = active_head(self.trainer.model)
+        return means | (gathered_asymmetry(head) if head.feedback == "asymmetric" else {})
