@@ -59,8 +59,9 @@ class EPHead(nn.Module):
             Widths of the layers; see [`HeadSettings`].
         out_features (`int`):
             Size of the output.
-        feedback, feedback_angle, activation, estimator, num_points, rotated, radius, correction, tolerance, max_steps,
-        spectral_cap:
+        feedback, feedback_angle, activation, estimator, num_points, rotated (*optional*):
+            See [`HeadSettings`].
+        radius, correction, tolerance, max_steps, spectral_cap (*optional*):
             See [`HeadSettings`].
 
     Attributes:
