@@ -1,9 +1,12 @@
+import logging
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules import module as modules
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,11 +15,35 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Set where OpenMP, DeepSpeed and torch's compiler are first loaded, and by pytest in each phase of a test
+OTHERS_VARIABLES = ("KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_", "PYTEST_")
+
 
 def seed_everything():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def process_state():
+    """What tests of one process share, and none of them may leave changed."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    hooks = (name for name in vars(modules) if name.startswith("_global_") and "registration" not in name)
+    return {
+        **{f"${name}": value for name, value in os.environ.items() if not name.startswith(OTHERS_VARIABLES)},
+        "working directory": os.getcwd(),
+        "sys.argv": list(sys.argv),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "number of threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "precision of products": torch.get_float32_matmul_precision(),
+        "process group": torch.distributed.is_initialized(),
+        "hooks of every module": {name: len(getattr(modules, name) or ()) for name in hooks},
+        "log levels": (logging.root.level, logging.root.manager.disable),
+        "open figures": pyplot.get_fignums() if pyplot else [],
+    }
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,6 +54,16 @@ def pytest_fixture_setup(fixturedef):
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers():
-    """A test draws the same numbers whatever ran before it."""
+def _same_process_for_every_test():
+    """Every test draws the same random numbers, whatever ran before it, and leaves the process as it found it."""
     seed_everything()
+    before = process_state()
+    yield
+    if "trl_ext.optim" in sys.modules:  # configurations of ours register names of optimizers for the whole process
+        from trl_ext.optim import unregister
+
+        unregister()
+    after = process_state()
+    names = [*before, *(name for name in after if name not in before)]
+    changed = {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+    assert not changed, f"The test left the process changed, as (before, after): {changed}"

@@ -37,7 +37,9 @@ def arguments(function):
     positional = [*spec.posonlyargs, *spec.args]
     defaults = [None] * (len(positional) - len(spec.defaults)) + spec.defaults
     pairs = [*zip(positional, defaults, strict=True), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
-    found = {a.arg: None if d is None else ast.unparse(d) for a, d in pairs if a.arg not in ("self", "cls")}
+    if pairs and pairs[0][0].arg in ("self", "cls"):
+        pairs = pairs[1:]
+    found = {a.arg: None if d is None else ast.unparse(d) for a, d in pairs}
     return found | {extra.arg: None for extra in (spec.vararg, spec.kwarg) if extra is not None}
 
 

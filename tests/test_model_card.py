@@ -3,8 +3,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 import trl_ext
+from tests.helpers.sparse_po import make_trainer
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
-from tests.sparse_po.test_sparse_po_trainer import make_trainer
 from trl_ext.core.model_card import finish_model_card, settings_table
 
 

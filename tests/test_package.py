@@ -126,3 +126,10 @@ def test_version_stands_in_one_place():
     pattern = re.compile(rf"version__? *= *[\"']{re.escape(trl_ext.__version__)}")
     files = [*ROOT.rglob("*.py"), ROOT.parent / "pyproject.toml"]
     assert [path.name for path in files if pattern.search(path.read_text())] == ["_version.py"]
+
+
+def test_tests_share_through_helpers_only():
+    """No test module imports another: what two need stands in `tests/helpers/`."""
+    tests = Path(__file__).parent
+    pattern = re.compile(r"^\s*(from|import) tests\.(?!helpers|benchmarks|gpu\.)\S*test_", re.MULTILINE)
+    assert [path.name for path in tests.rglob("*.py") if pattern.search(path.read_text())] == []

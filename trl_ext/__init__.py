@@ -10,7 +10,7 @@ _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",
     "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
     "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
-    "ConstraintDashboardCallback": "trl_ext.constrained_ppo.dashboard",
+    "ConstraintDashboardCallback": "trl_ext.constrained_ppo.report",
     "EPAlignmentCallback": "trl_ext.equilibrium.report",
     "EPConfig": "trl_ext.equilibrium.modeling",
     "EPHead": "trl_ext.equilibrium.head",
@@ -19,35 +19,39 @@ _EXPORTS = {
     "EPRewardTrainer": "trl_ext.equilibrium.training",
     "EPTrainer": "trl_ext.equilibrium.training",
     "EPTrainingArguments": "trl_ext.equilibrium.training",
+    "EPValueHeads": "trl_ext.equilibrium.value_heads",
     "LearnedTokenMask": "trl_ext.sparse_po.masks",
     "SparsePOConfig": "trl_ext.sparse_po.sparse_po_config",
     "SparsePOTrainer": "trl_ext.sparse_po.sparse_po_trainer",
-    "TokenMaskCallback": "trl_ext.sparse_po.token_mask_callback",
-    "paired_log_probs": "trl_ext.sparse_po.paired_lm_head",
+    "TokenMaskCallback": "trl_ext.sparse_po.report",
+    "critic_from_pretrained": "trl_ext.constrained_ppo.checkpoint",
+    "paired_log_probs": "trl_ext.sparse_po.lm_head.paired_log_probs",
     "sparse_po_loss": "trl_ext.sparse_po.loss",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .constrained_ppo.checkpoint import critic_from_pretrained as critic_from_pretrained
     from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
     from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
-    from .constrained_ppo.dashboard import ConstraintDashboardCallback as ConstraintDashboardCallback
-    from .equilibrium.configuration import EPConfig as EPConfig
+    from .constrained_ppo.report import ConstraintDashboardCallback as ConstraintDashboardCallback
     from .equilibrium.head import EPHead as EPHead
+    from .equilibrium.modeling import EPConfig as EPConfig
     from .equilibrium.modeling import EPModelForSequenceClassification as EPModelForSequenceClassification
     from .equilibrium.report import EPAlignmentCallback as EPAlignmentCallback
     from .equilibrium.training import EPRewardConfig as EPRewardConfig
     from .equilibrium.training import EPRewardTrainer as EPRewardTrainer
     from .equilibrium.training import EPTrainer as EPTrainer
     from .equilibrium.training import EPTrainingArguments as EPTrainingArguments
+    from .equilibrium.value_heads import EPValueHeads as EPValueHeads
+    from .sparse_po.lm_head.paired_log_probs import paired_log_probs as paired_log_probs
     from .sparse_po.loss import sparse_po_loss as sparse_po_loss
     from .sparse_po.masks import ActivationTokenMask as ActivationTokenMask
     from .sparse_po.masks import LearnedTokenMask as LearnedTokenMask
-    from .sparse_po.paired_lm_head import paired_log_probs as paired_log_probs
+    from .sparse_po.report import TokenMaskCallback as TokenMaskCallback
     from .sparse_po.sparse_po_config import SparsePOConfig as SparsePOConfig
     from .sparse_po.sparse_po_trainer import SparsePOTrainer as SparsePOTrainer
-    from .sparse_po.token_mask_callback import TokenMaskCallback as TokenMaskCallback
 
 
 def __getattr__(name: str) -> Any:

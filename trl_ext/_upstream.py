@@ -1,12 +1,13 @@
-"""The only module that touches private names of TRL, transformers, accelerate, DeepSpeed and PEFT.
+"""The only module that touches private names of TRL, transformers, accelerate, DeepSpeed, FSDP1 and PEFT.
 
 Every name gathered here is watched by `tests/contract/` on each TRL version the package claims to support.
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,16 +27,16 @@ __all__ = [
     "add_optimizer_name",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
-    "fsdp1_handle",
+    "fsdp1_layout",
     "gathered_state_dict",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
     "open_rollout",
-    "restore_rollout",
     "optimizer_names",
     "remove_from_auto_classes",
     "remove_optimizer_name",
+    "restore_rollout",
     "use_adapter",
     "zero3_sub_group",
     "zero_process_group",
@@ -159,14 +160,50 @@ def zero3_sub_group(flat_param: Any, param: Any) -> list[Any] | None:
     return None
 
 
-def fsdp1_handle(param: Any) -> Any:
-    """The `FlatParamHandle` of FSDP1 that a flat parameter, or a parameter that is a view of one, belongs to."""
+class Fsdp1Layout(NamedTuple):
+    """
+    Where FSDP1 lays the weights of a flat parameter.
+
+    Attributes:
+        weights (`list[tuple[tuple[int, ...], int]]`):
+            Shape of each weight and its first element in the whole flat parameter.
+        piece_size (`int`):
+            Elements of the flat parameter that each process holds.
+        rank (`int`):
+            Which piece is here.
+        process_group (`torch.distributed.ProcessGroup`):
+            The processes that hold the pieces.
+        place (`int`, *optional*):
+            Which of the weights the parameter asked for is a view of; `None` for the flat parameter itself.
+    """
+
+    weights: list[tuple[tuple[int, ...], int]]
+    piece_size: int
+    rank: int
+    process_group: Any
+    place: int | None
+
+
+def fsdp1_layout(param: Any) -> Fsdp1Layout | None:
+    """The layout of FSDP1's flat parameter that `param` is, or is a view of; `None` where it is neither."""
     from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 
     if not getattr(param, "_fsdp_flattened", False) and type(param) is not FlatParameter:
         return None
     # Parameters don't know their handle
     for handle in (found for found in gc.get_objects() if type(found) is FlatParamHandle):
-        if handle.flat_param is param or any(own is param for own in handle.flat_param._params or ()):
-            return handle
+        flat = handle.flat_param
+        own = [index for index, view in enumerate(flat._params or ()) if view is param]
+        if flat is not param and not own:
+            continue
+        ends = itertools.accumulate(flat._numels_with_padding, initial=0)
+        starts = [start for start, padding in zip(ends, flat._is_padding_mask, strict=False) if not padding]
+        sharded = handle.uses_sharded_strategy
+        return Fsdp1Layout(
+            weights=[(tuple(shape), start) for shape, start in zip(flat._shapes, starts, strict=True)],
+            piece_size=flat._sharded_size.numel() if sharded else sum(flat._numels_with_padding),
+            rank=handle.rank if sharded else 0,
+            process_group=handle.process_group,
+            place=None if flat is param else own[0],
+        )
     return None

@@ -8,10 +8,10 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.sparse_po.test_masks import anisotropic_states
+from tests.helpers.sparse_po import anisotropic_states
 from trl_ext.playground import load_playground_dataset, resolve
 from trl_ext.sparse_po.masks import LearnedTokenMask
-from trl_ext.sparse_po.reference_states import ReferenceCollector
+from trl_ext.sparse_po.reference_pass import read_reference
 
 
 def states_of(model_name: str, num_tokens: int = 128) -> torch.Tensor:
@@ -20,10 +20,8 @@ def states_of(model_name: str, num_tokens: int = 128) -> torch.Tensor:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     text = " ".join(row["prompt"] + row["chosen"] for row in load_playground_dataset(20, 1)["train"])
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : num_tokens + 1]
-    collector = ReferenceCollector("learned")
     with torch.no_grad():
-        collector.run(model, ids, input_ids=ids, use_cache=False)
-    return collector.states.layer_states
+        return read_reference(model, "learned", ids, input_ids=ids, use_cache=False).layer_states
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from tests.benchmarks.optimizers import gpt2_shapes
-from trl_ext.optim import AdamP, exchange, projected_optimizer
+from trl_ext.optim import AdamP
+from trl_ext.optim.shards import Exchange
 
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
@@ -57,8 +58,8 @@ def main() -> None:
         "zero_optimization": {"stage": options.stage},
     }  # fmt: skip
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    projected_optimizer.exchange_all = timed("exchange", projected_optimizer.exchange_all)
-    exchange.Exchange.results = timed("exchange", exchange.Exchange.results)
+    optimizer._exchanges = timed("exchange", optimizer._exchanges)
+    Exchange.results = timed("exchange", Exchange.results)
     optimizer._take_step = timed("step", optimizer._take_step)
     rows = []
     for turn in range(options.rounds + 2):

@@ -20,7 +20,7 @@ import adamp
 import torch
 
 from trl_ext.optim import SGDP, AdamP
-from trl_ext.optim.weight import LocalTensor
+from trl_ext.optim.weights import LocalTensor
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:
@@ -49,7 +49,7 @@ class Uncompiled(AdamP):
 
 
 def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
-    """`projected`: the view is also named to the optimizer that can be told."""
+    """`projected`: the level is also named to the optimizer that can be told."""
     common = {"lr": 1e-8, "weight_decay": 0.01}  # So small that weights stay orthogonal
     found = {
         "torch AdamW foreach": lambda p: torch.optim.AdamW(p, **common, foreach=True),

@@ -7,18 +7,13 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, length, low_ids, make, prompts
-from tests.helpers.tiny import save_tiny_model
-from trl_ext.constrained_ppo.calibration import calibrate, calibration_table
-from trl_ext.constrained_ppo.lagrangian import Constraint
+from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts
+from trl_ext.constrained_ppo.calibration import calibrate
+from trl_ext.constrained_ppo.multipliers import Constraint
+from trl_ext.constrained_ppo.report import calibration_table
 
 
 SAMPLES = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("policy"))
 
 
 def test_calibration_by_hand():
@@ -90,7 +85,7 @@ def test_calibration_before_training(tmp_path, path, caplog, monkeypatch):
     assert rows[0]["threshold"] == pytest.approx(rows[0]["quantiles"][3])
     assert rows[1]["threshold"] == pytest.approx(1.5 * rows[1]["mean"])
     assert [c.threshold for c in trainer.multipliers.constraints] == [row["threshold"] for row in rows]
-    assert trainer.controller.targets[0].threshold == rows[0]["threshold"]
+    assert trainer.controller.constraints[0].threshold == rows[0]["threshold"]
     assert "is inert: the reward is 0.25" in caplog.text
 
 

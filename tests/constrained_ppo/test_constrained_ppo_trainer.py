@@ -7,63 +7,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
-from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts, rollout
+from tests.helpers.tiny import tiny_model
 from trl_ext.constrained_ppo.advantages import gae, mix_advantages, whiten
-from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
 from trl_ext.constrained_ppo.critic import clipped_value_loss
-
-
-def low_ids(completion_ids, **columns):
-    """Share of token ids below 20: what the policy can learn in a few steps."""
-    return [sum(index < 20 for index in ids) / max(1, len(ids)) for ids in completion_ids]
-
-
-def length(completion_ids, **columns):
-    return [len(ids) / 8 for ids in completion_ids]
-
-
-def prompts(count=64):
-    words = ["the film", "a book", "we liked the", "i hated a meal"]
-    return Dataset.from_list([{"prompt": words[index % 4]} for index in range(count)])
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("policy"))
-
-
-def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, train_dataset=None, **settings):
-    settings = {
-        "method": "ppo",
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        "critic_learning_rate": 1e-2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "calibration_samples": 0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dashboard": False,
-        **settings,
-    }
-    return ConstrainedPPOTrainer(
-        path,
-        reward_funcs=list(rewards),
-        args=ConstrainedPPOConfig(output_dir=str(folder), **settings),
-        train_dataset=prompts() if train_dataset is None else train_dataset,
-        processing_class=tiny_tokenizer(),
-        **(trainer_arguments or {}),
-    )
-
-
-XI = {"method": "xi", "constraints": [{"reward": "low_ids", "threshold": 0.7}, {"reward": 1, "threshold": 0.5}]}
 
 
 @pytest.mark.parametrize(
@@ -98,13 +46,6 @@ def test_reward_rises(tmp_path, path):
     trainer.train()
     means = [entry["rewards/low_ids/mean"] for entry in trainer.state.log_history if "rewards/low_ids/mean" in entry]
     assert sum(means[-5:]) / 5 > means[0] + 0.2
-
-
-def rollout(trainer):
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    rows = [prompts()[index] for index in range(8)]
-    return trainer._generate_and_score_completions(rows)
 
 
 @pytest.mark.parametrize("settings", [{}, XI], ids=["ppo", "xi"])
@@ -266,8 +207,8 @@ def test_wrong_settings(settings, message, tmp_path, path):
 
 
 def test_wrong_arguments(tmp_path, path):
+    grpo = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="ConstrainedPPOConfig.*GRPOConfig"):
-        grpo = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
         ConstrainedPPOTrainer(path, reward_funcs=[low_ids], args=grpo, train_dataset=prompts())
     with pytest.raises(ValueError, match=r"\(1, 2, 4\); it must give \(1, 2, 3\)"):
         make(tmp_path, path, trainer_arguments={"critic_model": torch.nn.Linear(32, 4)})

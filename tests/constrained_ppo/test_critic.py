@@ -10,14 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trl_ext
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, rollout
+from tests.helpers.constrained_ppo import XI, make, rollout
 from tests.helpers.tiny import save_tiny_model, tiny_model
-from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("policy"))
+from trl_ext.constrained_ppo.critic import CriticCompanion, SeparateCritic, ValueHeads
+from trl_ext.core.recorder import extend_forward
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +74,8 @@ def test_values_of_a_separate_critic(path):
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(policy)
-    add_value_heads(policy, critic)
+    policy.add_module("value_heads", critic)
+    extend_forward(policy, CriticCompanion(policy, critic, ["a", "b"]).forward)
     ids = torch.tensor([[0, 5, 6, 7, 8], [4, 9, 3, 2, 1]])
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     output = policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, with_values=True)
@@ -106,7 +103,7 @@ def test_each_stream_uses_its_own_head(tmp_path, path):
     assert torch.allclose(batch["old_state_values"][mask], torch.tensor([1.0, 2.0, 3.0]))
     last = mask.sum(dim=1) - 1
     row = int(last.argmax())
-    rewards = trainer._rewards_per_func[row]
+    rewards = trainer.rollout.rewards[row]
     # At the last token the return is the reward itself, whatever the value
     torch.testing.assert_close(batch["state_returns"][row, last[row], :2], rewards)
 
@@ -134,8 +131,9 @@ SHARDED = """
     from trl.trainer.utils import add_fused_lm_head
     from tests.helpers.tiny import tiny_model
     from trl_ext._upstream import gathered_state_dict
-    from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, add_value_heads, value_heads_of
-    from trl_ext.constrained_ppo.rollout_metrics import record_value_heads
+    from trl_ext.constrained_ppo import critic as critics
+    from trl_ext.constrained_ppo.critic import SeparateCritic, ValueHeads, value_heads_of
+    from trl_ext.core.recorder import extend_forward
     from trl_ext.equilibrium.value_heads import EPValueHeads
 
     def policy(separate, equilibrium):
@@ -146,7 +144,8 @@ SHARDED = """
             (heads.readout_weight if equilibrium else heads.weight).normal_(std=0.1)
         critic = SeparateCritic(tiny_model("llama", seed=2).model, 3, heads) if separate else heads
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        add_value_heads(model, critic, homeostasis=equilibrium)
+        model.add_module("value_heads", critic)
+        extend_forward(model, critics.CriticCompanion(model, critic, ["a", "b"], homeostasis=equilibrium).forward)
         return model.train()
 
     def loss_of(model, rows):
@@ -177,7 +176,7 @@ SHARDED = """
         if equilibrium:
             heads = value_heads_of(whole.value_heads)
             metrics = collections.defaultdict(list)
-            record_value_heads(metrics, value_heads_of(sharded.value_heads))
+            critics.record_heads(metrics, value_heads_of(sharded.value_heads))
             assert metrics["ep/weight_angle"] == [heads.asymmetry()["ep/weight_angle"]], metrics
     dist.barrier()
     print("rank", rank, "agrees", flush=True)

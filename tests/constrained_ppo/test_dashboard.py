@@ -7,19 +7,13 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, path  # noqa: F401
-from trl_ext.constrained_ppo import dashboard
-from trl_ext.constrained_ppo.dashboard import (
-    ConstraintDashboardCallback,
-    best_gold,
-    dashboard_table,
-    draw_dashboard,
-    last_value,
-    named_constraints,
-    reward_names,
-    series,
-)
-from trl_ext.constrained_ppo.lagrangian import Constraint
+from tests.helpers.constrained_ppo import XI, make
+from trl_ext.constrained_ppo import dashboard, report
+from trl_ext.constrained_ppo.adaptation import RolloutController
+from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
+from trl_ext.constrained_ppo.dashboard import dashboard_table, draw_dashboard
+from trl_ext.constrained_ppo.multipliers import Constraint
+from trl_ext.constrained_ppo.report import ConstraintDashboardCallback
 
 
 CONSTRAINTS = [Constraint("brevity", 0.5, "=="), Constraint("_help", 0.25, ">=")]
@@ -47,20 +41,6 @@ def printed(table, width=120):
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
-
-
-def test_reading_a_log():
-    entries = [{"step": 1, "a": 1.0, "rewards/x/y/mean": 0.0}, {"step": 2, "b": 2}, {"step": 3, "a": None}, {"a": 4}]
-    assert series(entries, "a") == ([1, 0], [1.0, 4.0])
-    assert last_value(entries, "b") == 2.0 and last_value(entries, "c") is None
-    assert (
-        reward_names(entries) == ["x/y"]
-        and reward_names(entries[1:]) == []
-        and reward_names(log()) == ["brevity", "_help", "$free_x$"]
-    )
-    gold = [{"step": s, "eval_gold": value} for s, value in ((1, 0.5), (2, float("nan")), (3, 0.75), (4, 0.75))]
-    assert best_gold(gold) == (3, 0.75)
-    assert best_gold([]) is None and best_gold(gold[1:2]) is None
 
 
 def test_table_has_every_quantity():
@@ -150,15 +130,16 @@ def test_picture_of_moving_thresholds_long_logs_and_odd_values(tmp_path, monkeyp
 
 
 def callback_and_state(tmp_path, **settings):
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path), method="xi", kl_ceiling=None),
-        controller=SimpleNamespace(
-            multipliers=None,
-            targets=[Constraint(0, 0.5), Constraint("_help", 0.25, ">="), Constraint(2, quantile=0.5)],
-            constrained_names=lambda: ["brevity", "_help", "$free_x$"],
-        ),
-        stop_reason=None,
-    )  # fmt: skip
+    constraints = [
+        {"reward": 0, "threshold": 0.5},
+        {"reward": "_help", "threshold": 0.25, "kind": ">="},
+        {"reward": 2, "quantile": 0.5},
+    ]
+    args = ConstrainedPPOConfig(
+        str(tmp_path), method="sat", constraints=constraints, use_cpu=True, bf16=False, report_to="none"
+    )
+    controller = RolloutController(args, ["brevity", "_help", "$free_x$"])
+    trainer = SimpleNamespace(args=args, controller=controller, stop_reason=None)
     state = SimpleNamespace(is_world_process_zero=True, log_history=log(), global_step=5)
     console = Console(file=io.StringIO(), width=140)
     return ConstraintDashboardCallback(trainer, console=console, **settings), state
@@ -168,10 +149,10 @@ def test_callback_prints_and_draws_at_log_steps_and_at_the_end(tmp_path, monkeyp
     callback, state = callback_and_state(tmp_path, png_seconds=1000)
     assert callback.constraints() == [Constraint("brevity", 0.5), Constraint("_help", 0.25, ">=")]
     calls = []
-    monkeypatch.setattr(dashboard, "draw_dashboard", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(report, "draw_dashboard", lambda *arguments: calls.append(arguments))
     for _ in range(3):
         callback.on_log(None, state, None, logs=state.log_history[-2])
-    assert len(calls) == 1 and callback.console.file.getvalue().count("Constrained PPO (xi), step 5") == 3
+    assert len(calls) == 1 and callback.console.file.getvalue().count("Constrained PPO (sat), step 5") == 3
     callback.on_log(None, state, None, logs={"eval_gold": 0.5})
     callback.on_train_end(None, state, None)
     assert callback.console.file.getvalue().count("Constrained PPO") == 3 and len(calls) == 2
@@ -196,8 +177,8 @@ def test_callback_leaves_drawing_a_small_share_of_the_time(tmp_path, monkeypatch
         calls.append(now[0])
         now[0] += 1.0
 
-    monkeypatch.setattr(dashboard, "draw_dashboard", draw)
-    monkeypatch.setattr(dashboard.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(report, "draw_dashboard", draw)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
     for _ in range(100):
         callback.on_log(None, state, None, logs=state.log_history[-2])
         now[0] += 1.0
@@ -230,7 +211,7 @@ def test_negative_interval_is_refused(tmp_path):
         callback_and_state(tmp_path, png_seconds=-1)
 
 
-def test_dashboard_of_a_run(tmp_path, path, capsys):  # noqa: F811
+def test_dashboard_of_a_run(tmp_path, path, capsys):
     trainer = make(tmp_path, path, **XI, max_steps=3, dashboard=True)
     console = Console(file=io.StringIO(), width=140)
     trainer.add_callback(ConstraintDashboardCallback(trainer, tmp_path / "other.png", console=console))
@@ -243,6 +224,6 @@ def test_dashboard_of_a_run(tmp_path, path, capsys):  # noqa: F811
     assert (tmp_path / "other.png").is_file() and capsys.readouterr().out.count("multi-") == 0
     # The log alone is enough to draw a finished run
     entries = json.loads(json.dumps(trainer.state.log_history))
-    draw_dashboard(entries, tmp_path / "again.png", named_constraints(trainer.controller))
+    draw_dashboard(entries, tmp_path / "again.png", trainer.controller.named_constraints())
     assert entries[0]["threshold/low_ids"] == 0.7 and entries[0]["saturation/length"] in (0.0, 1.0)
     assert make(tmp_path, path).callback_handler.callback_list.count("ConstraintDashboardCallback") == 0

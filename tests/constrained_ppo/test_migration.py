@@ -10,7 +10,7 @@ import pytest
 from trl import GRPOTrainer
 
 import trl_ext
-from tests.constrained_ppo.test_constrained_ppo_trainer import make, path  # noqa: F401
+from tests.helpers.constrained_ppo import make
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 
@@ -98,7 +98,7 @@ def test_the_example_builds_the_configuration_it_promises():
     assert {name: getattr(config, name) for name in same} == {name: PPO_CONFIG[name] for name in same}
 
 
-def test_metrics_are_logged(tmp_path, path):  # noqa: F811
+def test_metrics_are_logged(tmp_path, path):
     trainer = make(tmp_path, path, max_steps=1)
     trainer.train()
     logged = trainer.state.log_history[0]

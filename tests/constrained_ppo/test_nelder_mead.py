@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from trl_ext.constrained_ppo.nelder_mead import NelderMead
+from trl_ext.constrained_ppo.threshold_search.nelder_mead import NelderMead
 
 
 def rosenbrock(x):

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from trl_ext import ConstrainedPPOConfig, cli
-from trl_ext.constrained_ppo import proxy_points
-from trl_ext.constrained_ppo.logged_runs import read_runs
-from trl_ext.constrained_ppo.proxy_points import DensityMask, NoJointSurface, find_peak
-from trl_ext.constrained_ppo.surrogates import GaussianProcess, Polynomial
+from trl_ext.constrained_ppo.proxy_points import fit
+from trl_ext.constrained_ppo.proxy_points.fit import DensityMask, NoJointSurface, find_peak
+from trl_ext.constrained_ppo.proxy_points.logged_runs import read_runs
+from trl_ext.constrained_ppo.proxy_points.surrogates import GaussianProcess, Polynomial
 
 
 PEAK = np.array([0.23, 0.48])
@@ -152,7 +152,7 @@ def test_resample():
     run = np.array([0, 0, 0, 1, 1, 2])
     seen = set()
     for seed in range(60):
-        rows = proxy_points.resample(run, np.random.default_rng(seed))
+        rows = fit.resample(run, np.random.default_rng(seed))
         drawn = run[rows]
         sizes = {0: 3, 1: 2, 2: 1}
         assert all((drawn == one).sum() % sizes[one] == 0 for one in set(drawn))
@@ -173,18 +173,18 @@ def test_more_rewards(num_rewards):
 
 def test_correlations_by_hand():
     points = np.array([[1.0, 1.0], [2.0, 4.0], [3.0, 9.0], [4.0, 16.0]])
-    ((pair, (pearson, spearman)),) = proxy_points.correlations(["a", "b"], points).items()
+    ((pair, (pearson, spearman)),) = fit.correlations(["a", "b"], points).items()
     assert pair == ("a", "b") and spearman == pytest.approx(1.0) and pearson == pytest.approx(0.98437404)
 
 
 def test_block_is_a_recipe(tmp_path):
-    block = proxy_points.constraints_block(["meteor", "intent"], [0.234567, 0.48], comments=["from\nruns"])
+    block = fit.constraints_block(["meteor", "intent"], [0.234567, 0.48], comments=["from\nruns"])
     assert block.startswith("# from\n# runs\nconstraints:\n")
     parsed = yaml.safe_load(block)
     assert parsed["constraints"][0] == {"reward": "meteor", "threshold": 0.2346}
     config = ConstrainedPPOConfig(output_dir=str(tmp_path), method="xi", use_cpu=True, bf16=False, **parsed)
     assert [constraint.threshold for constraint in config.parsed_constraints()] == [0.2346, 0.48]
-    assert yaml.safe_load(proxy_points.constraints_block(["a"], [1.0], ">="))["constraints"][0]["kind"] == ">="
+    assert yaml.safe_load(fit.constraints_block(["a"], [1.0], ">="))["constraints"][0]["kind"] == ">="
 
 
 def test_the_command(folders, tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_one_reward_and_rewards_that_move_together(tmp_path, capsys):
     assert "One run" in printed and not (out / "joint_surface.png").exists() and not (out / "kl.png").exists()
     assert yaml.safe_load((out / "constraints.yaml").read_text())["constraints"][0]["reward"] == "meteor"
     with pytest.raises(NoJointSurface, match="at least two"):
-        proxy_points.check_joint(["meteor"])
+        fit.check_joint(["meteor"])
     together = np.column_stack([rewards[:, 0], 2 * rewards[:, 0] + 1])
     run = write_run(tmp_path / "together", together, gold)
     assert cli.main(["proxy-points", "--runs", run, "--output_dir", str(out), "--num_resamples", "5"]) == 0

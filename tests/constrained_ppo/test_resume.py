@@ -6,13 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, make, prompts
-from tests.helpers.tiny import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("policy"))
+from tests.helpers.constrained_ppo import XI, make, prompts
 
 
 def run(folder, path, checkpoint=None, num_prompts=64, arguments=None, **settings):
@@ -88,9 +82,9 @@ def test_quantile_is_resolved_once(tmp_path, path):
 def test_damaged_checkpoints_are_refused(tmp_path, path):
     run(tmp_path / "a", path, max_steps=2)
     checkpoint = tmp_path / "a" / "checkpoint-1"
-    with pytest.raises(ValueError, match="3 constraints|2 multipliers|2 constraints and this run 1"):
+    with pytest.raises(ValueError, match="2 multipliers and this run 1 constraints"):
         run(tmp_path / "b", path, str(checkpoint), constraints=[{"reward": "low_ids", "threshold": 0.7}])
-    with pytest.raises(ValueError, match="another critic.*number of rewards"):
+    with pytest.raises(ValueError, match="other value heads.*Resume with the settings"):
         run(tmp_path / "c", path, str(checkpoint), critic="separate")
     (checkpoint / "multipliers.json").write_text(json.dumps({"values": [0.0]})[:-3])
     with pytest.raises(ValueError, match="multipliers.json is not valid JSON.*another"):

@@ -10,10 +10,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerControl, TrainerState
 
-from trl_ext.constrained_ppo.lagrangian import Constraint, LagrangeMultipliers
-from trl_ext.constrained_ppo.threshold_search import ThresholdSearch
-from trl_ext.constrained_ppo.threshold_search_callback import SEARCH_FILE, ThresholdSearchCallback
-from trl_ext.constrained_ppo.threshold_search_config import ThresholdSearchConfig
+from trl_ext.constrained_ppo.multipliers import Constraint, LagrangeMultipliers
+from trl_ext.constrained_ppo.rollout import Rollout
+from trl_ext.constrained_ppo.threshold_search.callback import SEARCH_FILE, ThresholdSearchCallback
+from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
+from trl_ext.constrained_ppo.threshold_search.search import ThresholdSearch
 
 
 START = {"meteor": 0.2, "intent": 0.43}
@@ -31,14 +32,14 @@ class FakeController:
         self.multipliers = LagrangeMultipliers([Constraint(name, 0.0) for name in order])
 
     @property
-    def targets(self):
+    def constraints(self):
         return self.multipliers.constraints
 
     def constrained_names(self):
         return self.order
 
-    def set_targets(self, targets):
-        self.multipliers.set_thresholds([target.threshold for target in targets])
+    def set_constraints(self, constraints):
+        self.multipliers.set_thresholds([constraint.threshold for constraint in constraints])
 
 
 class FakeTrainer:
@@ -72,7 +73,7 @@ class FakeTrainer:
         self.state, self.control = TrainerState(max_steps=max_steps), TrainerControl()
         self.means = dict(START)
         self.stop_reason, self.logged, self.evaluated, self.applied = None, [], [], []
-        self._rewards_per_func = torch.empty(0, 0)
+        self.rollout = Rollout()
         self.callback = ThresholdSearchCallback(self, ThresholdSearchConfig.from_dict(settings))
 
     @property
@@ -87,7 +88,7 @@ class FakeTrainer:
         self.logged.append(logs)
 
     def evaluate(self, prefix="eval"):
-        self._rewards_per_func = self.sample() + 10  # whatever was sampled last, such as another split
+        self.rollout = Rollout("evaluation", self.sample() + 10)  # whatever was sampled last, such as another split
         metrics = {f"{prefix}_rewards/{name}/mean": self.scale * self.means[name] for name in self.reward_func_names}
         metrics[f"{prefix}_gold"] = self.gold(self.means, self.state.global_step)
         if prefix == "eval":
@@ -109,8 +110,8 @@ class FakeTrainer:
                 name = constraint.reward
                 self.means[name] += self.rate * (constraint.threshold / self.scale - self.means[name])
             if self.state.global_step % self.steps_per_rollout == 0:
-                self._rewards_per_func = self.sample()
-                self.multipliers.update(self._rewards_per_func.mean(dim=0)[self.controller.constrained].tolist())
+                self.rollout = Rollout("training", self.sample())
+                self.multipliers.update(self.rollout.rewards.mean(dim=0)[self.controller.constrained].tolist())
             self.applied.append([constraint.threshold for constraint in self.multipliers.constraints])
             self.state.global_step += 1
             self.callback.on_step_end(self.args, self.state, self.control)
@@ -477,11 +478,13 @@ def test_given_simplex():
     ],
 )  # fmt: skip
 def test_wrong_settings(settings, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        config = ThresholdSearchConfig.from_dict(settings)
+    def begin():
         trainer = FakeTrainer(tmp_path)
-        trainer.callback = ThresholdSearchCallback(trainer, config)
+        trainer.callback = ThresholdSearchCallback(trainer, ThresholdSearchConfig.from_dict(settings))
         trainer.begin()
+
+    with pytest.raises(ValueError, match=message):
+        begin()
 
 
 def test_wrong_numbers_and_trainers(tmp_path):

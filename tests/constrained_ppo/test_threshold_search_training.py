@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, make, path, prompts
+from tests.helpers.constrained_ppo import length, low_ids, make, prompts
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
-from trl_ext.constrained_ppo.logged_runs import read_runs
-from trl_ext.constrained_ppo.threshold_search_callback import SEARCH_FILE
+from trl_ext.constrained_ppo.proxy_points.logged_runs import read_runs
+from trl_ext.constrained_ppo.threshold_search.callback import SEARCH_FILE
 
 
-__all__ = ["path"]
 SETTINGS = {
     "method": "xi",
     "constraints": [{"reward": "length", "threshold": 0.5}, {"reward": "low_ids", "threshold": 0.7}],
@@ -52,7 +51,7 @@ def logged(trainer, key):
 
 
 def test_search_in_the_trainer(whole):
-    search = whole.threshold_search.search
+    search = whole.search_callback.search
     assert seen_by_gold == set(VALIDATION)
     assert search.num_gold_evaluations == len(logged(whole, "eval_gold")) == whole.num_gold_evaluations <= 7
     names = [(trial.source, len(trial.thresholds)) for trial in search.history]
@@ -68,7 +67,7 @@ def test_search_in_the_trainer(whole):
 def test_best_policy_multipliers_and_critic_are_applied_at_the_end(whole):
     from safetensors.torch import load_file
 
-    search, args = whole.threshold_search.search, whole.args
+    search, args = whole.search_callback.search, whole.args
     best = search.best
     golds = {entry["step"]: entry["eval_gold"] for entry in whole.state.log_history if "eval_gold" in entry}
     assert best.gold == max(value for step, value in golds.items() if step) == whole.state.best_metric
@@ -90,7 +89,7 @@ def test_resumed_in_mid_search_equals_uninterrupted(step, whole, tmp_path, path)
         assert step - 3 < json.load(file)["trial"]["start_step"] < step  # within a proposal
     resumed = trainer_with_search(tmp_path, path)
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.threshold_search.search.state_dict() == whole.threshold_search.search.state_dict()
+    assert resumed.search_callback.search.state_dict() == whole.search_callback.search.state_dict()
     assert logged(resumed, "search/gold") == logged(whole, "search/gold")
     assert resumed.multipliers.state_dict() == whole.multipliers.state_dict()
     for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
@@ -99,7 +98,7 @@ def test_resumed_in_mid_search_equals_uninterrupted(step, whole, tmp_path, path)
 
 def test_saved_beside_the_policy(whole, tmp_path):
     whole.save_model(str(tmp_path))
-    assert json.loads((tmp_path / SEARCH_FILE).read_text()) == whole.threshold_search.search.state_dict()
+    assert json.loads((tmp_path / SEARCH_FILE).read_text()) == whole.search_callback.search.state_dict()
 
 
 def test_its_log_is_read_by_proxy_points(whole):
@@ -147,7 +146,7 @@ def test_without_gold_metric_or_data(tmp_path, path):
     config = ConstrainedPPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, **{**SETTINGS, "search": '{"seed": 3}'}
     )
-    assert config.threshold_search.seed == 3 and config.load_best_model_at_end and config.greater_is_better
+    assert config.search_config.seed == 3 and config.load_best_model_at_end and config.greater_is_better
 
 
 RECIPE = """
@@ -170,9 +169,9 @@ def test_search_in_a_recipe(tmp_path):
     arguments = ["--config", str(tmp_path / "recipe.yaml")]
     parser = make_parser()
     _, config, _, _, rewards = parser.parse_args_and_config(arguments)
-    assert config.threshold_search.initial_range["grammaticality"] == 0.05 and config.vf_coef == 0.5
+    assert config.search_config.initial_range["grammaticality"] == 0.05 and config.vf_coef == 0.5
     assert rewards.gold_reward == "trl_ext.playground.sentiment_reward"
-    assert parser.parse_args_and_config([*arguments, "--search", '{"seed": 5}'])[1].threshold_search.seed == 5
+    assert parser.parse_args_and_config([*arguments, "--search", '{"seed": 5}'])[1].search_config.seed == 5
     assert parser.parse_args_and_config([*arguments, "--vf_coef", "0.5", "0.1"])[1].vf_coefs(2) == [0.5, 0.1]
     with pytest.raises(ValueError, match="no setting `seeed`; did you mean `seed`"):
         parser.parse_args_and_config([*arguments, "--search", '{"seeed": 5}'])

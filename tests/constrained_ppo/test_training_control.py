@@ -9,17 +9,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import trl_ext
-from tests.constrained_ppo.test_constrained_ppo_trainer import XI, length, low_ids, make, prompts, rollout
-from tests.helpers.tiny import save_tiny_model
-from trl_ext.constrained_ppo.critic import ValueRecorder
+from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts, rollout
+from trl_ext.core.recorder import ForwardRecorder
 
 
 ONE = [{"reward": "low_ids", "threshold": 0.7}]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("policy"))
 
 
 def logged(trainer, key):
@@ -87,7 +81,7 @@ def test_minibatch_update_is_the_official_one(tmp_path, path):
     assert batch["episode_rewards"].shape == (8, 2) and batch["stream_advantages"].shape[-1] == 3
     lengths = batch["completion_mask"].sum(dim=1).float()
     expected = (batch["episode_rewards"] * lengths.unsqueeze(1)).sum(dim=0) / lengths.sum()
-    trainer._compute_loss(trainer.model, batch)
+    trainer.compute_loss(trainer.model, batch)
     observed = torch.tensor(trainer.multipliers.state_dict()["observed"][-1])
     torch.testing.assert_close(observed, expected.double(), rtol=1e-5, atol=1e-6, check_dtype=False)
 
@@ -107,13 +101,13 @@ def test_missing_end_of_sequence_is_punished(tmp_path, path):
     last = batches[0]["completion_mask"].sum(dim=1) - 1
     found = difference[torch.arange(8), last]
     torch.testing.assert_close(found, torch.where(ended, 0.0, 2.0))
-    assert torch.equal(plain._rewards_per_func, punished._rewards_per_func)
+    assert torch.equal(plain.rollout.rewards, punished.rollout.rewards)
 
 
 def test_old_values_are_free_when_the_parent_scores(tmp_path, path, monkeypatch):
     calls = []
-    called = ValueRecorder.__call__
-    monkeypatch.setattr(ValueRecorder, "__call__", lambda *a, **k: calls.append(1) or called(*a, **k))
+    called = ForwardRecorder.__call__
+    monkeypatch.setattr(ForwardRecorder, "__call__", lambda *a, **k: calls.append(1) or called(*a, **k))
     for settings, own_forwards in (({}, []), ({"num_iterations": 2}, [])):
         trainer = make(tmp_path, path, **settings)
         scored = []
@@ -204,12 +198,12 @@ def test_gold_is_measured_on_the_evaluation_data_only(tmp_path, path):
 
 def test_ends_before_a_loss_that_is_not_finite_moves_anything(tmp_path, path):
     trainer = make(tmp_path, path, max_steps=5, trainer_arguments={"eval_dataset": prompts(8)})
-    computed = trainer._policy_advantages
+    mix = trainer.controller.mix
 
-    def broken(advantages, mask):
-        return computed(advantages, mask) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+    def broken(*arguments):
+        return mix(*arguments) * (float("nan") if trainer.state.global_step == 2 else 1.0)
 
-    trainer._policy_advantages = broken
+    trainer.controller.mix = broken
     output = trainer.train()
     assert output.global_step == 2 and "not finite at step 2" in trainer.stop_reason
     assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -21,6 +21,6 @@ for trl in 1.15.0 1.16.0; do
     # The policy's head of TRL 1.15 is a Triton kernel, which needs its interpreter on a CPU
     interpret=$([ "$trl" = 1.15.0 ] && echo 1 || echo 0)
     TRITON_INTERPRET=$interpret "$environment/bin/python" -m pytest \
-        tests/constrained_ppo/test_constrained_ppo_trainer.py tests/optim/test_trainers.py tests/optim/test_trl_scripts.py \
+        tests/constrained_ppo/test_constrained_ppo_trainer.py tests/optim/test_install.py tests/optim/test_trl_scripts.py \
         tests/equilibrium/test_training.py
 done

@@ -6,7 +6,7 @@ import pytest
 
 from trl_ext.core.checks import check_choice, check_number
 from trl_ext.core.figures import new_axes, save_figure
-from trl_ext.core.log import last_value, series
+from trl_ext.core.log import best_value, last_value, reward_names, series
 
 
 LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "eval": 1}, {"step": 3, "loss": 0.0, "eval": None}]
@@ -17,6 +17,14 @@ def test_log_queries():
     assert last_value(LOG, "loss") == 0.0
     assert last_value(LOG, "eval") == 1.0
     assert last_value(LOG, "other") is None and series([], "loss") == ([], [])
+
+
+def test_best_value_and_names_of_rewards():
+    gold = [{"step": s, "gold": value} for s, value in ((1, 0.5), (2, float("nan")), (3, 0.75), (4, 0.75))]
+    assert best_value(gold, "gold") == (3, 0.75)
+    assert best_value([], "gold") is None and best_value(gold[1:2], "gold") is None
+    entries = [{"rewards/old/mean": 1.0}, {"rewards/x/y/mean": 0.0, "rewards/x/y/std": 1.0, "rewards/a/mean": 2.0}, {}]
+    assert reward_names(entries) == ["x/y", "a"] and reward_names(entries[2:]) == []
 
 
 def test_figure_is_written_whole_and_leaves_no_other_file(tmp_path):

@@ -20,7 +20,7 @@ from torch import nn
 # Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
-import trl_ext.optim.exchange  # noqa: E402
+import trl_ext.optim.shards  # noqa: E402
 from trl_ext.core.parameter_groups import decay_groups  # noqa: E402
 from trl_ext.optim import SGDP, AdamP  # noqa: E402
 from trl_ext.optim.shards import UnknownShardsError  # noqa: E402
@@ -115,7 +115,7 @@ def counted_all_reduces(calls):
     original = torch.distributed.all_reduce
 
     def all_reduce(tensor, *args, **kwargs):
-        if sys._getframe(1).f_code.co_filename == trl_ext.optim.exchange.__file__:
+        if sys._getframe(1).f_code.co_filename == trl_ext.optim.shards.__file__:
             calls.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 

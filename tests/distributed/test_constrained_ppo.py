@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.test_two_processes import CHAINS, run
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.launching import CHAINS, assert_same_numbers, run
 
 
 pytestmark = pytest.mark.distributed
@@ -22,11 +21,6 @@ def launch(launcher, model, output, critic, *options):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     runs = {}
 
@@ -37,13 +31,6 @@ def alone(model, tmp_path_factory):
         return runs[critic]
 
     return of
-
-
-def assert_same_numbers(found, expected, tolerance, count=12):
-    keys = found.keys() & expected.keys() - {"world_size", "chain", "multipliers", "states", "resumed"}
-    assert len(keys) == count
-    for key in keys:
-        assert found[key] and found[key] == pytest.approx(expected[key], abs=tolerance, rel=tolerance), key
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])

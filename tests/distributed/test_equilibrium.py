@@ -10,19 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from tests.distributed.test_two_processes import CHAINS, LAUNCHERS, ROOT, free_port
-from tests.distributed.test_two_processes import run as run_launcher
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.launching import CHAINS, LAUNCHERS, ROOT, free_port
+from tests.helpers.launching import run as run_launcher
 
 
 pytestmark = pytest.mark.distributed
 SCRIPT = str(Path(__file__).with_name("train_equilibrium.py"))
 STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_constrained_ppo import assert_same_numbers
-from tests.distributed.test_two_processes import CHAINS, run
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.launching import CHAINS, assert_same_numbers, run
 
 
 pytestmark = pytest.mark.distributed
@@ -24,11 +22,6 @@ def assert_same_critic(found, expected, **tolerances):
     for name, tensor in expected.items():
         if not name.endswith("_subspace"):  # the signs of a basis are arbitrary
             torch.testing.assert_close(found[name], tensor, **tolerances, msg=lambda text: f"{name}: {text}")  # noqa: B023
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

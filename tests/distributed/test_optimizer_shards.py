@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import trl_ext
-from tests.distributed.test_two_processes import CONFIGS, free_port
+from tests.helpers.optim import free_port
 
 
 pytestmark = pytest.mark.distributed
 FOLDER = Path(__file__).parent
+CONFIGS = Path(trl_ext.__file__).parent / "accelerate_configs"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
 ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3",
         "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip

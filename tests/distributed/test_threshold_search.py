@@ -4,10 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_two_processes import CHAINS, model, run
+from tests.helpers.launching import CHAINS, run
 
 
-__all__ = ["model"]
 pytestmark = pytest.mark.distributed
 
 

@@ -1,10 +1,6 @@
 """Two CPU processes train as one does, under DDP, ZeRO-2 and ZeRO-3, and what they save loads back."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,54 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import trl_ext
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.launching import CHAINS, run
 
 
 pytestmark = pytest.mark.distributed
-CONFIGS = Path(trl_ext.__file__).parent / "accelerate_configs"
-ROOT = Path(trl_ext.__file__).parents[1]
 SCRIPT = str(Path(__file__).with_name("train.py"))
-LAUNCHERS = {
-    "single": [],
-    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "zero2": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero2.yaml")],
-    "zero3": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero3.yaml")],
-}
-CHAINS = {
-    "ddp": ["DistributedDataParallel", "AcceleratedOptimizer", "AdamW"],
-    "zero2": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
-    "zero3": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer_Stage3", "AdamW"],
-}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launch(launcher, model, output, *options, settings=None):
     arguments = ["--batch_size", "4" if launcher == "single" else "2", "--settings", json.dumps(settings or {})]
     return run(launcher, SCRIPT, model, output, *arguments, *options)
-
-
-def run(launcher, script, model, output, *options):
-    command = [sys.executable, *LAUNCHERS[launcher]]
-    if launcher.startswith("zero"):
-        command += ["--main_process_port", free_port()]
-    result = subprocess.run(
-        [*command, script, "--model", model, "--output", str(output), *options],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads((Path(output) / "found.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from tests.helpers.launched import finish
 from tests.helpers.tiny import WORDS, tiny_model
 from trl_ext.optim import AdamP
-from trl_ext.optim.optimizer_check_callback import bottom_optimizer
+from trl_ext.optim.callbacks import bottom_optimizer
 
 
 def examples(num_examples):

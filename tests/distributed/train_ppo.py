@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts  # noqa: E402
+from tests.helpers.constrained_ppo import length, low_ids, prompts  # noqa: E402
 from tests.helpers.launched import wrapper_chain  # noqa: E402
 from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402

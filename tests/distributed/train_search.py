@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import length, low_ids, prompts
+from tests.helpers.constrained_ppo import length, low_ids, prompts
 from tests.helpers.launched import finish
 from tests.helpers.tiny import tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
@@ -56,7 +56,7 @@ def main() -> None:
     trainer = make(options, 6)
     trainer.train()
     trainer.save_model(str(Path(options.output) / "final"))
-    searches = gather_object([trainer.threshold_search.search.state_dict()])
+    searches = gather_object([trainer.search_callback.search.state_dict()])
     multipliers = gather_object([trainer.multipliers.state_dict()])
     found = {
         "searches": searches,

@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.constrained_ppo.test_constrained_ppo_trainer import low_ids, prompts, rollout
+from tests.helpers.constrained_ppo import low_ids, prompts, rollout
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
+from trl_ext.constrained_ppo.checkpoint import critic_from_pretrained
 from trl_ext.constrained_ppo.critic import value_heads_of
-from trl_ext.constrained_ppo.run_state import critic_from_pretrained
 from trl_ext.equilibrium.head import EPHead
 from trl_ext.equilibrium.value_heads import EPValueHeads
 

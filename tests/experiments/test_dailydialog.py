@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (the data has typographic quotes)
 """Dialogue: data, rewards and the evaluation score."""
 
 import json

@@ -62,7 +62,7 @@ class Reference:
         for view in ("channel", "layer"):
             weight, other = self.rows(self.weight, view), self.rows(grad, view)
             cosine = torch.nn.functional.cosine_similarity(weight, other, dim=1, eps=EPS).abs().max()
-            if named == view or named is None and cosine < DELTA / math.sqrt(weight.size(1)):
+            if named == view or (named is None and cosine < DELTA / math.sqrt(weight.size(1))):
                 return view
         return None
 

@@ -25,7 +25,9 @@ def small_steps() -> None:
         assert name in OPTIMIZERS
         for shape in ((33, 17), (5, 1031)):
             for kind in GRADIENTS:
-                assert optimizer_difference(name, shape, kind, "offset", torch.float32, device, {}).agrees(torch.float32)
+                assert optimizer_difference(name, shape, kind, "offset", torch.float32, device, {}).agrees(
+                    torch.float32
+                )
     for dtype in (torch.float32, torch.bfloat16):
         assert max(head_errors(HeadCase(5, 32, 1501, dtype), device).values()) < 2e-2
     sys.stdout.write("steps agree\n")

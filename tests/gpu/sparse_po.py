@@ -66,7 +66,9 @@ def heads(tensors: list[torch.Tensor], labels: torch.Tensor) -> dict[str, Callab
         return (log_probs - ref_log_probs).sum() + kl.sum()
 
     def divergence() -> torch.Tensor:
-        return ChunkedDivergenceFunction.apply(tensors[0], tensors[1], None, tensors[2], tensors[3], None, 0.0)[0].sum()
+        return ChunkedDivergenceFunction.apply(tensors[0], tensors[1], None, tensors[2], tensors[3], None, 0.0)[
+            0
+        ].sum()
 
     return {
         "paired_log_probs": lambda: paired(False),

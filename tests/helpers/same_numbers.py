@@ -8,7 +8,7 @@ Floats stand as hexadecimal, tensors as a hash of dtype, shape and bytes; what m
 names of `trl_ext` are imported, so that the file can be copied into an older version. Record both files on one
 machine: another processor rounds otherwise.
 """
-# ruff: noqa: E402, T201
+# ruff: noqa: T201
 
 import os
 

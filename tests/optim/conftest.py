@@ -1,11 +1,9 @@
 import pytest
 
-from trl_ext.optim import unregister
+from trl_ext.optim import register
 
 
-@pytest.fixture(autouse=True)
-def _names_as_in_a_fresh_process():
-    """Configurations of ours register names for the whole process."""
-    unregister()
-    yield
-    unregister()
+@pytest.fixture
+def registered():
+    """Names of optimizers for stock trainers, until the test ends."""
+    register()

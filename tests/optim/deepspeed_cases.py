@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer  # noqa: E402
 from trl_ext.optim import AdamP, OptimizerMixin, optimizer_factory, register  # noqa: E402
-from trl_ext.optim.optimizer_check_callback import optimizer_chain  # noqa: E402
+from trl_ext.optim.callbacks import optimizer_chain  # noqa: E402
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

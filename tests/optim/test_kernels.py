@@ -3,51 +3,33 @@
 import os
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-from trl_ext.optim import AdamP, cpu_kernels
-from trl_ext.optim.projected_optimizer import ProjectedOptimizer
+from tests.helpers.optim import copy_of, local_of
+from trl_ext.optim import AdamP
+from trl_ext.optim.kernels import cpu
 from trl_ext.optim.shards import Shard
-from trl_ext.optim.weight import LocalTensor, Weight
-
-
-def local_of(shape, offset=0, numel=None, **options):
-    """Part of a weight in the middle of a flat tensor."""
-    generator = torch.Generator().manual_seed(0)
-    numel = torch.Size(shape).numel() if numel is None else numel
-    flat, grad, exp_avg = (torch.randn(numel + 7, generator=generator) for _ in range(3))
-    exp_avg_sq = torch.rand(numel + 7, generator=generator)
-    group = {**AdamP([torch.nn.Parameter(torch.ones(1))], fused=True, **options).param_groups[0]}
-    shard = Shard(0, shape, 3, offset, numel)
-    return LocalTensor(flat, group, [shard], flat, grad, (exp_avg, exp_avg_sq), 5)
-
-
-def copy_of(local):
-    return LocalTensor(
-        local.param, local.group, local.shards, local.flat.clone(), local.grad,
-        tuple(moment.clone() for moment in local.moments), local.step,
-    )  # fmt: skip
+from trl_ext.optim.weights import LocalTensor, Weight
 
 
 def updated(local, by_rows, compiled):
     """Dot products and tensors after both passes, by the kernels or in torch."""
     optimizer, copied = AdamP([torch.nn.Parameter(torch.ones(1))]), copy_of(local)
     weight = Weight(copied, local.shards[0], by_rows=by_rows)
-    cpu_kernels.measure(weight) if compiled else ProjectedOptimizer._measure(optimizer, weight)
+    cpu.measure(weight) if compiled else optimizer._measure(weight)
     coefficient = torch.linspace(-0.5, 0.5, weight.dots.size(1))
     dots = weight.dots.float()
     dots[0] = dots[0].abs()  # The test does not ask for its sign, which `maximize` may turn
-    apply = cpu_kernels.apply if compiled else partial(ProjectedOptimizer._apply_blocks, optimizer)
+    apply = cpu.apply if compiled else optimizer._apply_in_blocks
     apply(weight, torch.tensor(0.9), coefficient)
     return dots, copied.flat, *copied.moments
 
 
 @pytest.fixture(autouse=True)
 def _needs_a_compiler():
-    if cpu_kernels.compiled_library() is None:
+    if cpu.compiled_library() is None:
         pytest.skip("no C compiler")
 
 
@@ -64,11 +46,11 @@ def test_passes(shape, offset, numel, by_rows, options):
 
 
 def test_threads_share_a_weight(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "MIN_PER_THREAD", 16)
+    monkeypatch.setattr(cpu, "MIN_PER_THREAD", 16)
     local = local_of((30, 7), 4, 150)
     expected = updated(local, True, False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert len(cpu_kernels._pieces(150)) == 3
+    assert len(cpu._pieces(150)) == 3
     for found, wanted in zip(updated(local, True, True), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
@@ -81,11 +63,11 @@ def test_the_short_way_rounds_as_the_long_one(projected, options):
     short, long = (Weight(copy_of(local), local.shards[0]) for _ in range(2))
     coefficient = torch.linspace(-0.5, 0.5, 30) if projected else torch.zeros(1)
     short.old = torch.empty(210)
-    cpu_kernels.measure(short, 0.95, short.old)
+    cpu.measure(short, 0.95, short.old)
     if projected:
-        cpu_kernels.apply(short, 0.99, coefficient)
-    cpu_kernels.measure(long)
-    cpu_kernels.apply(long, 0.99 if projected else 0.95, coefficient)
+        cpu.apply(short, 0.99, coefficient)
+    cpu.measure(long)
+    cpu.apply(long, 0.99 if projected else 0.95, coefficient)
     assert torch.equal(short.dots, long.dots)
     assert torch.equal(short.local.flat, long.local.flat)
     assert not torch.equal(short.local.flat, local.flat)
@@ -132,7 +114,7 @@ def test_sums_are_exact_enough():
     shard = Shard(0, (10, 10**6), 0, 0, 10**7)
     local = LocalTensor(flat, group, [shard], flat, grad, (torch.zeros(10**7), torch.zeros(10**7)), 1)
     weight = Weight(local, shard, by_rows=False)
-    cpu_kernels.measure(weight)
+    cpu.measure(weight)
     expected = torch.tensor([(grad.double() * flat).sum(), grad.double().square().sum(), flat.double().square().sum()])
     torch.testing.assert_close(weight.totals()[:3].double(), expected.double(), rtol=1e-6, atol=0)
 
@@ -141,8 +123,8 @@ def test_sums_are_exact_enough():
 def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_kernels._build.cache_clear()
-    cpu_kernels.compiled_library.cache_clear()
+    cpu._build.cache_clear()
+    cpu.compiled_library.cache_clear()
     try:
         for fused in (None, True):
             weight = torch.nn.Parameter(torch.ones(4, 3))
@@ -152,8 +134,8 @@ def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwa
             warned = [str(warning.message) for warning in recwarn if "torch's own" in str(warning.message)]
             assert len(warned) == (fused is True)
     finally:
-        cpu_kernels._build.cache_clear()
-        cpu_kernels.compiled_library.cache_clear()
+        cpu._build.cache_clear()
+        cpu.compiled_library.cache_clear()
 
 
 def test_triton_kernels_in_the_interpreter():

@@ -4,62 +4,10 @@ import adamp
 import pytest
 import torch
 
+from tests.helpers.optim import assert_close, assert_equal, gradients, run, tensors
 from trl_ext.optim import SGDP, AdamP
-
-
-def tensors(dtype=torch.float32):
-    """One of each kind: name, shape and how its loss depends on it."""
-    torch.manual_seed(0)
-    shapes = {
-        "vector": (7,), "matrix": (6, 5), "row_invariant": (6, 5), "layer_invariant": (6, 5), "kernel": (4, 3, 2, 2),
-        "kernel_invariant": (4, 3, 2, 2), "zero_grad": (3, 4), "zero_weight": (3, 4), "tiny_grad": (3, 4),
-    }  # fmt: skip
-    params = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-    params["zero_weight"].zero_()
-    return params
-
-
-def gradients(params, step):
-    """Gradients that are exactly orthogonal to the weight, in rows or as a whole, where the name says so."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    grads = {}
-    for name, param in params.items():
-        grad = torch.randn(param.shape, generator=generator)
-        weight = param.detach().float()
-        if name in ("row_invariant", "kernel_invariant"):
-            rows, flat = grad.reshape(len(grad), -1), weight.reshape(len(weight), -1)
-            rows -= flat * (rows * flat).sum(1, keepdim=True) / flat.square().sum(1, keepdim=True)
-            grad = rows.view(param.shape)
-        elif name == "layer_invariant":
-            grad -= weight * (grad * weight).sum() / weight.square().sum()
-        elif name == "zero_grad":
-            grad.zero_()
-        elif name == "tiny_grad":
-            grad *= 1e-9
-        grads[name] = grad.to(param.dtype)
-    return grads
-
-
-def run(make, steps=50, dtype=torch.float32):
-    params = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors(dtype).items()}
-    optimizer = make(params.values())
-    for step in range(steps):
-        for name, grad in gradients(params, step).items():
-            params[name].grad = grad
-        optimizer.step()
-    return params, optimizer
-
-
-def assert_equal(found, expected):
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-
-
-def assert_close(found, expected, atol=1e-6):
-    for name in expected:
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=1e-6, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+from trl_ext.optim.adamp import adamp_
+from trl_ext.optim.sgdp import sgdp_
 
 
 ADAM = [
@@ -115,3 +63,31 @@ def test_sgdp_production_is_the_official_one(options, execution):
     expected, _ = run(lambda params: adamp.SGDP(params, lr=1e-2, **options), steps=100)
     found, _ = run(lambda params: SGDP(params, lr=1e-2, **options, project_momentum=True, **execution), steps=100)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", ADAM)
+def test_the_default_step_is_the_equation(options):
+    """`adamp_` called by hand, against what a user gets who sets nothing."""
+    found, _ = run(lambda params: AdamP(params, lr=1e-3, **options), steps=20)
+    expected = tensors()
+    moments = {name: (torch.zeros_like(param), torch.zeros_like(param)) for name, param in expected.items()}
+    group = AdamP(expected.values(), lr=1e-3, **options).param_groups[0]
+    settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")}
+    beta1, beta2 = group["betas"]
+    for step in range(20):
+        for name, grad in gradients(expected, step).items():
+            adamp_(expected[name], grad, *moments[name], step + 1, beta1=beta1, beta2=beta2, **settings)
+    assert_close({name: param.detach() for name, param in found.items()}, expected)
+
+
+@pytest.mark.parametrize("options", SGD)
+def test_the_default_step_of_sgdp_is_the_equation(options):
+    found, _ = run(lambda params: SGDP(params, lr=1e-2, **options), steps=20)
+    expected = tensors()
+    momenta = {name: torch.zeros_like(param) for name, param in expected.items()}
+    group = SGDP(expected.values(), lr=1e-2, **options).param_groups[0]
+    names = ("lr", "momentum", "weight_decay", "dampening", "nesterov", "eps", "delta", "wd_ratio", "project_momentum")
+    for step in range(20):
+        for name, grad in gradients(expected, step).items():
+            sgdp_(expected[name], grad, momenta[name], **{option: group[option] for option in names})
+    assert_close({name: param.detach() for name, param in found.items()}, expected)

@@ -28,10 +28,10 @@ def test_recorder_by_hand():
     assert set(steps) == {"weight"}
     assert steps["weight"].norm == pytest.approx(math.sqrt(50))
     assert steps["weight"].angle == pytest.approx(math.pi / 4)
-    assert steps["weight"].cosine == pytest.approx(0.0, abs=1e-6) and steps["weight"].view == "channel"
+    assert steps["weight"].cosine == pytest.approx(0.0, abs=1e-6) and steps["weight"].level == "channel"
     weight.grad = weight.detach().clone()
     recorder.before()
-    assert recorder.after()["weight"].view is None
+    assert recorder.after()["weight"].level is None
 
 
 def test_rayleigh_quotient_is_scale_invariant():
@@ -63,5 +63,5 @@ def test_convolutions_before_batch_normalisation_pass_at_channel_level(name):
         recorder.before()
         optimizer.step()
         steps = recorder.after()
-        assert [step.view for step in steps.values()] == ["channel"] * 3
+        assert [step.level for step in steps.values()] == ["channel"] * 3
     assert isinstance(optimizer, AdamP | SGDP) == name.endswith("P")

@@ -12,7 +12,7 @@ import yaml
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.optim import AdamP, OptimizerReportCallback
-from trl_ext.optim.optimizer_check_callback import bottom_optimizer
+from trl_ext.optim.callbacks import bottom_optimizer
 from trl_ext.scripts import sft, trl_scripts
 from trl_ext.scripts.recipe.strict_parser import RecipeError
 

@@ -4,9 +4,10 @@ import sys
 
 import torch
 
-from tests.optim.test_kernels import copy_of, local_of
-from trl_ext.optim import AdamP, adamp_triton
-from trl_ext.optim.weight import Weight, layer_dots
+from tests.helpers.optim import copy_of, local_of
+from trl_ext.optim import AdamP
+from trl_ext.optim.kernels import triton
+from trl_ext.optim.weights import Weight, layer_dots
 
 
 def updated(local, by_rows, kernels):
@@ -21,12 +22,12 @@ def updated(local, by_rows, kernels):
     dots = weight.dots.clone()
     dots[0] = dots[0].abs()
     coefficient, scale = torch.linspace(-0.5, 0.5, weight.dots.size(1)), torch.tensor(0.9)
-    kernels.apply(weight, scale, coefficient) if kernels else optimizer._apply_blocks(weight, scale, coefficient)
+    kernels.apply(weight, scale, coefficient) if kernels else optimizer._apply_in_blocks(weight, scale, coefficient)
     return tested, dots, copied.flat, *copied.moments
 
 
 def main() -> None:
-    adamp_triton.BLOCK_SIZE = 16
+    triton.BLOCK_SIZE = 16
     shapes = [((9, 7), 5, 40), ((9, 7), 0, None), ((2, 500), 3, 900), ((3, 2, 2), 1, 2)]
     cases = [({}, shape, 5) for shape in shapes]
     cases += [
@@ -40,7 +41,7 @@ def main() -> None:
             local = local_of(shape, offset, numel, **options)
             local.step = step
             expected = updated(local, by_rows, None)
-            for found, wanted in zip(updated(local, by_rows, adamp_triton), expected, strict=True):
+            for found, wanted in zip(updated(local, by_rows, triton), expected, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
                 num_checked += 1
     sys.stdout.write(f"{num_checked}\n")

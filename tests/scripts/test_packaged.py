@@ -28,10 +28,10 @@ def test_names_and_titles(capsys):
     assert not any("experiments" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    "name", ["sparse_po/playground", "sparse_po/playground.yaml", "recipes/sparse_po/playground.yaml"]
-)
-def test_config_finds_a_packaged_recipe(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ["", ".yaml"])
+@pytest.mark.parametrize("start", ["", "recipes/"])
+def test_config_finds_a_packaged_recipe(start, end, tmp_path, monkeypatch):
+    name = f"{start}sparse_po/playground{end}"
     monkeypatch.chdir(tmp_path)
     assert sparse_po.make_parser().check(["--config", name]) == {}
     assert load_recipe(name)["dataset_name"] == "playground"

@@ -3,11 +3,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.helpers.sparse_po import first_batch, make_trainer, perturb
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.sparse_po.test_sparse_po_trainer import first_batch, make_trainer, perturb
 from trl_ext.sparse_po import evaluation
 from trl_ext.sparse_po.evaluation import mask_recovery, mask_weights, reward_and_divergence
-from trl_ext.sparse_po.mask_checkpoint import restore_masks
+from trl_ext.sparse_po.masks import restore_masks
 
 
 PROMPTS = ["the film", "a very good book and", "i liked"]

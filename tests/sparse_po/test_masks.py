@@ -1,16 +1,9 @@
 import pytest
 import torch
 
-from trl_ext.sparse_po.masked_forward import TokenMasks
-from trl_ext.sparse_po.masks import ActivationTokenMask, LearnedTokenMask, rescale_to_unit, standardize
-from trl_ext.sparse_po.reference_states import ReferenceStates
-
-
-def anisotropic_states(seed, num_layers=4, num_tokens=128, hidden_size=64):
-    """States as language models have them: one direction shared by all tokens outweighs what tells them apart."""
-    generator = torch.Generator().manual_seed(seed)
-    common = 4.0 * torch.randn(num_layers, 1, hidden_size, generator=generator)
-    return standardize(common + torch.randn(num_layers, num_tokens, hidden_size, generator=generator))
+from tests.helpers.sparse_po import anisotropic_states
+from trl_ext.sparse_po.masks import ActivationTokenMask, LearnedTokenMask, TokenMasks, rescale_to_unit
+from trl_ext.sparse_po.reference_pass import ReferenceStates, standardize
 
 
 def test_learned_mask_equals_the_formula():
@@ -103,7 +96,7 @@ def test_only_used_masks_are_built(settings, names):
     assert list(masks.learned) == names
     predicted = torch.tensor([[False, True, True], [True, False, False]])
     states = ReferenceStates(
-        hidden=torch.randn(3, 8), layer_states=torch.randn(2, 3, 8), activation_mask=predicted * 0.25
+        hidden=torch.randn(3, 8), layer_states=torch.randn(2, 3, 8), activation_maps={"mlp": [predicted * 0.25]}
     )
     reward_mask, divergence_mask = masks(states, predicted)
     for mask in (reward_mask, divergence_mask):

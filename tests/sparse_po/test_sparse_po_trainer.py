@@ -7,64 +7,13 @@ from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
 
+from tests.helpers.sparse_po import first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
+from trl_ext.sparse_po.policy_forward import MaskedCausalLMOutput
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
-from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
-
-
-COMMON = {
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "bf16": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "beta": 0.5,
-}
-
-
-def make_trainer(folder, path, tokenizer, *, dpo=False, data=None, trainer_arguments=None, **settings):
-    config_class, trainer_class = (DPOConfig, DPOTrainer) if dpo else (SparsePOConfig, SparsePOTrainer)
-    settings = {**COMMON, **settings}
-    return trainer_class(
-        model=path,
-        args=config_class(output_dir=str(folder), **settings),
-        train_dataset=tiny_pairs() if data is None else data,
-        processing_class=tokenizer,
-        **(trainer_arguments or {}),
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def first_batch(trainer):
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def perturb(model, scale=0.05):
-    """Moves the policy away from the reference, so that log-ratios and divergences are not zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "token_masks" not in name:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def gradients(model):
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and "token_masks" not in name
-    }
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer, token_metrics
 
 
 ONES = {"mask_type": "ones", "divergence_coef": 0.0}
@@ -207,19 +156,49 @@ def test_activation_mask_is_the_same_under_every_attention_kernel(family, tmp_pa
 
 
 def test_what_fired_is_logged_once(tmp_path, tiny_path, tokenizer, monkeypatch):
-    from trl_ext.sparse_po import reference_states
+    from trl_ext.sparse_po import activations
 
     lines = []
-    monkeypatch.setattr(reference_states, "_LOGGED", set())
-    monkeypatch.setattr(reference_states.logger, "info", lines.append)
+    type(activations.logger).info_once.cache_clear()
+    monkeypatch.setattr(activations.logger, "info", lines.append)
     make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=2).train()
     assert len(lines) == 1
     for part in ("mlp: input", "attention.query", "attention.key", "attention.value", "final norm", "mean logit"):
         assert part in lines[0]
 
 
+def test_logits_on_request(tmp_path, tiny_path, tokenizer):
+    """TRL's `return_outputs` asks the model a second time, for plain logits, and the loss is the first call's."""
+    trainer = make_trainer(tmp_path, tiny_path, tokenizer)
+    batch = first_batch(trainer)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    plain = trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
+    assert torch.equal(loss, trainer.compute_loss(trainer.model, batch))
+    assert torch.equal(outputs.logits, plain.logits)
+    assert not trainer.model._forward_hooks and not trainer.precompute_ref_logps
+
+
+def test_metrics_by_hand():
+    completion = torch.tensor([[True, True, False], [True, True, True]])
+    per_token = {
+        "policy_log_probs": torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -1.0, -1.0]]),
+        "divergences": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, 0.0]]),
+        "reward_mask": torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]),
+        "divergence_mask": torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]),
+    }
+    found = token_metrics(MaskedCausalLMOutput(**per_token), completion)
+    expected = {
+        "logps/chosen": -3.0, "logps/rejected": -5.0, "kl/chosen": 0.75, "kl/rejected": 1.0,
+        "mask/reward/mean": 1.0, "mask/reward/sparsity_chosen": 1 / 2, "mask/reward/sparsity_rejected": 2 / 3,
+        "mask/divergence/mean": 2 / 5, "mask/divergence/sparsity_chosen": 0.0,
+        "mask/divergence/sparsity_rejected": 1.0, "mask/dead_sequences": 1 / 2,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+
+
 def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
-    from trl_ext.sparse_po.masks import standardize
+    from trl_ext.sparse_po.reference_pass import standardize
 
     trainer = make_trainer(tmp_path, tiny_path, tokenizer)
     batch = first_batch(trainer)

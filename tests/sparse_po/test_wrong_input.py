@@ -9,8 +9,8 @@ from peft import PromptTuningConfig
 from transformers import T5Config, T5ForConditionalGeneration
 from trl import DPOConfig
 
+from tests.helpers.sparse_po import COMMON, losses, make_trainer
 from tests.helpers.tiny import tiny_model, tiny_pairs
-from tests.sparse_po.test_sparse_po_trainer import COMMON, losses, make_trainer
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
@@ -128,10 +128,10 @@ def test_vision_dataset(tmp_path, tiny_path, tokenizer):
 
 
 def test_activation_mask_without_activations(tmp_path, tiny_path, tokenizer, monkeypatch):
-    from trl_ext.sparse_po import reference_states
+    from trl_ext.sparse_po import activations
 
-    monkeypatch.setattr(reference_states, "MLP_NAMES", ())
-    monkeypatch.setattr(reference_states, "OUT_PROJECTION_NAMES", ())
+    monkeypatch.setattr(activations, "MLP_NAMES", ())
+    monkeypatch.setattr(activations, "OUT_PROJECTION_NAMES", ())
     trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=1)
     with pytest.raises(ValueError, match="'mlp'.*LlamaForCausalLM.*mask_type='learned'"):
         trainer.train()
@@ -174,7 +174,7 @@ def test_checkpoint_of_other_masks(tmp_path, tiny_path, tokenizer):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     reference = tiny_model(seed=4, hidden_size=48)
     larger = make_trainer(tmp_path, tiny_path, tokenizer, **settings, trainer_arguments={"ref_model": reference})
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match=r"other learned masks.*\(2, 32\) against \(2, 48\)"):
         larger.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -183,7 +183,7 @@ def test_deepspeed_config_with_an_optimizer(tmp_path, tiny_path, tokenizer, monk
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(deepspeed_plugin=plugin))
-    with pytest.raises(ValueError, match="`optimizer` block.*Remove the block"):
+    with pytest.raises(ValueError, match="`optimizer` block.*learned masks.*Remove the block"):
         trainer._attach_masks()
 
 

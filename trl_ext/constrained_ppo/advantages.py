@@ -1,4 +1,11 @@
-"""Advantages of constrained PPO on tensors: generalised advantage estimation for each reward, and their mixture."""
+"""Advantages of constrained PPO on tensors `(B, T)`: estimated for each reward and for the KL, mixed into one.
+
+    A = (K - sum_i w_i) A_KL + sum_i w_i A_i        (4.4) of https://huggingface.co/papers/2310.04373
+
+[`mix_advantages`] is that equation and what runs, through `RolloutController.mix` and [`policy_advantages`]. A plain
+form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
+equal.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -7,89 +14,8 @@ import torch
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Generalised advantage estimation (https://huggingface.co/papers/1506.02438) over the response tokens.
-
-    `delta_t = r_t + gamma * V_{t+1} - V_t` and `A_t = delta_t + gamma * lambda * A_{t+1}`, where `t + 1` is the next
-    token that `mask` keeps; after the last one value and advantage are zero.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B, T)` or `(K, B, T)`):
-            Reward of each token, of one or several streams.
-        values (`torch.Tensor` of the shape of `rewards`):
-            Value of the state before each token.
-        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
-            Response tokens.
-        gamma (`float`):
-            Discount, in `[0, 1]`.
-        gae_lambda (`float`):
-            Decay of the estimator, in `[0, 1]`.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: advantages and returns `A + V`, each of the shape of `rewards`, zero
-        outside the mask, without gradient.
-
-    Raises:
-        ValueError: If shapes differ or a coefficient is outside `[0, 1]`.
-    """
-    if rewards.shape != values.shape or rewards.shape[-2:] != mask.shape or rewards.dim() not in (2, 3):
-        raise ValueError(
-            f"`rewards`, `values` and `mask` must share one shape `(B, T)`, the first two with or without streams in "
-            f"front, got {tuple(rewards.shape)}, "
-            f"{tuple(values.shape)} and {tuple(mask.shape)}."
-        )
-    for name, coefficient in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        if not 0 <= coefficient <= 1:
-            raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
-    values, keep = values.detach(), mask.bool()
-    found: list[torch.Tensor] = []
-    next_value, next_advantage = torch.zeros_like(values[..., 0]), torch.zeros_like(values[..., 0])
-    steps = zip(rewards.unbind(-1), values.unbind(-1), keep.unbind(-1), strict=True)
-    for reward, value, kept in reversed(list(steps)):
-        delta = reward + gamma * next_value - value
-        advantage = delta + gamma * gae_lambda * next_advantage
-        next_value = torch.where(kept, value, next_value)
-        next_advantage = torch.where(kept, advantage, next_advantage)
-        found.append(advantage)
-    advantages = torch.stack(found[::-1], dim=-1).masked_fill(~keep, 0.0)
-    return advantages, (advantages + values).masked_fill(~keep, 0.0)
-
-
-def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8, reduce: Reduce | None = None) -> torch.Tensor:
-    """
-    Mean zero and standard deviation one over the tokens that `mask` keeps.
-
-    A stream without spread says nothing about its tokens and becomes zero, not NaN.
-
-    Args:
-        values (`torch.Tensor` of shape `(..., B, T)`):
-            One or several streams.
-        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
-            Response tokens.
-        eps (`float`, *optional*, defaults to `1e-8`):
-            Added to the standard deviation.
-        reduce (`Callable`, *optional*):
-            Sum of a tensor over processes, so that the moments are those of all tokens.
-
-    Returns:
-        `torch.Tensor` of the shape of `values`, zero outside the mask.
-    """
-    reduce = reduce or (lambda tensor: tensor)
-    keep = mask.to(values.dtype)
-    sums = (values * keep).sum(dim=(-2, -1), keepdim=True)
-    totals = reduce(torch.cat([sums.flatten(), keep.sum().view(1)]))
-    count = totals[-1].clamp_min(1)
-    mean = totals[:-1].view_as(sums) / count
-    centered = (values - mean) * keep
-    deviation = (reduce(centered.square().sum(dim=(-2, -1), keepdim=True)) / count).sqrt()
-    # Rounding leaves a constant stream a spread of about its size times the machine precision
-    rounding = 10 * torch.finfo(values.dtype).eps * mean.abs()
-    return torch.where(deviation > rounding, centered / (deviation + eps), 0.0)
+# Rounding leaves a constant stream a spread of about its size times the machine precision; a real one has far more
+_ROUNDINGS = 10
 
 
 def mix_advantages(
@@ -174,6 +100,29 @@ def mix_normalized(
     return mixed * mask.to(mixed.dtype)
 
 
+def _prepared(
+    objective: torch.Tensor,
+    constrained: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    whiten_streams: bool,
+    reduce: Reduce | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if constrained.dim() != 3 or weights.shape != constrained.shape[:1]:
+        raise ValueError(
+            f"`weights` must have one value for each of the K streams of `reward_advantages` `(K, B, T)`, got "
+            f"{tuple(weights.shape)} and {tuple(constrained.shape)}."
+        )
+    if not objective.shape == mask.shape == constrained.shape[1:]:
+        raise ValueError(
+            f"The objective's advantages {tuple(objective.shape)} and `mask` {tuple(mask.shape)} must have the shape "
+            f"`(B, T)` of `reward_advantages` {tuple(constrained.shape)}."
+        )
+    if whiten_streams:
+        objective, constrained = whiten(objective, mask, reduce=reduce), whiten(constrained, mask, reduce=reduce)
+    return objective, constrained, weights.to(objective)
+
+
 def policy_advantages(
     advantages: torch.Tensor,
     mask: torch.Tensor,
@@ -238,27 +187,85 @@ def policy_advantages(
     return whiten(mixed, mask, reduce=reduce) if whitening == "mixture" else mixed
 
 
-def _prepared(
-    objective: torch.Tensor,
-    constrained: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    whiten_streams: bool,
-    reduce: Reduce | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if constrained.dim() != 3 or weights.shape != constrained.shape[:1]:
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Generalised advantage estimation (https://huggingface.co/papers/1506.02438) over the response tokens.
+
+    `delta_t = r_t + gamma * V_{t+1} - V_t` and `A_t = delta_t + gamma * lambda * A_{t+1}`, where `t + 1` is the next
+    token that `mask` keeps; after the last one value and advantage are zero.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, T)` or `(K, B, T)`):
+            Reward of each token, of one or several streams.
+        values (`torch.Tensor` of the shape of `rewards`):
+            Value of the state before each token.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+        gamma (`float`):
+            Discount, in `[0, 1]`.
+        gae_lambda (`float`):
+            Decay of the estimator, in `[0, 1]`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: advantages and returns `A + V`, each of the shape of `rewards`, zero
+        outside the mask, without gradient.
+
+    Raises:
+        ValueError: If shapes differ or a coefficient is outside `[0, 1]`.
+    """
+    if rewards.shape != values.shape or rewards.shape[-2:] != mask.shape or rewards.dim() not in (2, 3):
         raise ValueError(
-            f"`weights` must have one value for each of the K streams of `reward_advantages` `(K, B, T)`, got "
-            f"{tuple(weights.shape)} and {tuple(constrained.shape)}."
+            f"`rewards`, `values` and `mask` must share one shape `(B, T)`, the first two with or without streams in "
+            f"front, got {tuple(rewards.shape)}, {tuple(values.shape)} and {tuple(mask.shape)}."
         )
-    if not objective.shape == mask.shape == constrained.shape[1:]:
-        raise ValueError(
-            f"The objective's advantages {tuple(objective.shape)} and `mask` {tuple(mask.shape)} must have the shape "
-            f"`(B, T)` of `reward_advantages` {tuple(constrained.shape)}."
-        )
-    if whiten_streams:
-        objective, constrained = whiten(objective, mask, reduce=reduce), whiten(constrained, mask, reduce=reduce)
-    return objective, constrained, weights.to(objective)
+    for name, coefficient in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= coefficient <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
+    values, inside = values.detach(), mask.bool()
+    found: list[torch.Tensor] = []
+    next_value, next_advantage = torch.zeros_like(values[..., 0]), torch.zeros_like(values[..., 0])
+    steps = zip(rewards.unbind(-1), values.unbind(-1), inside.unbind(-1), strict=True)
+    for reward, value, is_inside in reversed(list(steps)):
+        delta = reward + gamma * next_value - value
+        advantage = delta + gamma * gae_lambda * next_advantage
+        next_value = torch.where(is_inside, value, next_value)
+        next_advantage = torch.where(is_inside, advantage, next_advantage)
+        found.append(advantage)
+    advantages = torch.stack(found[::-1], dim=-1).masked_fill(~inside, 0.0)
+    return advantages, (advantages + values).masked_fill(~inside, 0.0)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8, reduce: Reduce | None = None) -> torch.Tensor:
+    """
+    Mean zero and standard deviation one over the tokens that `mask` keeps.
+
+    A stream without spread says nothing about its tokens and becomes zero, not NaN.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., B, T)`):
+            One or several streams.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+        eps (`float`, *optional*, defaults to `1e-8`):
+            Added to the standard deviation.
+        reduce (`Callable`, *optional*):
+            Sum of a tensor over processes, so that the moments are those of all tokens.
+
+    Returns:
+        `torch.Tensor` of the shape of `values`, zero outside the mask.
+    """
+    reduce = reduce or (lambda tensor: tensor)
+    inside = mask.to(values.dtype)
+    sums = (values * inside).sum(dim=(-2, -1), keepdim=True)
+    totals = reduce(torch.cat([sums.flatten(), inside.sum().view(1)]))
+    count = totals[-1].clamp_min(1)
+    mean = totals[:-1].view_as(sums) / count
+    centered = (values - mean) * inside
+    deviation = (reduce(centered.square().sum(dim=(-2, -1), keepdim=True)) / count).sqrt()
+    rounding = _ROUNDINGS * torch.finfo(values.dtype).eps * mean.abs()
+    return torch.where(deviation > rounding, centered / (deviation + eps), 0.0)
 
 
 def reward_streams(rewards: torch.Tensor, kl_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -276,11 +283,11 @@ def reward_streams(rewards: torch.Tensor, kl_rewards: torch.Tensor, mask: torch.
     Returns:
         `torch.Tensor` of shape `(K+1, B, T)`, the KL last, zero outside the mask; a response with no token gets none.
     """
-    keep = mask.bool()
+    inside = mask.bool()
     positions = torch.arange(mask.size(1), device=mask.device)
-    last = positions.where(keep, -1).amax(dim=1, keepdim=True)
+    last = positions.where(inside, -1).amax(dim=1, keepdim=True)
     streams = torch.where(positions == last, rewards.t().unsqueeze(-1), 0.0)
-    return torch.cat([streams, kl_rewards.masked_fill(~keep, 0.0).unsqueeze(0)])
+    return torch.cat([streams, kl_rewards.masked_fill(~inside, 0.0).unsqueeze(0)])
 
 
 def squared_distance_rewards(
@@ -308,3 +315,29 @@ def squared_distance_rewards(
         return -(rewards - thresholds).square()
     gap = means - thresholds
     return -gap.square() - 2 * gap * (rewards - means)
+
+
+def token_divergence(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
+    """
+    Estimate of the KL from the reference at each sampled token.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the tokens under the policy that sampled them.
+        reference_log_probs (`torch.Tensor` of shape `(B, T)`):
+            Under the reference.
+        estimator (`str`):
+            `"k1"`, the log-ratio, or `"k3"`, `exp(-ratio) - 1 + ratio`, unbiased too and never negative.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, in nats.
+
+    Raises:
+        ValueError: If the estimator is unknown.
+    """
+    log_ratio = log_probs - reference_log_probs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"`kl_estimator` must be 'k1' or 'k3', got {estimator!r}.")

@@ -1,13 +1,15 @@
+"""Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import SchedulerType
 from trl import GRPOConfig
 
-from ..optim.factory import check_optim_args, register
-from .critic_settings import check_critic
-from .lagrangian import Constraint, check_constraints
-from .threshold_search_config import ThresholdSearchConfig
+from ..equilibrium.value_heads import check_value_heads
+from ..optim.names import post_init_with_own_optimizer
+from .multipliers import Constraint, check_constraints
+from .threshold_search.config import ThresholdSearchConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ PRESETS: dict[str, Preset] = {
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
+# Settings of equilibrium heads that linear ones do not have, with the values that leave them out
+_FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
 
 class _OneGeneration(int):
@@ -277,7 +281,6 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
 
     def __post_init__(self):
-        register()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -287,10 +290,9 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         # GRPOTrainer keeps a reference model and scores it only where `beta` is not zero
         self.beta = self.kl_coef
-        super().__post_init__()
+        post_init_with_own_optimizer(self, super().__post_init__)
         if one:
             self.num_generations = 1
-        check_optim_args(self)
         self._apply_preset()
         self._check_numbers()
         self._check_method()
@@ -302,8 +304,8 @@ class ConstrainedPPOConfig(GRPOConfig):
         return bool(self.constraints) and (self.method is None or PRESETS[self.method].learns_multipliers)
 
     @property
-    def threshold_search(self) -> ThresholdSearchConfig | None:
-        """The settings of the threshold search, or `None` without `search`."""
+    def search_config(self) -> ThresholdSearchConfig | None:
+        """`search`, parsed and checked, or `None` without it."""
         return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
 
     def vf_coefs(self, num_rewards: int) -> list[float]:
@@ -354,8 +356,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
                 f"`{needs_divergence[0]}` needs the divergence from the reference, which `kl_coef=0` does not "
-                f"compute. "
-                "Set `kl_coef` to a small positive number."
+                "compute. Set `kl_coef` to a small positive number."
             )
 
     def _check_method(self) -> None:
@@ -372,7 +373,7 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`early_stop_kl` skips updates through the learning rate, which `lr_scheduler_type="
                 f"{str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another scheduler."
             )
-        check_critic(self)
+        self._check_critic()
         if self.method == "ppo" and self.constraints:
             others = sorted(set(PRESETS) - {"ppo"})
             raise ValueError(f"`method='ppo'` takes no `constraints`. Remove them, or choose one of {others}.")
@@ -386,8 +387,29 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.constraints:
             check_constraints(self.parsed_constraints())
 
+    def _check_critic(self) -> None:
+        if self.critic == "shared" and self.critic_model_name_or_path is not None:
+            raise ValueError(
+                f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: value "
+                "heads on the policy have no backbone of their own."
+            )
+        if self.critic_head not in ("linear", "equilibrium"):
+            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
+        if self.critic_head == "linear":
+            for name, unused in _FEEDBACK.items():
+                if getattr(self, name) != unused:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` needs `critic_head='equilibrium'`: linear heads have no "
+                        "feedback weights. Set that, or leave it out."
+                    )
+            return
+        check_value_heads(
+            self.critic_hidden_features, self.critic_feedback, self.critic_feedback_angle,
+            self.critic_homeostasis_coef, prefix="critic_",
+        )  # fmt: skip
+
     def _check_search(self) -> None:
-        search = self.threshold_search
+        search = self.search_config
         if search is None:
             return
         if not self.learns_multipliers:
@@ -448,7 +470,7 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
         ValueError: If a setting needs a gold metric, or the metric has no data.
     """
     if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else model.config.name_or_path
         args = ConstrainedPPOConfig(f"{name.rstrip('/').split('/')[-1]}-PPO", method="ppo")
     if not isinstance(args, ConstrainedPPOConfig):
         raise TypeError(
@@ -456,13 +478,12 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
     needs_gold = ["gold_patience"] if args.gold_patience else []
-    if args.threshold_search is not None and args.threshold_search.gold_metric == "eval_gold":
+    if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
         needs_gold.append("search")
     if gold_reward is None and needs_gold:
         raise ValueError(
-            f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a "
-            f"function like a "
-            "reward function, and `eval_dataset`."
+            f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a function "
+            "like a reward function, and `eval_dataset`."
         )
     if gold_reward is not None and eval_dataset is None:
         raise ValueError(

@@ -1,54 +1,75 @@
+"""PPO with a critic and learned Lagrange multipliers on [`~trl.GRPOTrainer`]. The path of one batch:
+
+    _generate_and_score_completions      TRL generates and calls the next two hooks, which fill in a `Rollout`
+    _calculate_rewards                   rewards of all processes, `(N, K)`
+    _get_per_token_logps_and_entropies   log-probabilities and, from one forward (`CriticCompanion.forward`), values
+    _estimate                            rewards and KL of each token, advantages and returns: `reward_streams`, `gae`
+    _close_rollout                       dual step, KL coefficient, averages: `RolloutController.close_rollout`
+    RolloutController.mix                one advantage for each token: `mix_advantages`, equation (4.4)
+    _compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
+    compute_loss                         skips the update where the policy has moved too far from the rollout
+
+What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
+"""
+
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .._upstream import disable_gradient_checkpointing, keep_from_vllm, open_rollout, restore_rollout
+from .._upstream import disable_gradient_checkpointing, open_rollout, restore_rollout
+from ..core.companion import CompanionMixin
 from ..core.model_card import MethodCardMixin
-from ..core.parameter_groups import move_to_own_groups
-from .advantages import gae, reward_streams
-from .calibration import CalibrationCallback
-from .card import PAPER, run_section
-from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
-from .controller import RolloutController
-from .critic import VALUE_HEADS, ValueRecorder, add_value_heads, build_critic, clipped_value_loss, value_heads_of
-from .dashboard import ConstraintDashboardCallback
-from .kl_controller import token_divergence
-from .lagrangian import LagrangeMultipliers
-from .rollout_metrics import constant_rewards, mean_divergences, record_critic, record_value_heads
-from .run_state import (
+from ..core.recorder import ForwardRecorder
+from ..optim.install import OwnOptimizerMixin
+from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
+from .advantages import gae, reward_streams, token_divergence
+from .checkpoint import (
     MULTIPLIERS_FILE,
     STATE_FILE,
     STOP_FILE,
-    load_critic,
     load_rollout,
     read_json,
-    save_critic,
     save_rollout,
     write_json,
 )
-from .stopping import NonFiniteLossError
-from .threshold_search_callback import add_threshold_search
+from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
+from .critic import (
+    VALUE_HEADS,
+    CriticCompanion,
+    build_critic,
+    clipped_value_loss,
+    critic_sums,
+    record_critic,
+    record_heads,
+    value_heads_of,
+)
+from .multipliers import LagrangeMultipliers
+from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
+from .rollout import Rollout
+from .threshold_search.callback import ThresholdSearchCallback
 
 
 logger = get_logger(__name__)
+# Keyword of the policy's forward that asks for values too
+WITH_VALUES = {"with_values": True}
 # What `_get_per_token_logps_and_entropies` takes beside tokens, for models that read more than text
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
+# A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
+_EPOCH_ROUNDING = 1e-6
 
 
-class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -59,10 +80,16 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
             Policy.
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
             Rewards, as [`~trl.GRPOTrainer`] takes them.
         args ([`ConstrainedPPOConfig`], *optional*):
             Configuration. Defaults to plain PPO.
+        train_dataset (`~datasets.Dataset` or `~datasets.IterableDataset`, *optional*):
+            Prompts to train on.
+        eval_dataset (`~datasets.Dataset`, `~datasets.IterableDataset` or `dict`, *optional*):
+            Prompts to evaluate on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer or processor. Defaults to the policy's.
         critic_model (`str`, [`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
             With `critic="separate"`, the model that the critic's backbone starts from. With `critic="shared"`, a
             module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads.
@@ -71,6 +98,12 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
         kwargs (`Any`):
             The other arguments of [`~trl.GRPOTrainer`], by name.
+
+    Attributes:
+        controller ([`RolloutController`]): What adapts from rollout to rollout.
+        rollout ([`Rollout`]): The newest rollout.
+        search_callback ([`ThresholdSearchCallback`] or `None`): The threshold search, with `search`.
+        stop_reason (`str` or `None`): Why training ended before its last step.
 
     Raises:
         TypeError: If `args` is not a [`ConstrainedPPOConfig`].
@@ -129,16 +162,19 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             **kwargs,
         )
         self._check_prompts()
+        # Weight of the value loss of each stream, the KL last
+        self.value_coefs = [*args.vf_coefs(len(self.reward_funcs)), args.kl_vf_coef]
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
-        self.stop_reason: str | None = None
-        self._rewards_per_func = torch.empty(0, 0)
-        self._recorder: ValueRecorder | None = None
-        self._calibrating = self._skip_updates = self._records_values = False
+        self.rollout = Rollout()
         self.resumed = False
+        self.stop_reason: str | None = None
         self._attach_critic(critic_model)
         self.add_callback(CalibrationCallback(self))
-        self.threshold_search = add_threshold_search(self)
+        self.search_callback: ThresholdSearchCallback | None = None
+        if args.search_config is not None:
+            self.search_callback = ThresholdSearchCallback(self, args.search_config)
+            self.add_callback(self.search_callback)
         if args.dashboard:
             self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
 
@@ -152,6 +188,11 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         """The multipliers, or `None` where no constraint acts through one."""
         return self.controller.multipliers
 
+    @property
+    def critic(self) -> nn.Module:
+        """The critic, attached to the policy as its submodule `value_heads`."""
+        return getattr(self.policy, VALUE_HEADS)
+
     def _check_prompts(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         needed = self.args.generation_batch_size // self.num_generations
@@ -160,39 +201,43 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
                 f"`train_dataset` has {size} prompts and one rollout takes {needed}. Give more prompts, or lower "
                 "`per_device_train_batch_size` or `steps_per_generation`."
             )
-        self.args.vf_coefs(len(self.reward_funcs))
 
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
-        base = self._base_model()
-        critic = build_critic(base, len(self.reward_funcs) + 1, self.args, critic_model)
-        uses_homeostasis = self.args.critic_homeostasis_coef > 0
-        add_value_heads(base, critic.to(base.device), self.args.critic_detach, uses_homeostasis)
-        if self.use_vllm:
-            keep_from_vllm(self.vllm_generation, f"{VALUE_HEADS}.")
-        names = {f"{VALUE_HEADS}.{name}" for name in critic.state_dict()}
-        base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | names
+        args, policy = self.args, self.policy
+        companion = CriticCompanion(
+            policy,
+            build_critic(policy, len(self.reward_funcs) + 1, args, critic_model),
+            self.reward_func_names,
+            learning_rate=args.critic_learning_rate,
+            detach=args.critic_detach,
+            homeostasis=args.critic_homeostasis_coef > 0,
+        )
+        self.attach_companion(companion, companion.forward)
 
-    def _base_model(self) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if is_peft_model(model) else model
+    # From generation to the batch
 
-    @property
-    def critic(self) -> nn.Module:
-        """The critic, attached to the policy as its submodule `value_heads`."""
-        return getattr(self._base_model(), VALUE_HEADS)
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
+        rollout = self.rollout
+        self._estimate(rollout, output)
+        # Values and returns as `(B, T, K+1)`: TRL shuffles and splits a batch along the first dimension
+        output["state_returns"] = rollout.returns.movedim(0, -1)
+        output["old_state_values"] = rollout.values
+        self._close_rollout(rollout)
+        output["advantages"] = self._mixed(rollout.advantages, rollout.mask)
+        if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
+            output["stream_advantages"] = rollout.advantages.permute(1, 2, 0)
+            output["episode_rewards"] = self._own_rows(rollout.rewards, len(rollout.mask))
+        return output
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
-        heads = [parameter for name, parameter in named if f"{VALUE_HEADS}." in name and parameter.requires_grad]
-        move_to_own_groups(optimizer, [(heads, 0.0)], self.args.critic_learning_rate, tag=VALUE_HEADS)
-        return optimizer
+    def _open_rollout(self, inputs: Any, purpose: Literal["training", "evaluation", "calibration"]) -> dict[str, Any]:
+        """TRL's generation and scoring, within which the next two hooks fill in the rollout."""
+        self.rollout = Rollout(purpose)
+        return super()._generate_and_score_completions(inputs)
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
         if missing:
@@ -201,12 +246,14 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
                 f"The rewards {names} returned None, NaN or an infinite value for a completion, and every value head "
                 "needs a target. Return a finite number for every completion."
             )
-        self._rewards_per_func = rewards
-        if self.gold_reward is not None and not self.model.training and not self._calibrating:
+        self.rollout.rewards = rewards
+        if self.gold_reward is not None and self.rollout.purpose == "evaluation":
             self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
         return rewards
 
-    def _measure_gold(self, gold_reward, inputs, prompts, completions, completion_ids_list) -> None:
+    def _measure_gold(
+        self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> None:
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
         gold = gold_reward(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
@@ -220,52 +267,38 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         local = torch.tensor(gold, dtype=torch.float32, device=self.accelerator.device)
         self._metrics["eval"]["gold"].extend(self.accelerator.gather(local).tolist())
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        if self._recorder is None and self._records_values and model is self.model:
-            self._recorder = ValueRecorder(model)
-            model = self._recorder
+        if model is self.model and self.rollout.scored is None and self.rollout.purpose != "calibration":
+            model = self.rollout.scored = ForwardRecorder(model, WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-    def _generate_and_score_completions(self, inputs):
-        self._recorder, self._records_values = None, not self._calibrating
-        try:
-            output = super()._generate_and_score_completions(inputs)
-        finally:
-            recorder, self._recorder, self._records_values = self._recorder, None, False
-        if self._calibrating:
-            return output
-        self._skip_updates = False
-        mask, length = self._loss_mask(output), output["completion_ids"].size(1)
+    def _estimate(self, rollout: Rollout, output: dict[str, Any]) -> None:
+        """Values, divergence, advantages and returns of a rollout."""
+        rollout.mask, length = self._loss_mask(output), output["completion_ids"].size(1)
         # Without `old_per_token_logps` what was recorded is a PEFT reference, not the policy
-        if recorder is None or "old_per_token_logps" not in output:
-            recorder = self._score(output)
-        values = recorder.values(length)
-        divergence = torch.zeros_like(values[..., -1])
+        scored = rollout.scored
+        if scored is None or "old_per_token_logps" not in output:
+            scored = self._score(output)
+        rollout.scored = None
+        rollout.values = scored.last_tokens("state_values", length)
+        rollout.divergence = torch.zeros_like(rollout.values[..., -1])
         if "ref_per_token_logps" in output:
-            log_probs = recorder.log_probs(length)
-            divergence = token_divergence(log_probs, output["ref_per_token_logps"], self.args.kl_estimator) * mask
-        streams = reward_streams(self._local_rewards(output), -self.controller.kl_coef * divergence, mask)
-        advantages, returns = gae(streams, values.movedim(-1, 0), mask, self.args.gamma, self.args.gae_lambda)
-        output["state_returns"] = returns.movedim(0, -1)
-        output["old_state_values"] = values
-        self._close_rollout(divergence, mask)
-        output["advantages"] = self._policy_advantages(advantages, mask)
-        if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
-            output["stream_advantages"] = advantages.permute(1, 2, 0)
-            output["episode_rewards"] = self._own_rows(self._rewards_per_func, len(mask))
-        return output
+            log_probs, reference = scored.last_tokens("log_probs", length), output["ref_per_token_logps"]
+            rollout.divergence = token_divergence(log_probs, reference, self.args.kl_estimator) * rollout.mask
+        kl_rewards = -self.controller.kl_coef * rollout.divergence
+        streams = reward_streams(self._trained_rewards(rollout, output), kl_rewards, rollout.mask)
+        rollout.advantages, rollout.returns = gae(
+            streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
+        )
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
         return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
-    def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
-        return gathered[self.accelerator.process_index * rows :][:rows]
-
-    def _score(self, output: dict[str, Any]) -> ValueRecorder:
+    def _score(self, output: dict[str, Any]) -> ForwardRecorder:
         """Log-probabilities and values of the completions, before any step on them."""
-        recorder = ValueRecorder(self.model)
+        recorder = ForwardRecorder(self.model, WITH_VALUES)
         input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         others = {name: output[name] for name in _MULTIMODAL if name in output}
@@ -276,9 +309,9 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             )  # fmt: skip
         return recorder
 
-    def _local_rewards(self, output: dict[str, Any]) -> torch.Tensor:
+    def _trained_rewards(self, rollout: Rollout, output: dict[str, Any]) -> torch.Tensor:
         """Rewards `(B, K)` that this process's completions are trained on."""
-        rewards = self.controller.trained_rewards(self._rewards_per_func)
+        rewards = self.controller.trained_rewards(rollout.rewards)
         rewards = self._own_rows(rewards, len(output["completion_ids"]))
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
@@ -286,91 +319,90 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1)
         return rewards
 
-    def _close_rollout(self, divergence: torch.Tensor, mask: torch.Tensor) -> None:
-        training = self.model.training
-        means = dict(zip(self.reward_func_names, self._rewards_per_func.mean(dim=0).tolist(), strict=True))
-        divergences = mean_divergences(divergence, mask, self.accelerator.gather) if self.args.kl_coef > 0 else None
+    def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
+        return gathered[self.accelerator.process_index * rows :][:rows]
+
+    def _close_rollout(self, rollout: Rollout) -> None:
+        """Lets the controller adapt, and records the rollout."""
+        training, rewards = rollout.purpose == "training", rollout.rewards
+        means = dict(zip(self.reward_func_names, rewards.mean(dim=0).tolist(), strict=True))
+        divergences = None
+        if self.args.kl_coef > 0:
+            divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
         reason = self.controller.close_rollout(metrics, means, divergences, training)
         if reason is not None:
             self.end_training(reason)
-        if training:
-            record_value_heads(metrics, value_heads_of(self.critic))
-            for name in constant_rewards(self.reward_func_names, self._rewards_per_func):
-                logger.warning_once(
-                    f"The reward {name!r} was the same for every completion of a rollout, so it said nothing about "
-                    "their tokens. If it stays so, check the reward function."
-                )
+        if not training:
+            return
+        record_heads(metrics, value_heads_of(self.companion.module))
+        constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
+        for name in itertools.compress(self.reward_func_names, constant):
+            logger.warning_once(
+                f"The reward {name!r} was the same for every completion of a rollout, so it said nothing about their "
+                "tokens. If it stays so, check the reward function."
+            )
 
-    def _policy_advantages(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.controller.policy_advantages(
-            advantages, mask, self.reward_weights, lambda tensor: self.accelerator.reduce(tensor, reduction="sum")
-        )
+    def _mixed(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.controller.mix(advantages, mask, self.reward_weights, self._sum)
 
-    def _compute_loss(self, model, inputs):
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # From the batch to the loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
-            advantages = inputs["stream_advantages"].permute(2, 0, 1)
-            inputs = {**inputs, "advantages": self._policy_advantages(advantages, mask)}
-        recorder = ValueRecorder(model)
+            inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
+        recorder = ForwardRecorder(model, WITH_VALUES)
         with self._without_kl_loss():
             policy_loss = super()._compute_loss(recorder, inputs)
-        values = recorder.values(mask.size(1))
+        values = recorder.last_tokens("state_values", mask.size(1))
         errors = clipped_value_loss(
             values, inputs["old_state_values"], inputs["state_returns"], self.args.cliprange_value
         )
         errors = (errors * mask.unsqueeze(-1)).sum(dim=(0, 1))
-        coefficients = errors.new_tensor([*self.args.vf_coefs(len(self.reward_funcs)), self.args.kl_vf_coef])
-        loss = policy_loss + (coefficients * errors).sum() / self._token_normalizer(inputs)
-        homeostasis_loss = recorder.homeostasis_loss()
-        if homeostasis_loss is not None:
-            self._metrics["train"]["ep/homeostasis_loss"].append(homeostasis_loss.item())
-            loss = (
-                loss + self.args.critic_homeostasis_coef * homeostasis_loss / self.current_gradient_accumulation_steps
-            )
-        self._check_update(loss.detach(), recorder, values.detach(), errors.detach(), inputs, mask)
-        if "episode_rewards" in inputs and self.model.training:
-            self._minibatch_dual_step(inputs["episode_rewards"], mask)
-        return loss * 0.0 if self._skip_updates and self.model.training else loss
+        loss = policy_loss + (errors.new_tensor(self.value_coefs) * errors).sum() / self._token_normalizer(inputs)
+        homeostasis = [output.homeostasis_loss for output in recorder.outputs if output.homeostasis_loss is not None]
+        if homeostasis:
+            objective = torch.cat(homeostasis).mean()
+            self._metrics["train"]["ep/homeostasis_loss"].append(objective.item())
+            loss = loss + self.args.critic_homeostasis_coef * objective / self.current_gradient_accumulation_steps
+        log_probs = recorder.last_tokens("log_probs", mask.size(1)).detach()
+        self._check_update(loss.detach(), log_probs, values.detach(), errors.detach(), inputs)
+        return loss
 
     def _check_update(
         self,
         loss: torch.Tensor,
-        recorder: ValueRecorder,
+        log_probs: torch.Tensor,
         values: torch.Tensor,
         errors: torch.Tensor,
         inputs: dict[str, Any],
-        mask: torch.Tensor,
     ) -> None:
-        """Records the critic, ends a run whose loss is not finite, and skips updates too far from the rollout."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        """Records the critic, ends a run whose loss is not finite, and sees whether the rollout is spent."""
+        mask, metrics = self._loss_mask(inputs), self._metrics["train" if self.model.training else "eval"]
         moved = loss.new_zeros(())
         if "old_per_token_logps" in inputs:
-            log_probs = recorder.log_probs(mask.size(1)).detach()
             moved = (token_divergence(inputs["old_per_token_logps"], log_probs, "k3") * mask).sum()
-        broken, moved_sum, tokens = record_critic(
-            metrics, [*self.reward_func_names, "kl"], values, inputs["state_returns"], errors, mask,
-            torch.stack([(~torch.isfinite(loss)).float(), moved.float()]), self.accelerator.gather,
-        )  # fmt: skip
+        sums = critic_sums(values, inputs["state_returns"], errors, mask)
+        # One collective for the critic's metrics, the check of the loss and how far the policy has moved
+        checks = torch.stack([(~torch.isfinite(loss)).float(), moved.float()])
+        local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
+        totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
+        means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
+        record_critic(metrics, [*self.reward_func_names, "kl"], means.view_as(sums))
+        num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
         if not self.model.training:
             return
-        if broken:
+        if num_broken:
             raise NonFiniteLossError(f"The loss is not finite at step {self.state.global_step}.")
-        metrics["kl/update"].append(moved_sum / max(tokens, 1.0))
+        divergence = moved_sum / max(num_tokens, 1.0)
+        metrics["kl/update"].append(divergence)
         if self.args.early_stop_kl is not None:
-            self._skip_updates = self._skip_updates or metrics["kl/update"][-1] > self.args.early_stop_kl
-            metrics["skipped_updates"].append(float(self._skip_updates))
-            if self._skip_updates:
-                # With a rate of zero no optimizer moves, under any engine; the scheduler sets the next step's anew
-                for group in self.optimizer.param_groups:
-                    group["lr"] = 0.0
-
-    def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
-        """The official code's dual step: on rewards of episodes weighted by their length."""
-        lengths = mask.sum(dim=1, keepdim=True).float()
-        sums = torch.cat([(rewards[:, self.controller.constrained] * lengths).sum(dim=0), lengths.sum().view(1)])
-        totals = self.accelerator.reduce(sums, reduction="sum")
-        cast(LagrangeMultipliers, self.multipliers).update((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
+            self.rollout.spent = self.rollout.spent or divergence > self.args.early_stop_kl
+            metrics["skipped_updates"].append(float(self.rollout.spent))
 
     def _token_normalizer(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Response tokens of one accumulation window for each process, as TRL's `dapo` loss counts them."""
@@ -386,6 +418,29 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
             yield
         finally:
             self.beta = beta
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.model.training:
+            return loss
+        if "episode_rewards" in inputs:
+            self._minibatch_dual_step(inputs["episode_rewards"], self._loss_mask(inputs))
+        if not self.rollout.spent:
+            return loss
+        # With a rate of zero no optimizer moves, and the scheduler sets the next step's anew. Before the backward
+        # pass, at whose end DeepSpeed steps: a callback before the optimizer's step would come too late there
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        return loss * 0.0
+
+    def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
+        """The official code's dual step: on rewards of episodes weighted by their length."""
+        lengths = mask.sum(dim=1, keepdim=True).float()
+        sums = torch.cat([(rewards[:, self.controller.constrained] * lengths).sum(dim=0), lengths.sum().view(1)])
+        totals = self._sum(sums)
+        cast(LagrangeMultipliers, self.multipliers).update((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
+
+    # Around the steps
 
     def sample_rewards(self, num_samples: int) -> torch.Tensor:
         """
@@ -407,16 +462,12 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         rewards = []
         with torch.random.fork_rng(devices):
             try:
-                self._calibrating = True
                 self.model.eval()
                 for batch in range(num_batches):
                     own = rows[(batch * world + rank) * local :][:local]
-                    self._generate_and_score_completions(
-                        [row for row in own for _ in range(self.num_generations_eval)]
-                    )
-                    rewards.append(self._rewards_per_func)
+                    self._open_rollout([row for row in own for _ in range(self.num_generations_eval)], "calibration")
+                    rewards.append(self.rollout.rewards)
             finally:
-                self._calibrating = False
                 self.model.train(training)
                 self._metrics["eval"].clear()
                 for logged in self._logs.values():
@@ -463,28 +514,21 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        save_critic(self.critic, folder, self.reward_func_names, self.args.should_save)
         step, batches = open_rollout(self)
         if self.args.should_save:
             write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
-            if self.threshold_search is not None:
-                self.threshold_search.save(folder)
+            if self.search_callback is not None:
+                self.search_callback.save(folder)
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
         super().save_model(output_dir, _internal_call=_internal_call)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The critic first: a checkpoint without one is refused before anything is overwritten
-        if not self.is_fsdp_enabled:
-            load_critic(self.critic, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_critic(self.critic, str(self.state.best_model_checkpoint))
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        # Kept for a resumed run, which draws the orders of the epochs before it
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -495,10 +539,10 @@ class ConstrainedPPOTrainer(MethodCardMixin, GRPOTrainer):
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
-        if self.threshold_search is not None:
-            self.threshold_search.load(checkpoint)
+        if self.search_callback is not None:
+            self.search_callback.load(checkpoint)
         # Each epoch draws its own order, which a new sampler would begin anew
-        for _ in range(int(float(self.state.epoch or 0.0) + 1e-6)):
+        for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
             next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))

@@ -1,23 +1,60 @@
-"""The critic: one value head for each reward and one for the KL, on the policy's hidden states or its own backbone."""
+"""The critic: one value head for each reward and one for the KL, on the policy's hidden states or its own backbone.
+
+    L_V = 0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)        for each token and stream
+
+is [`clipped_value_loss`] and what runs, in `ConstrainedPPOTrainer._compute_loss`. A plain form stands in
+`recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two equal.
+"""
 
 import copy
-import functools
-import types
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .._upstream import FusedCausalLMOutput
-from ..equilibrium.head import EPHead
+from .._upstream import FusedCausalLMOutput, gathered_state_dict
+from ..core.companion import Companion
+from ..core.recorder import Forward, last_hidden_states
 from ..equilibrium.value_heads import EPValueHeads
 from .constrained_ppo_config import ConstrainedPPOConfig
 
 
 VALUE_HEADS = "value_heads"
+CRITIC_FILE = "critic.safetensors"
+Metrics = dict[str, list[float]]
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float
+) -> torch.Tensor:
+    """
+    Squared error of values against returns; where a value has moved by more than `cliprange` since generation, the
+    larger of the errors of the value and of the clipped value.
+
+    Args:
+        values (`torch.Tensor` of any shape):
+            Values now.
+        old_values (`torch.Tensor` of the same shape):
+            Values at generation.
+        returns (`torch.Tensor` of the same shape):
+            Targets.
+        cliprange (`float`):
+            Range; 0 leaves the loss unclipped.
+
+    Returns:
+        `torch.Tensor` of the same shape: half the squared error.
+    """
+    error = (values - returns).square()
+    if cliprange > 0:
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error
 
 
 @dataclass
@@ -98,9 +135,111 @@ class SeparateCritic(nn.Module):
         return self.heads(output.last_hidden_state)
 
 
+@runtime_checkable
+class RelaxingHeads(Protocol):
+    """
+    What value heads that relax to a fixed point offer beside `forward`, as [`EPHead`] does. A critic of any class that
+    has it is asked for its objective and its metrics.
+
+    Attributes:
+        feedback (`str`): `"symmetric"`, or `"asymmetric"`, which has an objective and an asymmetry.
+    """
+
+    feedback: str
+
+    def homeostasis_loss(self) -> torch.Tensor:
+        """Objective that straightens the feedback, scalar."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """How the last forward relaxed."""
+        ...
+
+    def asymmetry(self) -> dict[str, float]:
+        """How far the feedback weights are from the transposed forward ones."""
+        ...
+
+
+class CriticCompanion(Companion):
+    """
+    The critic inside a policy (see [`Companion`]), whose values come with the output of TRL's fused head in the same
+    forward, when that is called with `with_values=True`.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`]):
+            Policy with TRL's fused head; under PEFT, the base model.
+        critic (`torch.nn.Module`):
+            [`SeparateCritic`], or a module from hidden states `(B, T, H)` to values `(B, T, K+1)`.
+        reward_names (`Sequence[str]`):
+            Names of the K rewards, in the order of the value heads.
+        learning_rate (`float`, *optional*):
+            Its learning rate. Defaults to the policy's.
+        detach (`bool`, *optional*, defaults to `False`):
+            Whether the critic's gradient stops at the policy's backbone.
+        homeostasis (`bool`, *optional*, defaults to `False`):
+            Whether the output has the objective of [`RelaxingHeads`], in training.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        critic: nn.Module,
+        reward_names: Sequence[str],
+        learning_rate: float | None = None,
+        detach: bool = False,
+        homeostasis: bool = False,
+    ):
+        super().__init__(VALUE_HEADS, critic, CRITIC_FILE, "value heads", learning_rate)
+        self.policy, self.reward_names = policy, list(reward_names)
+        self.detach, self.homeostasis = detach, homeostasis
+
+    def forward(self, policy_forward: Forward, *args: Any, with_values: bool = False, **kwargs: Any) -> Any:
+        """What [`extend_forward`] puts in place of the policy's forward; with values a [`ValuedCausalLMOutput`]."""
+        if not with_values:
+            return policy_forward(*args, **kwargs)
+        critic = getattr(self.policy, VALUE_HEADS)
+        if isinstance(critic, SeparateCritic):
+            output = policy_forward(*args, **kwargs)
+            values = critic(kwargs["input_ids"], kwargs.get("attention_mask"))[:, :-1]
+        else:
+            with last_hidden_states(self.policy) as states:
+                output = policy_forward(*args, **kwargs)
+            hidden = states[0][:, :-1]
+            values = critic(hidden.detach() if self.detach else hidden)
+        own = {field.name: getattr(output, field.name) for field in fields(FusedCausalLMOutput)}
+        output = ValuedCausalLMOutput(**own, state_values=values)
+        if self.homeostasis and self.policy.training and torch.is_grad_enabled():
+            # Here, within the forward that an engine gathers weights for
+            output.homeostasis_loss = cast(RelaxingHeads, value_heads_of(critic)).homeostasis_loss().reshape(1)
+        return output
+
+    def metadata(self) -> dict[str, str]:
+        found = {"rewards": json.dumps(self.reward_names)}
+        if isinstance(self.module, SeparateCritic):
+            found["backbone"] = json.dumps(self.module.backbone.config.to_dict(), default=str)
+        heads = value_heads_of(self.module)
+        if isinstance(heads, EPValueHeads):
+            found["heads"] = json.dumps(heads.settings())
+        return found
+
+    def check_metadata(self, saved: dict[str, str], path: Path) -> None:
+        names = json.loads(saved.get("rewards", "null"))
+        if names is not None and len(names) != len(self.reward_names):
+            raise ValueError(
+                f"{path} holds value heads for the rewards {names}, and this run has {self.reward_names}. Resume with "
+                "the rewards of the saved run."
+            )
+
+
 def value_heads_of(critic: nn.Module) -> nn.Module:
     """The module of a critic that maps hidden states to values: a shared critic itself, or a separate one's heads."""
     return critic.heads if isinstance(critic, SeparateCritic) else critic
+
+
+def kind_of(critic: nn.Module) -> str:
+    """`"shared"` or `"separate"` for a critic that can be rebuilt from its file, `"module"` for the user's own."""
+    kinds = {ValueHeads: "shared", EPValueHeads: "shared", SeparateCritic: "separate"}
+    return kinds.get(type(critic), "module")
 
 
 def build_value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
@@ -146,24 +285,28 @@ def build_critic(
             heads = build_value_heads(critic_model.config.get_text_config().hidden_size, num_heads, args)
             return SeparateCritic(critic_model.base_model, num_heads, heads)
         raise ValueError(
-            f"`critic='separate'` takes a model or its name as `critic_model`, got "
-            f"`{type(critic_model).__name__}`. For "
-            "a module on the policy's hidden states set `critic='shared'`."
+            f"`critic='separate'` takes a model or its name as `critic_model`, got `{type(critic_model).__name__}`. "
+            "For a module on the policy's hidden states set `critic='shared'`."
         )
     hidden_size = policy.config.get_text_config().hidden_size
     if critic_model is None:
         return build_value_heads(hidden_size, num_heads, args)
     if isinstance(critic_model, (str, PreTrainedModel)):
         raise ValueError(
-            f"`critic_model` is a model and `critic='shared'` takes a module from hidden states `(B, T, "
-            f"{hidden_size})`"
-            f" to values `(B, T, {num_heads})`. Set `critic='separate'` for a critic with a backbone of its own."
+            "`critic_model` is a model and `critic='shared'` takes a module from hidden states "
+            f"`(B, T, {hidden_size})` to values `(B, T, {num_heads})`. Set `critic='separate'` for a critic with a "
+            "backbone of its own."
         )
     critic_model.to(policy.device)
-    wanted = (1, 2, num_heads)
+    _check_module(critic_model, torch.zeros(1, 2, hidden_size, device=policy.device), num_heads, args)
+    return critic_model
+
+
+def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int, args: ConstrainedPPOConfig) -> None:
+    wanted, hidden_size = (1, 2, num_heads), states.size(-1)
     try:
         with torch.no_grad():
-            found = tuple(critic_model(torch.zeros(1, 2, hidden_size, device=policy.device)).shape)
+            found = tuple(critic_model(states).shape)
     except RuntimeError as error:
         raise ValueError(
             f"`critic_model` does not take hidden states of width {hidden_size}, the policy's: {error}. Build it for "
@@ -174,14 +317,13 @@ def build_critic(
             f"`critic_model` maps hidden states `(1, 2, {hidden_size})` to {found}; it must give {wanted}: one value "
             f"for each of the {num_heads - 1} rewards and one for the KL."
         )
-    is_asymmetric = isinstance(critic_model, EPHead) and critic_model.feedback == "asymmetric"
+    is_asymmetric = isinstance(critic_model, RelaxingHeads) and critic_model.feedback == "asymmetric"
     if args.critic_homeostasis_coef > 0 and not is_asymmetric:
         raise ValueError(
             f"`critic_homeostasis_coef={args.critic_homeostasis_coef}` needs feedback weights, and `critic_model`, a "
             f"`{type(critic_model).__name__}`, has none. Leave it at 0, or give an `EPHead` with "
             "`feedback='asymmetric'`."
         )
-    return critic_model
 
 
 def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path: str | None = None) -> SeparateCritic:
@@ -204,7 +346,7 @@ def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path:
         ValueError: If the model has a smaller vocabulary than the policy, whose token ids it is given.
     """
     if name_or_path is None and is_deepspeed_zero3_enabled():
-        name_or_path = policy.config._name_or_path or None
+        name_or_path = policy.config.name_or_path or None
     if name_or_path is None:
         backbone = copy.deepcopy(policy.base_model)
     else:
@@ -219,111 +361,71 @@ def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path:
     return SeparateCritic(backbone, num_heads)
 
 
-def add_value_heads(
-    model: PreTrainedModel, critic: nn.Module, detach: bool = False, homeostasis: bool = False
-) -> None:
+def critic_sums(values: torch.Tensor, returns: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Attaches a critic as `model.value_heads` and adds its values to the output of TRL's fused head, in the same
-    forward, when it is called with `with_values=True`.
+    Sums over the tokens of a minibatch of the value loss, the values and the returns.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Policy with TRL's fused head, before any engine wraps it. Under PEFT, the base model.
-        critic (`torch.nn.Module`):
-            [`SeparateCritic`], or a module from hidden states `(B, T, H)` to values `(B, T, K+1)`.
-        detach (`bool`, *optional*, defaults to `False`):
-            Whether the critic's gradient stops at the policy's backbone.
-        homeostasis (`bool`, *optional*, defaults to `False`):
-            Whether the output has the homeostasis objective of equilibrium heads, in training.
-    """
-    fused_forward = model.forward
-    model.add_module(VALUE_HEADS, critic)
-
-    @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, with_values: bool = False, **kwargs: Any) -> Any:
-        if not with_values:
-            return fused_forward(*args, **kwargs)
-        module = getattr(self, VALUE_HEADS)
-        if isinstance(module, SeparateCritic):
-            output = fused_forward(*args, **kwargs)
-            values = module(kwargs["input_ids"], kwargs.get("attention_mask"))[:, :-1]
-        else:
-            kept: list[torch.Tensor] = []
-            hook = self.base_model.register_forward_hook(lambda _m, _i, output: kept.append(output.last_hidden_state))
-            try:
-                output = fused_forward(*args, **kwargs)
-            finally:
-                hook.remove()
-            hidden = kept[0][:, :-1]
-            values = module(hidden.detach() if detach else hidden)
-        own = {f.name: getattr(output, f.name) for f in fields(FusedCausalLMOutput)}
-        output = ValuedCausalLMOutput(**own, state_values=values)
-        if homeostasis and self.training and torch.is_grad_enabled():
-            # Here, within the forward that an engine gathers weights for
-            output.homeostasis_loss = cast(EPHead, value_heads_of(module)).homeostasis_loss().reshape(1)
-        return output
-
-    model.forward = types.MethodType(forward, model)
-
-
-class ValueRecorder:
-    """
-    Calls a model for values too and keeps what it gave, so that a subclass sees what `super()` computed.
-
-    Args:
-        model (`torch.nn.Module`):
-            Policy with a critic, wrapped or not.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._values: list[torch.Tensor] = []
-        self._log_probs: list[torch.Tensor] = []
-        self._homeostasis: list[torch.Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, with_values=True, **kwargs)
-        self._values.append(output.state_values)
-        self._log_probs.append(output.log_probs)
-        if output.homeostasis_loss is not None:
-            self._homeostasis.append(output.homeostasis_loss)
-        return output
-
-    def values(self, length: int) -> torch.Tensor:
-        """Values of the states before the last `length` tokens, `(B, length, K+1)`."""
-        return torch.cat([values[:, -length:] for values in self._values])
-
-    def log_probs(self, length: int) -> torch.Tensor:
-        """Log-probabilities of the last `length` tokens, `(B, length)`."""
-        return torch.cat([log_probs[:, -length:] for log_probs in self._log_probs])
-
-    def homeostasis_loss(self) -> torch.Tensor | None:
-        """The homeostasis objective, scalar, or `None` where no call gave it."""
-        return torch.cat(self._homeostasis).mean() if self._homeostasis else None
-
-
-def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float
-) -> torch.Tensor:
-    """
-    Squared error of values against returns; where a value has moved by more than `cliprange` since generation, the
-    larger of the errors of the value and of the clipped value.
-
-    Args:
-        values (`torch.Tensor` of any shape):
-            Values now.
-        old_values (`torch.Tensor` of the same shape):
-            Values at generation.
-        returns (`torch.Tensor` of the same shape):
-            Targets.
-        cliprange (`float`):
-            Range; 0 leaves the loss unclipped.
+        values (`torch.Tensor` of shape `(B, T, K+1)`):
+            Values.
+        returns (`torch.Tensor` of shape `(B, T, K+1)`):
+            Their targets.
+        errors (`torch.Tensor` of shape `(K+1,)`):
+            Sum of the value loss.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Response tokens.
 
     Returns:
-        `torch.Tensor` of the same shape: half the squared error.
+        `torch.Tensor` of shape `(3, K+1)`.
     """
-    error = (values - returns).square()
-    if cliprange > 0:
-        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-        error = torch.maximum(error, (clipped - returns).square())
-    return 0.5 * error
+    inside = mask.unsqueeze(-1)
+    return torch.stack([errors, (values * inside).sum((0, 1)), (returns * inside).sum((0, 1))])
+
+
+def record_critic(metrics: Metrics, names: Sequence[str], means: torch.Tensor) -> None:
+    """
+    Records the value loss, mean value and mean return of each stream.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Metrics of the mode, added to.
+        names (`Sequence[str]`):
+            Names of the K+1 streams.
+        means (`torch.Tensor` of shape `(3, K+1)`):
+            [`critic_sums`] of all processes by the number of their tokens.
+    """
+    for name, column in zip(names, means.t().tolist(), strict=True):
+        for metric, value in zip(("loss", "value", "return"), column, strict=True):
+            metrics[f"critic/{name}/{metric}"].append(value)
+
+
+def record_heads(metrics: Metrics, heads: nn.Module) -> None:
+    """
+    Records what [`RelaxingHeads`] say of themselves; nothing for other heads. All processes must call it.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Metrics of the mode, added to.
+        heads (`torch.nn.Module`):
+            Value heads, sharded or not.
+    """
+    if not isinstance(heads, RelaxingHeads):
+        return
+    for name, value in heads.metrics().items():
+        # A count so far, of which only the last is of interest
+        metrics[name] = [value] if "num_" in name else [*metrics[name], value]
+    if heads.feedback == "asymmetric":
+        whole = {f"heads.{name}": tensor for name, tensor in gathered_state_dict(heads).items()}
+        for name, value in torch.func.functional_call(_Asymmetry(heads), whole, ()).items():
+            metrics[name].append(value)
+
+
+class _Asymmetry(nn.Module):
+    """`asymmetry` as a forward, which `functional_call` can run on gathered weights."""
+
+    def __init__(self, heads: nn.Module):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self) -> dict[str, float]:
+        return cast(RelaxingHeads, self.heads).asymmetry()

@@ -1,104 +1,29 @@
-"""A constrained run at a glance: a table on the terminal and one picture, from the trainer's log."""
+"""A constrained run at a glance, from the trainer's log alone: a table for the terminal, and one picture."""
 
 import math
-import os
 import textwrap
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
 
-from .controller import RolloutController
-from .lagrangian import Constraint
+from ..core.figures import COLORS, new_figure, save_figure, tidy
+from ..core.log import LogHistory, best_value, last_value, reward_names, series
+from .multipliers import Constraint, constraints_by_reward
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .constrained_ppo_trainer import ConstrainedPPOTrainer
 
-
-DASHBOARD_FILE = "dashboard.png"
-COLORS = ("#3b7dd8", "#e88a1a", "#2f9e5b", "#8e5bb5", "#17a2a2", "#a0632a", "#d36ba6", "#7f8c2a")
 OBJECTIVE_COLOR = "#444444"
 THRESHOLD_COLOR = "#c1272d"
+GOLD_COLOR = "#b8860b"
 COLUMNS = 3
+# More points than pixels of a panel only cost time and space
 MAX_POINTS = 1000
-# Share of the training time that drawing may take
-DRAWING_SHARE = 0.02
-CONSOLE_WIDTH = 110
-
-LogHistory = Sequence[dict[str, Any]]
-
-
-def series(log_history: LogHistory, key: str) -> tuple[list[int], list[float]]:
-    """
-    Steps and values of one logged quantity.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            The trainer's log, as in `trainer.state.log_history` or `trainer_state.json`.
-        key (`str`):
-            Key of the quantity.
-
-    Returns:
-        `tuple[list[int], list[float]]`: steps, and values of the same length; entries that lack the key are left out.
-    """
-    entries = [entry for entry in log_history if entry.get(key) is not None]
-    return [int(entry.get("step", 0)) for entry in entries], [float(entry[key]) for entry in entries]
-
-
-def last_value(log_history: LogHistory, key: str) -> float | None:
-    """The newest value of a quantity, or `None` where it was never logged."""
-    return next((float(entry[key]) for entry in reversed(log_history) if entry.get(key) is not None), None)
-
-
-def reward_names(log_history: LogHistory) -> list[str]:
-    """Names of the rewards in the newest entry that has any, in its order."""
-    for entry in reversed(log_history):
-        keys = [key for key in entry if key.startswith("rewards/") and key.endswith("/mean")]
-        if keys:
-            return [key[len("rewards/") : -len("/mean")] for key in keys]
-    return []
-
-
-def named_constraints(controller: RolloutController) -> list[Constraint]:
-    """
-    The constraints of a run whose thresholds are known, by name of their reward.
-
-    Args:
-        controller ([`RolloutController`]):
-            Controller of the run.
-
-    Returns:
-        `list[Constraint]`
-    """
-    multipliers = controller.multipliers
-    constraints = controller.targets if multipliers is None else multipliers.constraints
-    return [
-        Constraint(name, constraint.threshold, constraint.kind)
-        for name, constraint in zip(controller.constrained_names(), constraints, strict=True)
-        if constraint.threshold is not None
-    ]
-
-
-def by_reward(constraints: Sequence[Constraint]) -> dict[str, list[Constraint]]:
-    """The constraints of each reward; a range has two."""
-    grouped: dict[str, list[Constraint]] = {}
-    for constraint in constraints:
-        grouped.setdefault(str(constraint.reward), []).append(constraint)
-    return grouped
-
-
-def best_gold(log_history: LogHistory) -> tuple[int, float] | None:
-    """Step and value of the highest finite gold metric, or `None` where there is none."""
-    points = [point for point in zip(*series(log_history, "eval_gold"), strict=True) if math.isfinite(point[1])]
-    return max(points, key=lambda point: point[1], default=None)
 
 
 def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
@@ -133,7 +58,7 @@ def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] =
         table.add_column(
             column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None
         )
-    grouped = by_reward(constraints)
+    grouped = constraints_by_reward(constraints)
     names = reward_names(log_history)
     for name in names:
         row = [name, _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
@@ -183,7 +108,7 @@ def _caption(log_history: LogHistory) -> str | None:
         if coefficient is not None:
             details.append(f"coefficient {_shown(coefficient)}")
         parts.append(f"KL {_shown(per_response)} nats per response ({', '.join(details)})")
-    gold, best = last_value(log_history, "eval_gold"), best_gold(log_history)
+    gold, best = last_value(log_history, "eval_gold"), best_value(log_history, "eval_gold")
     if gold is not None:
         parts.append(f"gold {_shown(gold)}" + (f" (best {_shown(best[1])} at step {best[0]})" if best else ""))
     return " · ".join(parts) or None
@@ -221,14 +146,10 @@ def draw_dashboard(
         kl_ceiling (`float`, *optional*):
             KL, in nats per response, that ends training.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = _panels(log_history, constraints, kl_ceiling)
     rows = max(1, math.ceil(len(panels) / COLUMNS))
     columns = min(COLUMNS, max(1, len(panels)))
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * columns, 2.9 * rows + 0.5, dpi=110)
     steps = [step for _, lines in panels for line in lines for step in line.points[0]]
     figure.suptitle(
         textwrap.fill(title, 44 * columns), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
@@ -236,8 +157,7 @@ def draw_dashboard(
     for index, (heading, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(heading, loc="left", fontsize=10.5, parse_math=False)
-        axes.grid(alpha=0.22)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.tick_params(labelsize=8.5)
         if index >= len(panels) - columns:
             axes.set_xlabel("step", fontsize=9)
@@ -247,11 +167,7 @@ def draw_dashboard(
             margin = 0.02 * (max(steps) - min(steps))
             axes.set_xlim(min(steps) - margin, max(steps) + margin)
         _add_legend(axes)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 class _Line:
@@ -282,7 +198,7 @@ Panel = tuple[str, list[_Line]]
 def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceiling: float | None) -> list[Panel]:
     names = reward_names(log_history)
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
-    grouped = by_reward(constraints)
+    grouped = constraints_by_reward(constraints)
     panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
     violations = _per_reward(log_history, colors, "violation")
     if violations:
@@ -344,13 +260,13 @@ def _kl_panel(log_history: LogHistory, kl_ceiling: float | None) -> Panel:
 
 
 def _gold_panel(log_history: LogHistory) -> Panel:
-    points, best = series(log_history, "eval_gold"), best_gold(log_history)
+    points, best = series(log_history, "eval_gold"), best_value(log_history, "eval_gold")
     if not points[0]:
         return "", []
-    lines = [_Line(points, "gold", "#b8860b", marker="o", markersize=3.5)]
+    lines = [_Line(points, "gold", GOLD_COLOR, marker="o", markersize=3.5)]
     if best is not None:
         label = f"best: {best[1]:.3g} at step {best[0]}"
-        lines.append(_Line(([best[0]], [best[1]]), label, "#b8860b", marker="*", markersize=13, linestyle="none"))
+        lines.append(_Line(([best[0]], [best[1]]), label, GOLD_COLOR, marker="*", markersize=13, linestyle="none"))
     return "gold metric, validation", lines
 
 
@@ -361,100 +277,3 @@ def _add_legend(axes: "Axes") -> None:
     legend = axes.legend(fontsize=8, frameon=True, framealpha=0.75, edgecolor="none", borderpad=0.3)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-class ConstraintDashboardCallback(TrainerCallback):
-    """
-    At every log step, prints a table and writes `dashboard.png` into the output folder, on the main process only and
-    from the log alone. While training goes on the picture is drawn at most every `png_seconds`, and in at most 2% of
-    the time; at the end it is always drawn.
-
-    Args:
-        trainer ([`ConstrainedPPOTrainer`]):
-            Trainer that the callback is added to.
-        path (`str` or `Path`, *optional*):
-            PNG file. Defaults to `dashboard.png` in the trainer's output folder.
-        png_seconds (`float`, *optional*, defaults to `10.0`):
-            Least time between two pictures.
-        show_table (`bool`, *optional*, defaults to `True`):
-            Whether the table is printed.
-        console ([`~rich.console.Console`], *optional*):
-            Console to print on.
-
-    Raises:
-        ValueError: If `png_seconds` is negative.
-
-    Example:
-
-    ```python
-    trainer = ConstrainedPPOTrainer(...)
-    trainer.add_callback(ConstraintDashboardCallback(trainer, png_seconds=60))
-    ```
-    """
-
-    def __init__(
-        self,
-        trainer: "ConstrainedPPOTrainer",
-        path: str | Path | None = None,
-        png_seconds: float = 10.0,
-        show_table: bool = True,
-        console: Console | None = None,
-    ):
-        if not png_seconds >= 0:
-            raise ValueError(
-                f"`png_seconds` must not be negative, got {png_seconds}. 0 draws as often as 2% of the time allows."
-            )
-        self.trainer = trainer
-        self.path = Path(path) if path else Path(trainer.args.output_dir) / DASHBOARD_FILE
-        self.png_seconds = png_seconds
-        self.show_table = show_table
-        self.console = console or _wide_console()
-        self._next_drawing = -math.inf
-        self._last_shown: tuple[str, float | None] | None = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not reward_names([logs or {}]):
-            return
-        if self.show_table:
-            self._print(state)
-        if time.monotonic() >= self._next_drawing:
-            self._draw(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not reward_names(state.log_history):
-            return
-        if self.show_table and self._last_shown != self._shown(state):
-            self._print(state)
-        self._draw(state)
-
-    def constraints(self) -> list[Constraint]:
-        """The constraints with their thresholds of now, by name of their reward."""
-        return named_constraints(self.trainer.controller)
-
-    def _title(self, state: Any) -> str:
-        method = self.trainer.args.method
-        title = f"Constrained PPO{f' ({method})' if method else ''}, step {state.global_step}"
-        reason = self.trainer.stop_reason
-        return f"{title}, ended early: {reason}" if reason else title
-
-    def _print(self, state: Any) -> None:
-        self._last_shown = self._shown(state)
-        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
-
-    def _shown(self, state: Any) -> tuple[str, float | None]:
-        """What a table shows that may change after the log step."""
-        return self._title(state), last_value(state.log_history, "eval_gold")
-
-    def _draw(self, state: Any) -> None:
-        start = time.monotonic()
-        draw_dashboard(
-            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
-        )
-        end = time.monotonic()
-        self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
-
-
-def _wide_console() -> Console:
-    """A console as wide as the table, also where the terminal's width is not known, as in log files."""
-    console = Console()
-    return console if console.width >= CONSOLE_WIDTH or console.is_terminal else Console(width=CONSOLE_WIDTH)

@@ -1,5 +1,6 @@
 """Queries of a trainer's log, as in `trainer.state.log_history` or `trainer_state.json`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,3 +39,38 @@ def last_value(log_history: LogHistory, key: str) -> float | None:
         `float` or `None`: `None` where it was never logged.
     """
     return next((float(entry[key]) for entry in reversed(log_history) if entry.get(key) is not None), None)
+
+
+def best_value(log_history: LogHistory, key: str) -> tuple[int, float] | None:
+    """
+    Where a quantity was highest.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            The trainer's log.
+        key (`str`):
+            Key of the quantity.
+
+    Returns:
+        `tuple[int, float]` or `None`: step and value, the first of equals; `None` where no finite value was logged.
+    """
+    points = [point for point in zip(*series(log_history, key), strict=True) if math.isfinite(point[1])]
+    return max(points, key=lambda point: point[1], default=None)
+
+
+def reward_names(log_history: LogHistory) -> list[str]:
+    """
+    Names of the rewards that TRL logs as `rewards/<name>/mean`.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            The trainer's log.
+
+    Returns:
+        `list[str]`: those of the newest entry that has any, in its order.
+    """
+    for entry in reversed(log_history):
+        keys = [key for key in entry if key.startswith("rewards/") and key.endswith("/mean")]
+        if keys:
+            return [key[len("rewards/") : -len("/mean")] for key in keys]
+    return []

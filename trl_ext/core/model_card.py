@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from .. import __version__
+from .._version import __version__
 
 
 def settings_table(rows: dict[str, object]) -> str:

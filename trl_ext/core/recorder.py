@@ -2,7 +2,6 @@
 ([`extend_forward`]), lets `super()` call it, and records what it returned there ([`ForwardRecorder`])."""
 
 import functools
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +24,9 @@ def extend_forward(model: nn.Module, extension: Forward) -> None:
         extension (`Callable`):
             Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
     """
-    inner = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return extension(inner, *args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    # A partial and no function of this module: a call goes from the model straight to the extension
+    forward = functools.partial(extension, model.forward)
+    model.forward = functools.update_wrapper(forward, model.forward)  # type: ignore[method-assign]
 
 
 class ForwardRecorder:

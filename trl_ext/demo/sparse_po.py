@@ -165,8 +165,7 @@ def weighted_test_responses(
 
 def run_masks(folder: Path):
     """The masks of a finished run of the demo."""
-    from ..sparse_po.mask_checkpoint import TOKEN_MASKS_FILE, restore_masks
-    from ..sparse_po.masked_forward import TokenMasks
+    from ..sparse_po.masks import TOKEN_MASKS_FILE, TokenMasks, restore_masks
 
     if (folder / TOKEN_MASKS_FILE).is_file():
         return restore_masks(folder)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .head import EPHead
-from .settings import FeedbackName, HeadSettings
+from .settings import FeedbackName, HeadSettings, check_feedback, check_homeostasis
 
 
 # Below 1, where the relaxation of two layers always contracts, with room for the error of the cap's own iteration
@@ -73,3 +73,30 @@ class EPValueHeads(EPHead):
             `torch.Tensor` of shape `(B, T, num_heads)`, float32.
         """
         return super().forward(None if hidden is None else hidden.float(), **kwargs)  # type: ignore[arg-type]
+
+
+def check_value_heads(
+    hidden_features: Sequence[int], feedback: str, feedback_angle: float, homeostasis_coef: float, prefix: str = ""
+) -> None:
+    """
+    Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used.
+
+    Args:
+        hidden_features (`Sequence[int]`):
+            Widths of the relaxing layers.
+        feedback (`str`):
+            Feedback weights.
+        feedback_angle (`float`):
+            Degrees between feedback and transposed forward weights at the start.
+        homeostasis_coef (`float`):
+            Weight of the homeostasis objective.
+        prefix (`str`, *optional*, defaults to `""`):
+            What their names begin with where the user gave them.
+
+    Raises:
+        ValueError: If one is out of its range, or has nothing to do beside the others.
+    """
+    if not all(width >= 1 for width in hidden_features or [0]):
+        raise ValueError(f"`{prefix}hidden_features` must be positive, got {hidden_features}.")
+    check_feedback(feedback, feedback_angle, prefix=prefix)
+    check_homeostasis(homeostasis_coef, feedback, prefix=prefix)

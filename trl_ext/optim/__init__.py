@@ -4,31 +4,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .adamp import AdamP
-from .known_views import scale_invariant_weights
+from .scale_invariance import scale_invariant_weights
 from .sgdp import SGDP
 
 
 # Imported on first use, since they import transformers
 _EXPORTS = {
-    "OptimizerCheckCallback": "optimizer_check_callback",
-    "OptimizerMixin": "optimizer_mixin",
-    "OptimizerReportCallback": "optimizer_report_callback",
-    "optimizer_factory": "factory",
-    "register": "factory",
-    "register_optimizer": "factory",
-    "unregister": "factory",
+    "OptimizerCheckCallback": "callbacks",
+    "OptimizerMixin": "install",
+    "OptimizerReportCallback": "callbacks",
+    "optimizer_factory": "names",
+    "register": "install",
+    "register_optimizer": "names",
+    "unregister": "install",
 }
 
 __all__ = ["SGDP", "AdamP", "scale_invariant_weights", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from .factory import optimizer_factory as optimizer_factory
-    from .factory import register as register
-    from .factory import register_optimizer as register_optimizer
-    from .factory import unregister as unregister
-    from .optimizer_check_callback import OptimizerCheckCallback as OptimizerCheckCallback
-    from .optimizer_mixin import OptimizerMixin as OptimizerMixin
-    from .optimizer_report_callback import OptimizerReportCallback as OptimizerReportCallback
+    from .callbacks import OptimizerCheckCallback as OptimizerCheckCallback
+    from .callbacks import OptimizerReportCallback as OptimizerReportCallback
+    from .install import OptimizerMixin as OptimizerMixin
+    from .install import register as register
+    from .install import unregister as unregister
+    from .names import optimizer_factory as optimizer_factory
+    from .names import register_optimizer as register_optimizer
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,65 @@
-"""AdamP (https://huggingface.co/papers/2006.08217, algorithm 2)."""
+"""
+AdamP (https://huggingface.co/papers/2006.08217, algorithm 2).
+
+[`adamp_`] is the equation. The single-tensor reference executes it (`foreach=False, fused=False`, or half-precision
+state); the default step is step.py's, with the passes of kernels/cpu.py and kernels/triton.py.
+`tests/optim/test_official.py::test_the_default_step_is_the_equation` holds the two equal, and that file both to the
+authors' package.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 import torch
 
-from . import cpu_kernels
-from .kernel_batches import Range, Stretches, is_of_one_dtype, kernel_batches, wants_kernel
-from .projected_optimizer import GROUP_KEY, MAX_KEPT_UPDATE, ProjectedOptimizer
-from .projection import find_view, project_
-from .weight import Block, LocalTensor, Weight
+from .kernels import cpu
+from .kernels.stock import Range, fused_adamw, kernel_batches, rounded_decay, takes_adamw
+from .projection import find_level, project_
+from .step import ProjectedOptimizer
+from .weights import Block, LocalTensor
+
+
+def adamp_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    lr: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool,
+    level: str | None = "test",
+) -> str | None:
+    """
+    One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads. Changes `param`,
+    `exp_avg` and `exp_avg_sq` in their place; `step` counts from 1, and the options are those of [`AdamP`]. `level` is
+    `"test"`, or `"channel"`, `"layer"` or `None` where it is known whether and where to project. Returns the level
+    that was projected at.
+    """
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    momentum = beta1 * exp_avg + (1 - beta1) * grad if nesterov else exp_avg
+    update = momentum / denominator
+
+    if level == "test":
+        level = find_level(param, grad, delta, eps)
+    if level is not None:
+        project_(update, param, level, eps)
+    if weight_decay > 0:
+        param.mul_(1 - lr * weight_decay * (1 if level is None else wd_ratio))
+    step_size = lr / (1 - beta1**step)
+    if isinstance(step_size, torch.Tensor):
+        param.sub_(update * step_size)
+    else:
+        param.add_(update, alpha=-step_size)
+    return level
 
 
 class AdamP(ProjectedOptimizer):
@@ -55,9 +104,9 @@ class AdamP(ProjectedOptimizer):
             Whether autograd records the step. Whole parameters only.
         projection (`str` or `dict[str, str]`, *optional*):
             `None` or `"test"` tests each weight at each step, as the paper does. `"layer"` and `"channel"` state that
-            all weights of the group are scale-invariant in that view, and `"none"` that none is. A dict maps patterns,
-            searched for in the parameters' names, to one of these; weights that no pattern matches are not projected.
-            See [`scale_invariant_weights`].
+            all weights of the group are scale-invariant at that level, and `"none"` that none is. A dict maps
+            patterns, searched for in the parameters' names, to one of these; weights that no pattern matches are not
+            projected. See [`scale_invariant_weights`].
         state_dtype (`torch.dtype`, *optional*):
             Dtype of the running averages, the parameter's by default. With bfloat16 parameters, `torch.float32` keeps
             small gradients from vanishing in the second moment, and the arithmetic is float32.
@@ -114,8 +163,7 @@ class AdamP(ProjectedOptimizer):
 
     def _prepare(self) -> None:
         super()._prepare()
-        # Weights that the last step projected: no more than a guess at which way is the faster one
-        self._projected: set[tuple[int, int]] = set()
+        self._step_tensors: dict[torch.device, tuple[int, torch.Tensor]] = {}
 
     def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
         super()._initialise(state, param, group)
@@ -128,67 +176,21 @@ class AdamP(ProjectedOptimizer):
         return group["lr"] * group["weight_decay"]
 
     def _kernels(self, local: LocalTensor) -> Any:
-        """Compiled passes for a tensor, or `None`."""
         if local.flat.device.type == "cuda":
-            from . import adamp_triton  # Imports transformers
+            from .kernels import triton  # Imports transformers
 
-            return adamp_triton if adamp_triton.is_usable(local) else None
-        return cpu_kernels if cpu_kernels.is_usable(local) else None
-
-    def _test_dots(self, weight: Weight) -> torch.Tensor:
-        kernels = self._kernels(weight.local)
-        return super()._test_dots(weight) if kernels is None else kernels.test_dots(weight)
-
-    def _candidates(self, weights: Sequence[Weight]) -> list[Weight]:
-        # The first pass of compiled kernels tests as well
-        found = {id(weight) for weight in weights if weight.numel and self._kernels(weight.local) is cpu_kernels}
-        found |= {id(weight) for weight in super()._candidates([w for w in weights if id(w) not in found])}
-        return [weight for weight in weights if id(weight) in found]  # In the same order on each process
-
-    def _measure(self, weight: Weight) -> None:
-        kernels = self._kernels(weight.local) if weight.numel else None
-        if kernels is None:
-            super()._measure(weight)
-            return
-        local, key = weight.local, (weight.local.group[GROUP_KEY], weight.shard.index)
-        is_tested = weight.view is None and not weight.shard.borders
-        # Most weights are not projected: they need no second pass
-        if kernels is cpu_kernels and is_tested and weight.numel <= MAX_KEPT_UPDATE and key not in self._projected:
-            weight.old = self._scratch_tensor(weight.numel, local)
-            kernels.measure(weight, self._keep(local, 1.0), weight.old)
-        else:
-            kernels.measure(weight)
-
-    def _finish(self, weight: Weight) -> None:
-        if weight.view is not None or self._kernels(weight.local) is not cpu_kernels:
-            super()._finish(weight)
-            return
-        key = (weight.local.group[GROUP_KEY], weight.shard.index)
-        weight.view = cpu_kernels.find_view(weight)
-        if weight.view is not None:
-            self._projected.add(key)
-            super()._finish(weight)
-            return
-        self._projected.discard(key)
-        self.projection_counts.add(weight)
-        if weight.old is None:
-            cpu_kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
-
-    def _apply_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
-        kernels = self._kernels(weight.local)
-        if kernels is None:
-            super()._apply_blocks(weight, scale, coefficient)
-        else:
-            kernels.apply(weight, scale, coefficient)
+            return triton if triton.is_usable(local) else None
+        return cpu if cpu.is_usable(local) else None
 
     def _displace(self, block: Block, out: torch.Tensor) -> None:
         group = block.local.group
         beta1, beta2 = group["betas"]
         exp_avg, exp_avg_sq = block.moments
-        if self._has_kernel(block.local):
+        if takes_adamw(block.local):
             # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes minus the update
             out.zero_()
-            self._fused_adamw([(block.local, [out, block.grad, exp_avg, exp_avg_sq])], lr=1.0, weight_decay=0.0)
+            tensors = [out, block.grad, exp_avg, exp_avg_sq]
+            fused_adamw([(block.local, tensors)], [self._step_tensor(block.local)], lr=1.0, weight_decay=0.0)
             return
         grad = block.grad.to(out.dtype)
         grad = -grad if group["maximize"] else grad
@@ -224,31 +226,8 @@ class AdamP(ProjectedOptimizer):
             momentum = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1)
         torch.div(momentum, out, out=out).div_(-correction1)
 
-    def _has_kernel(self, local: LocalTensor) -> bool:
-        """Whether the stock fused kernel can take a tensor."""
-        return wants_kernel(local) and not local.group["nesterov"] and is_of_one_dtype(local)
-
-    def _fused_adamw(self, batch: Sequence[Stretches], **options: Any) -> None:
-        """Runs the stock kernel on tensors of one group, device and dtype."""
-        group = batch[0][0].group
-        params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*(tensors for _, tensors in batch), strict=True))
-        torch._fused_adamw_(
-            params, grads, exp_avgs, exp_avg_sqs, [], [self._step_tensor(local) for local, _ in batch],
-            lr=options["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=options["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=group["maximize"],
-        )  # fmt: skip
-
-    def _rounded_decay(self, group: dict[str, Any], dtype: torch.dtype) -> float:
-        """
-        Weight decay such that the kernel's `w - lr * decay * w` takes off what `w * (1 - lr * decay)` does when the
-        factor is rounded to the weight's dtype. The difference would be the same at each step, and add up.
-        """
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, torch.Tensor) or dtype != torch.float32 or not lr * decay:
-            return decay
-        return (1 - float(numpy.float32(1 - lr * decay))) / lr
-
     def _step_tensor(self, local: LocalTensor) -> torch.Tensor:
+        """The number of the step as torch's fused kernel takes it, one tensor for all tensors of a device."""
         if isinstance(local.step, torch.Tensor):
             return local.step
         device = local.flat.device
@@ -256,14 +235,15 @@ class AdamP(ProjectedOptimizer):
             self._step_tensors[device] = (local.step, torch.full((), float(local.step), device=device))
         return self._step_tensors[device][1]
 
-    def _plain_in_one_kernel(self, ranges: Sequence[Range]) -> Sequence[Range]:
-        batches, rest = kernel_batches(ranges, self._has_kernel)
+    def _step_in_stock_kernels(self, ranges: Sequence[Range]) -> Sequence[Range]:
+        batches, rest = kernel_batches(ranges, takes_adamw)
         for batch in batches:
-            group = batch[0][0].group
-            self._fused_adamw(batch, lr=group["lr"], weight_decay=self._rounded_decay(group, batch[0][0].flat.dtype))
+            local, steps = batch[0][0], [self._step_tensor(local) for local, _ in batch]
+            decay = rounded_decay(local.group, local.flat.dtype)
+            fused_adamw(batch, steps, lr=local.group["lr"], weight_decay=decay)
         return rest
 
-    def _single_tensor(self, local: LocalTensor, view: str | None) -> str | None:
+    def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
         assert local.grad is not None
         group = local.group
         grad = -local.grad if group["maximize"] else local.grad
@@ -271,56 +251,5 @@ class AdamP(ProjectedOptimizer):
         return adamp_(
             local.flat, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], beta1=group["betas"][0],
             beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], delta=group["delta"],
-            wd_ratio=group["wd_ratio"], nesterov=group["nesterov"], view=view,
+            wd_ratio=group["wd_ratio"], nesterov=group["nesterov"], level=level,
         )  # fmt: skip
-
-
-def adamp_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: int | torch.Tensor,
-    *,
-    lr: float | torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    view: str | None = "test",
-) -> str | None:
-    """
-    One step of AdamP on one tensor, as the paper's algorithm 2 with Adam's bias correction reads.
-
-    Args:
-        param, grad, exp_avg, exp_avg_sq (`torch.Tensor` of one shape):
-            Weight and moments, changed in their place, and the gradient.
-        step (`int` or `torch.Tensor`):
-            Number of this step, from 1.
-        view (`str`, *optional*, defaults to `"test"`):
-            `"channel"`, `"layer"` or `None` where it is known whether and where to project.
-
-    Returns:
-        `str`, *optional*: the view that was projected on.
-    """
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    momentum = beta1 * exp_avg + (1 - beta1) * grad if nesterov else exp_avg
-    update = momentum / denominator
-
-    if view == "test":
-        view = find_view(param, grad, delta, eps)
-    if view is not None:
-        project_(update, param, view, eps)
-    if weight_decay > 0:
-        param.mul_(1 - lr * weight_decay * (1 if view is None else wd_ratio))
-    step_size = lr / (1 - beta1**step)
-    if isinstance(step_size, torch.Tensor):
-        param.sub_(update * step_size)
-    else:
-        param.add_(update, alpha=-step_size)
-    return view

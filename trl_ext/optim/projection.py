@@ -1,4 +1,11 @@
-"""The radial projection (https://huggingface.co/papers/2006.08217, algorithms 1 and 2), on views of a weight."""
+"""
+The radial projection (https://huggingface.co/papers/2006.08217, algorithms 1 and 2) of a weight's update, at one of
+two levels: each row of its own ("channel"), or the whole weight ("layer").
+
+[`project_`] and [`is_scale_invariant`] are the equations. The single-tensor reference executes them; the default step
+executes [`passes`] and [`radial_coefficient`], the same from dot products, in torch or as kernels/ write them in C and
+Triton. `tests/optim/test_projection.py` holds the two equal.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,42 +13,44 @@ from collections.abc import Sequence
 import torch
 
 
-# In the order in which they are tried; the first that passes the test is projected on
-VIEWS = ("channel", "layer")
+# In the order in which they are tried; the first that passes the test is projected at
+LEVELS = ("channel", "layer")
 
 
-def as_rows(tensor: torch.Tensor, view: str) -> torch.Tensor:
+def project_(update: torch.Tensor, param: torch.Tensor, level: str, eps: float) -> torch.Tensor:
     """
-    A weight as a matrix whose rows are taken to be scale-invariant each.
+    Takes the radial part out of an update, row by row: `u - n * <n, u>` with `n = w / (|w| + eps)` (equation 12).
 
     Args:
-        tensor (`torch.Tensor` with at least one dimension):
-            Weight, gradient or update.
-        view (`str`):
-            `"channel"`: one row for each index of the first dimension. `"layer"`: one row.
+        update (`torch.Tensor`):
+            Update, changed in its place.
+        param (`torch.Tensor` of the same shape):
+            Weight before weight decay.
+        level (`str`):
+            `"channel"` or `"layer"`.
+        eps (`float`):
+            Added to the norm.
 
     Returns:
-        `torch.Tensor` of shape `(R, C)`, a view where the layout allows it.
+        `torch.Tensor`: `update`.
     """
-    return tensor.reshape(tensor.size(0) if view == "channel" else 1, -1)
+    per_row = [-1] + [1] * (param.ndim - 1)
+    unit = param / as_rows(param, level).norm(dim=1).view(per_row).add_(eps)
+    update -= unit * as_rows(unit * update, level).sum(dim=1).view(per_row)
+    return update
 
 
-def threshold(delta: float, row_size: int) -> float:
-    """Largest cosine that passes for orthogonal: `delta / sqrt(row_size)`."""
-    return delta / math.sqrt(row_size)
-
-
-def is_scale_invariant(param: torch.Tensor, grad: torch.Tensor, view: str, delta: float, eps: float) -> torch.Tensor:
+def is_scale_invariant(param: torch.Tensor, grad: torch.Tensor, level: str, delta: float, eps: float) -> torch.Tensor:
     """
     Whether the gradient is orthogonal to the weight in each row, as it is where the loss does not depend on the row's
-    norm.
+    norm: `max |cos(g, w)| < delta / sqrt(row size)`.
 
     Args:
         param (`torch.Tensor` with at least one dimension):
             Weight.
         grad (`torch.Tensor` of the same shape):
             Its gradient.
-        view (`str`):
+        level (`str`):
             `"channel"` or `"layer"`.
         delta (`float`):
             Threshold on the cosine, before division by the square root of the row's size.
@@ -51,44 +60,42 @@ def is_scale_invariant(param: torch.Tensor, grad: torch.Tensor, view: str, delta
     Returns:
         `torch.Tensor` of shape `()`, boolean, on the weight's device.
     """
-    rows, grad_rows = as_rows(param, view), as_rows(grad, view)
+    rows, grad_rows = as_rows(param, level), as_rows(grad, level)
     cosine = torch.nn.functional.cosine_similarity(grad_rows, rows, dim=1, eps=eps).abs()
     return cosine.max() < threshold(delta, rows.size(1))
 
 
-def find_view(
-    param: torch.Tensor, grad: torch.Tensor, delta: float, eps: float, views: Sequence[str] = VIEWS
+def find_level(
+    param: torch.Tensor, grad: torch.Tensor, delta: float, eps: float, levels: Sequence[str] = LEVELS
 ) -> str | None:
     """
-    The first view that passes [`is_scale_invariant`]; `None` where none does and for weights of fewer than two
-    dimensions. Synchronises with the device once for each view tried.
+    The first level that passes [`is_scale_invariant`]; `None` where none does and for weights of fewer than two
+    dimensions. Synchronises with the device once for each level tried.
     """
     if param.ndim < 2 or param.numel() == 0:
         return None
-    return next((view for view in views if bool(is_scale_invariant(param, grad, view, delta, eps))), None)
+    return next((level for level in levels if bool(is_scale_invariant(param, grad, level, delta, eps))), None)
 
 
-def project_(update: torch.Tensor, param: torch.Tensor, view: str, eps: float) -> torch.Tensor:
+def as_rows(tensor: torch.Tensor, level: str) -> torch.Tensor:
     """
-    Takes the radial part out of an update, row by row: `u - n * <n, u>` with `n = w / (|w| + eps)` (equation 12).
+    A weight as a matrix whose rows are taken to be scale-invariant each.
 
     Args:
-        update (`torch.Tensor`):
-            Update, changed in its place.
-        param (`torch.Tensor` of the same shape):
-            Weight before weight decay.
-        view (`str`):
-            `"channel"` or `"layer"`.
-        eps (`float`):
-            Added to the norm.
+        tensor (`torch.Tensor` with at least one dimension):
+            Weight, gradient or update.
+        level (`str`):
+            `"channel"`: one row for each index of the first dimension. `"layer"`: one row.
 
     Returns:
-        `torch.Tensor`: `update`.
+        `torch.Tensor` of shape `(R, C)`, a view where the layout allows it.
     """
-    per_row = [-1] + [1] * (param.ndim - 1)
-    unit = param / as_rows(param, view).norm(dim=1).view(per_row).add_(eps)
-    update -= unit * as_rows(unit * update, view).sum(dim=1).view(per_row)
-    return update
+    return tensor.reshape(tensor.size(0) if level == "channel" else 1, -1)
+
+
+def threshold(delta: float, row_size: int) -> float:
+    """Largest cosine that passes for orthogonal: `delta / sqrt(row_size)`."""
+    return delta / math.sqrt(row_size)
 
 
 def passes(dots: torch.Tensor, row_size: int, delta: float, eps: float) -> torch.Tensor:

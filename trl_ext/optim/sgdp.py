@@ -1,14 +1,58 @@
-"""SGDP (https://huggingface.co/papers/2006.08217, algorithm 1)."""
+"""
+SGDP (https://huggingface.co/papers/2006.08217, algorithm 1).
+
+[`sgdp_`] is the equation. The single-tensor reference executes it (`foreach=False, fused=False`, or half-precision
+state); the default step is step.py's. `tests/optim/test_official.py::test_the_default_step_is_the_equation` holds the
+two equal, and that file both to the authors' package.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .kernel_batches import Range, is_of_one_dtype, kernel_batches, wants_kernel
-from .projected_optimizer import ProjectedOptimizer
-from .projection import find_view, project_
-from .weight import Block, LocalTensor
+from .kernels.stock import Range, fused_sgd, kernel_batches, takes_sgd
+from .projection import find_level, project_
+from .step import ProjectedOptimizer
+from .weights import Block, LocalTensor
+
+
+def sgdp_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    momentum_buffer: torch.Tensor,
+    *,
+    lr: float | torch.Tensor,
+    momentum: float,
+    weight_decay: float,
+    dampening: float,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    project_momentum: bool,
+    level: str | None = "test",
+) -> str | None:
+    """
+    One step of SGDP on one tensor, as the paper's algorithm 1 reads. Changes `param` and `momentum_buffer` in their
+    place; the options are those of [`SGDP`]. `level` is `"test"`, or `"channel"`, `"layer"` or `None` where it is
+    known whether and where to project. Returns the level that was projected at.
+    """
+    momentum_buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+    update = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+
+    if level == "test":
+        level = find_level(param, grad, delta, eps)
+    if level is not None:
+        in_place = nesterov or project_momentum
+        update = project_(update if in_place else update.clone(), param, level, eps)
+    if weight_decay > 0:
+        param.mul_(1 - lr * weight_decay * (1 if level is None else wd_ratio) / (1 - momentum))
+    if isinstance(lr, torch.Tensor):
+        param.sub_(update * lr)
+    else:
+        param.add_(update, alpha=-lr)
+    return level
 
 
 class SGDP(ProjectedOptimizer):
@@ -42,8 +86,21 @@ class SGDP(ProjectedOptimizer):
             Which kernels update weights that are not projected: by default torch's fused SGD, where there is momentum
             and one dtype. Both `False`: the reference, one tensor at a time, equal to the authors' package to the last
             bit.
-        maximize, capturable, differentiable, projection, state_dtype, stochastic_rounding, on_unknown_shards:
-            As in [`AdamP`].
+        maximize (`bool`, *optional*, defaults to `False`):
+            Whether to ascend.
+        capturable (`bool`, *optional*, defaults to `False`):
+            Whether the step may be captured in a CUDA graph, as in [`AdamP`].
+        differentiable (`bool`, *optional*, defaults to `False`):
+            Whether autograd records the step. Whole parameters only.
+        projection (`str` or `dict[str, str]`, *optional*):
+            Which weights are scale-invariant, as in [`AdamP`].
+        state_dtype (`torch.dtype`, *optional*):
+            Dtype of the momentum, the parameter's by default.
+        stochastic_rounding (`bool`, *optional*, defaults to `False`):
+            Whether bfloat16 parameters are rounded at random, as in [`AdamP`].
+        on_unknown_shards (`str`, *optional*, defaults to `"raise"`):
+            What to do where the layout of sharded parameters can't be read: `"raise"`, or `"adamw"` to go on without
+            projection.
 
     Raises:
         ValueError: If a hyperparameter is out of its range.
@@ -117,77 +174,18 @@ class SGDP(ProjectedOptimizer):
         if group["project_momentum"] and not group["nesterov"]:
             momentum.view(weight.shape).sub_(weight * coefficient)
 
-    def _has_kernel(self, local: LocalTensor) -> bool:
-        """Whether torch's fused SGD can take a tensor; it has no buffer without momentum."""
-        can = wants_kernel(local) and is_of_one_dtype(local)
-        return can and local.group["momentum"] != 0 and not isinstance(local.group["lr"], torch.Tensor)
-
-    def _plain_in_one_kernel(self, ranges: Sequence[Range]) -> Sequence[Range]:
-        batches, rest = kernel_batches(ranges, self._has_kernel)
+    def _step_in_stock_kernels(self, ranges: Sequence[Range]) -> Sequence[Range]:
+        batches, rest = kernel_batches(ranges, takes_sgd)
         for batch in batches:
-            local = batch[0][0]
-            group, keep = local.group, self._keep(local, 1.0)
-            params, grads, momenta = map(list, zip(*(tensors for _, tensors in batch), strict=True))
-            if keep != 1:
-                torch._foreach_mul_(params, keep)
-            torch._fused_sgd_(
-                params, grads, momenta, weight_decay=0.0, momentum=group["momentum"], lr=group["lr"],
-                dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
-                is_first_step=False,
-            )  # fmt: skip
+            fused_sgd(batch, self._keep(batch[0][0], 1.0))
         return rest
 
-    def _single_tensor(self, local: LocalTensor, view: str | None) -> str | None:
+    def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
         assert local.grad is not None
         group = local.group
         return sgdp_(
             local.flat, -local.grad if group["maximize"] else local.grad, local.moments[0], lr=group["lr"],
             momentum=group["momentum"], weight_decay=group["weight_decay"], dampening=group["dampening"],
             nesterov=group["nesterov"], eps=group["eps"], delta=group["delta"], wd_ratio=group["wd_ratio"],
-            project_momentum=group["project_momentum"], view=view,
+            project_momentum=group["project_momentum"], level=level,
         )  # fmt: skip
-
-
-def sgdp_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    momentum_buffer: torch.Tensor,
-    *,
-    lr: float | torch.Tensor,
-    momentum: float,
-    weight_decay: float,
-    dampening: float,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    project_momentum: bool,
-    view: str | None = "test",
-) -> str | None:
-    """
-    One step of SGDP on one tensor, as the paper's algorithm 1 reads.
-
-    Args:
-        param, grad, momentum_buffer (`torch.Tensor` of one shape):
-            Weight and momentum, changed in their place, and the gradient.
-        view (`str`, *optional*, defaults to `"test"`):
-            `"channel"`, `"layer"` or `None` where it is known whether and where to project.
-
-    Returns:
-        `str`, *optional*: the view that was projected on.
-    """
-    momentum_buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
-    update = grad + momentum * momentum_buffer if nesterov else momentum_buffer
-
-    if view == "test":
-        view = find_view(param, grad, delta, eps)
-    if view is not None:
-        in_place = nesterov or project_momentum
-        update = project_(update if in_place else update.clone(), param, view, eps)
-    if weight_decay > 0:
-        param.mul_(1 - lr * weight_decay * (1 if view is None else wd_ratio) / (1 - momentum))
-    if isinstance(lr, torch.Tensor):
-        param.sub_(update * lr)
-    else:
-        param.add_(update, alpha=-lr)
-    return view

@@ -1,4 +1,6 @@
-"""Which slice of which weight this process holds, whatever has cut the parameters.
+"""
+Which slice of which weight this process holds, whatever has cut the parameters, and the sum of numbers over the
+processes that hold a weight together.
 
 An optimizer sees whole parameters under DDP, local parts of distributed tensors under FSDP2, one-dimensional pieces
 under FSDP1, and one flat tensor for a whole group of parameters under DeepSpeed's ZeRO. Each becomes a list of
@@ -49,12 +51,12 @@ class Shard:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the channel view."""
+        """Rows at the channel level."""
         return self.shape[0] if self.shape else 1
 
     @property
     def row_size(self) -> int:
-        """Elements in a row of the channel view."""
+        """Elements in a row at the channel level."""
         return math.prod(self.shape[1:])
 
     @property
@@ -71,7 +73,7 @@ class UnknownShardsError(RuntimeError):
 class Original:
     """A parameter as it was handed to the optimizer; wrappers may replace, flatten or free it afterwards."""
 
-    reference: weakref.ref
+    reference: weakref.ref[torch.Tensor]
     ndim: int
 
     @classmethod
@@ -81,20 +83,8 @@ class Original:
 
 def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Sequence[Original]) -> list[Shard]:
     """
-    Reads the layout of one tensor of a group.
-
-    Args:
-        param (`torch.Tensor`):
-            What the group holds at the time of a step.
-        place (`int`):
-            Its place in the group.
-        num_params (`int`):
-            Number of tensors in the group.
-        originals (`Sequence[Original]`):
-            The parameters that the group was made with.
-
-    Returns:
-        `list[Shard]`: the weights in the tensor, in the order of the originals. What no shard covers is padding.
+    The weights in one tensor of a group, `param` at its `place` among `num_params`, in the order of the `originals`
+    that the group was made with. What no shard covers is padding.
 
     Raises:
         UnknownShardsError: If the layout can't be read.
@@ -102,11 +92,11 @@ def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Seq
     if isinstance(param, DTensor):
         return [_distributed_tensor_shard(param, place)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from .._upstream import fsdp1_handle  # Imports TRL, which one process can do without
+        from .._upstream import fsdp1_layout  # Imports TRL, which one process can do without
 
-        handle = fsdp1_handle(param)
-        if handle is not None:
-            return _fsdp1_shards(param, place, handle)
+        layout = fsdp1_layout(param)
+        if layout is not None:
+            return _fsdp1_shards(param, place, layout)
     if any(original.reference() is param for original in originals):
         if tuple(getattr(param, "ds_shape", param.shape)) != tuple(param.shape):
             raise _unknown(param, "a ZeRO-3 parameter outside DeepSpeed's optimizer")
@@ -187,20 +177,15 @@ def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
     )  # fmt: skip
 
 
-def _fsdp1_shards(param: torch.Tensor, place: int, handle: Any) -> list[Shard]:
-    flat = handle.flat_param
-    size = flat._sharded_size.numel() if handle.uses_sharded_strategy else sum(flat._numels_with_padding)
-    rank = handle.rank if handle.uses_sharded_strategy else 0
-    shards: list[Shard] = []
-    shapes, start = iter(flat._shapes), 0
-    for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
-        if not is_padding:
-            shape = tuple(next(shapes))
-            shards.append(_overlap(len(shards), shape, start, size, rank, handle.process_group))
-        start += numel
-    if param is flat:
+def _fsdp1_shards(param: torch.Tensor, place: int, layout: Any) -> list[Shard]:
+    """FSDP1: a flat parameter of which each process holds one piece, or a view of one weight's part of a piece."""
+    shards = [
+        _overlap(index, shape, start, layout.piece_size, layout.rank, layout.process_group)
+        for index, (shape, start) in enumerate(layout.weights)
+    ]
+    if layout.place is None:
         return shards
-    held = [shard for shard, own in zip(shards, flat._params, strict=True) if own is param][0]
+    held = shards[layout.place]
     if held.numel != param.numel():
         raise _unknown(param, f"an FSDP1 parameter of which {held.numel} elements should be here")
     return [Shard(place, held.shape, 0, held.offset, held.numel, held.borders, held.process_group)]
@@ -246,3 +231,32 @@ def _zero3_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tens
     if start != param.numel():
         raise _unknown(param, f"a ZeRO-3 sub-group of {start} elements in a tensor of another size")
     return shards
+
+
+class Exchange:
+    """
+    One all-reduce of several vectors, started when it is made. Each process of the group takes part with vectors of
+    the same sizes in the same order, zeros where it holds nothing.
+
+    Args:
+        vectors (`Sequence[torch.Tensor]`):
+            One-dimensional tensors on one device, summed in float64 if one of them is, otherwise in float32.
+        process_group (`torch.distributed.ProcessGroup`):
+            Processes to sum over.
+    """
+
+    def __init__(self, vectors: Sequence[torch.Tensor], process_group: Any) -> None:
+        dtype = torch.float64 if any(vector.dtype == torch.float64 for vector in vectors) else torch.float32
+        self._sizes = [vector.numel() for vector in vectors]
+        self._device = vectors[0].device
+        flat = torch.cat([vector.to(dtype) for vector in vectors])
+        # NCCL can't reduce on a CPU, where offloaded optimizers work
+        if self._device.type == "cpu" and torch.distributed.get_backend(process_group) == "nccl":
+            flat = flat.to(torch.device("cuda", torch.cuda.current_device()))
+        self._sums = flat
+        self._work = torch.distributed.all_reduce(flat, group=process_group, async_op=True)
+
+    def results(self) -> list[torch.Tensor]:
+        """Waits, and returns the sum of each vector on the vectors' device."""
+        self._work.wait()
+        return list(torch.split(self._sums.to(self._device), self._sizes))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .projection import find_view
+from .projection import find_level
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class StepGeometry:
             matter (the paper's effective step size, section 2.2).
         cosine (`float`):
             Cosine between gradient and weight, times the root of the weight's size: below `delta` in size, the
-            projection's test passes at layer level.
-        view (`str`, *optional*):
-            `"channel"` or `"layer"`: the view at which the weight counts as scale-invariant; `None` where at none.
+            projection's test passes at the layer level.
+        level (`str`, *optional*):
+            `"channel"` or `"layer"`: the level at which the weight counts as scale-invariant; `None` where at none.
     """
 
     norm: float
     angle: float
     cosine: float
-    view: str | None
+    level: str | None
 
 
 class StepRecorder:
@@ -51,18 +51,18 @@ class StepRecorder:
         self.delta = delta
         self.eps = eps
         self._before: dict[str, torch.Tensor] = {}
-        self._views: dict[str, tuple[float, str | None]] = {}
+        self._levels: dict[str, tuple[float, str | None]] = {}
 
     @torch.no_grad()
     def before(self) -> None:
         """Keeps the weights and tests the gradients; called between `backward` and the optimizer's step."""
         self._before = {name: p.detach().clone() for name, p in self.parameters.items() if p.grad is not None}
-        self._views = {}
+        self._levels = {}
         for name in self._before:
             p = self.parameters[name]
             assert p.grad is not None
             cosine = torch.nn.functional.cosine_similarity(p.flatten(), p.grad.flatten(), dim=0, eps=self.eps)
-            self._views[name] = (float(cosine) * p.numel() ** 0.5, find_view(p, p.grad, self.delta, self.eps))
+            self._levels[name] = (float(cosine) * p.numel() ** 0.5, find_level(p, p.grad, self.delta, self.eps))
 
     @torch.no_grad()
     def after(self) -> dict[str, StepGeometry]:
@@ -70,7 +70,7 @@ class StepRecorder:
         return {
             name: StepGeometry(
                 norm=float(self.parameters[name].norm()), angle=angle(before, self.parameters[name]),
-                cosine=self._views[name][0], view=self._views[name][1],
+                cosine=self._levels[name][0], level=self._levels[name][1],
             )
             for name, before in self._before.items()
         }  # fmt: skip

@@ -26,7 +26,7 @@ from rich.table import Table
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit status."""
-    from ..constrained_ppo.logged_runs import read_runs
+    from ..constrained_ppo.proxy_points.logged_runs import read_runs
 
     options = make_parser(prog).parse_args(arguments)
     assigned = [_assigned(run) for run in options.runs]
@@ -98,20 +98,20 @@ def analyse(measurements: Any, assigned: Sequence[str | None], options: argparse
     Raises:
         ValueError: If a reward does not vary, a run is assigned to an unknown one, or there are too few points.
     """
-    from ..constrained_ppo import proxy_points
-    from ..constrained_ppo.surrogates import GaussianProcess, Polynomial
+    from ..constrained_ppo.proxy_points import fit
+    from ..constrained_ppo.proxy_points.surrogates import GaussianProcess, Polynomial
 
     names = measurements.names
     unknown = sorted({name for name in assigned if name is not None} - set(names))
     if unknown:
         raise ValueError(f"`runs` assigns runs to {unknown}, and the rewards are {names}.")
-    proxy_points.check_variation(names, measurements.rewards)
+    fit.check_variation(names, measurements.rewards)
     surrogate = Polynomial(options.degree) if options.surrogate == "polynomial" else GaussianProcess()
     settings = (surrogate, options.num_resamples, options.confidence, options.seed)
 
     def peak(points: np.ndarray, of: Any, density: float | None = None) -> Any:
-        mask = proxy_points.DensityMask(points, options.relative_density, density)
-        return proxy_points.find_peak(points, of.gold, of.run, settings[0], mask, *settings[1:])
+        mask = fit.DensityMask(points, options.relative_density, density)
+        return fit.find_peak(points, of.gold, of.run, settings[0], mask, *settings[1:])
 
     own = [_own_runs(measurements, assigned, name) for name in names]
     report: dict[str, Any] = {
@@ -122,16 +122,16 @@ def analyse(measurements: Any, assigned: Sequence[str | None], options: argparse
         "joint": None,
         "without_joint": None,
         "kl": None,
-        "correlations": proxy_points.correlations(names, measurements.rewards),
+        "correlations": fit.correlations(names, measurements.rewards),
         "num_runs": len(assigned),
         "gold_key": options.gold_key,
     }
     if np.isfinite(measurements.kl).all() and np.ptp(measurements.kl) > 0:
         report["kl"] = peak(measurements.kl[:, None], measurements)
     try:
-        proxy_points.check_joint(names)
+        fit.check_joint(names)
         report["joint"] = peak(measurements.rewards, measurements, options.density)
-    except proxy_points.NoJointSurface as error:
+    except fit.NoJointSurface as error:
         report["without_joint"] = str(error)
     report["block"] = _block(report, names, options.kind)
     return report
@@ -143,7 +143,7 @@ def _own_runs(measurements: Any, assigned: Sequence[str | None], name: str) -> A
 
 
 def _block(report: dict[str, Any], names: list[str], kind: str | None) -> str:
-    from ..constrained_ppo.proxy_points import constraints_block
+    from ..constrained_ppo.proxy_points.fit import constraints_block
 
     joint = report["joint"]
     peaks = [report["independent"][name].point[0] for name in names]
@@ -204,7 +204,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def write(report: dict[str, Any], measurements: Any, output_dir: Path) -> None:
     """Writes pictures, `proxy_points.json` and `constraints.yaml`."""
-    from ..constrained_ppo.proxy_points_figures import draw_curve, draw_joint
+    from ..constrained_ppo.proxy_points.figures import draw_curve, draw_joint
 
     output_dir.mkdir(parents=True, exist_ok=True)
     gold = report["gold_key"]

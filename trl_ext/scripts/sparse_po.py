@@ -40,8 +40,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Trains, evaluates and saves as the parsed arguments say."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..sparse_po.report import TokenMaskCallback
     from ..sparse_po.sparse_po_trainer import SparsePOTrainer
-    from ..sparse_po.token_mask_callback import TokenMaskCallback
     from .recipe.loading import (
         ignore_boolean_buffers,
         last_checkpoint,

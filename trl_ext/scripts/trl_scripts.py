@@ -65,8 +65,8 @@ def main(
     name: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, optimizer_args: Any
 ) -> None:
     """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
-    from ..optim.factory import check_optim_args
-    from ..optim.optimizer_report_callback import OptimizerReportCallback, default_callback
+    from ..optim.callbacks import OptimizerReportCallback, default_callback
+    from ..optim.names import check_optim_args
     from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)

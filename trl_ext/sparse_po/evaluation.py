@@ -10,9 +10,10 @@ from accelerate.utils import is_peft_model
 from scipy.stats import rankdata
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .masked_forward import TokenMasks, scatter_tokens
-from .paired_lm_head import logit_transform, paired_log_probs
-from .reference_states import ReferenceCollector, gathered_head, original_head
+from ..core.companion import base_policy
+from .lm_head.paired_log_probs import gathered_head, logit_transform, paired_log_probs
+from .masks import TokenMasks, scatter_tokens
+from .reference_pass import original_head, read_reference
 
 
 @dataclass
@@ -133,7 +134,7 @@ def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
 
 @contextmanager
 def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
-    policy = model.get_base_model() if is_peft_model(model) else model
+    policy = base_policy(model)
     settings = policy.generation_config
     policy.generation_config = GenerationConfig()
     try:
@@ -178,7 +179,7 @@ def _divergences(
     lengths = (labels != -100).long().cumsum(dim=1).argmax(dim=1)
     attention_mask = (torch.arange(sequences.size(1), device=sequences.device) <= lengths.unsqueeze(1)).long()
     inputs = {"input_ids": sequences, "attention_mask": attention_mask, "use_cache": False}
-    policy = model.get_base_model() if is_peft_model(model) else model
+    policy = base_policy(model)
     predicted = labels[:, 1:] != -100
     hidden = policy.base_model(**inputs).last_hidden_state[:, :-1][predicted]
     switched_off = model.disable_adapter() if ref_model is None else nullcontext()
@@ -219,12 +220,11 @@ def mask_weights(
         `tuple[torch.Tensor, torch.Tensor]`: reward mask and divergence mask, each `(rows, T-1)`, float32, zero outside
         the completion. Column `t` weights token `t + 1`.
     """
-    collector = ReferenceCollector(masks.mask_type)
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with _evaluating(ref_model):
-        collector.run(ref_model, labels, **model_inputs, use_cache=False)
-    return masks(collector.states, inputs["completion_mask"][:, 1:].bool())
+        states = read_reference(ref_model, masks.mask_type, labels, **model_inputs, use_cache=False)
+    return masks(states, inputs["completion_mask"][:, 1:].bool())
 
 
 @dataclass

@@ -1,8 +1,13 @@
-"""The SparsePO objective on tensors.
+r"""The SparsePO objective on tensors (https://huggingface.co/papers/2410.05102).
 
-Notation of the paper (https://huggingface.co/papers/2410.05102): for response token `t`, `log_ratio_t` is the sampled
-log-ratio between policy and reference, `KL_t` the full-vocabulary divergence KL(reference || policy) at that position,
-`m_u` the reward mask and `m_d` the divergence mask.
+For response token `t`, `log_ratio_t` is the sampled log-ratio between policy and reference, `KL_t` the full-vocabulary
+KL(reference || policy) at that position, `m_u` the reward mask, `m_d` the divergence mask and `c` = `divergence_coef`:
+
+    term_t = m_u,t * log_ratio_t + c * m_d,t * KL_t
+    loss   = mean over the pairs of  -log sigmoid(beta * (sum of chosen term_t - sum of rejected term_t))  + L1 penalty
+
+In training [`sparse_po_terms`] and [`mask_l1_penalty`] run as they stand, and TRL's own code sums the terms and takes
+its loss of them; `test_trainer_loss_equals_the_formula` holds the trainer equal to [`sparse_po_loss`].
 """
 
 import torch
@@ -58,8 +63,7 @@ def sparse_po_loss(
     common_mask: bool = False,
 ) -> torch.Tensor:
     """
-    SparsePO loss of a batch of pairs,
-
+    SparsePO loss of a batch of pairs, the formula at the head of this module:
     `-log sigmoid(beta * [U(chosen) - U(rejected) + coef * (D(chosen) - D(rejected))])`, averaged over the pairs, plus
     the L1 penalty of the masks ([`mask_l1_penalty`]).
 

@@ -1,9 +1,12 @@
+"""Configuration of SparsePO."""
+
 from dataclasses import dataclass, field
 from typing import Literal
 
 from trl import DPOConfig
 
-from ..optim.factory import check_optim_args, register
+from ..core.checks import check_choice, check_number
+from ..optim.names import post_init_with_own_optimizer
 
 
 UNSUPPORTED_LOSS_TYPES = {
@@ -105,27 +108,18 @@ class SparsePOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        register()
-        super().__post_init__()
-        check_optim_args(self)
+        post_init_with_own_optimizer(self, super().__post_init__)
         self._check_masks()
         self._check_inherited_fields()
 
     def _check_masks(self) -> None:
-        for name, allowed in (
-            ("mask_type", ("learned", "activation", "ones")),
-            ("mask_init", ("positive", "paper")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}. Use 0 to switch it off.")
-        if self.mask_learning_rate is not None and not self.mask_learning_rate >= 0:
-            raise ValueError(
-                f"`mask_learning_rate` must not be negative, got {self.mask_learning_rate}. Leave it out to use "
-                "`learning_rate`."
-            )
+        check_choice(self, "mask_type", choices=("learned", "activation", "ones"))
+        check_choice(self, "mask_init", choices=("positive", "paper"))
+        weights = ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef")
+        check_number(self, *weights, at_least=0, remedy="Use 0 to switch it off.")
+        check_number(
+            self, "mask_learning_rate", at_least=0, optional=True, remedy="Leave it out to use `learning_rate`."
+        )
         if self.mask_type != "learned":
             for name in ("independent_masks", "mask_l1_reward", "mask_l1_divergence", "mask_learning_rate"):
                 if getattr(self, name):

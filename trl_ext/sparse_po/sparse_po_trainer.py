@@ -1,10 +1,21 @@
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+"""SparsePO's trainer. One batch's path:
+
+SparsePOTrainer._compute_loss, in DPOTrainer.training_step
+    _reference_states: the reference model runs, and reference_pass.read_reference keeps what the masks read
+    super()._compute_loss: calls policy_forward.policy_forward in place of the policy's forward
+        lm_head.paired_log_probs: log-probabilities of both models and KL(reference || policy), tile by tile
+        masks.TokenMasks.forward: one weight for each response token in each of the two terms
+        loss.sparse_po_terms: what TRL's code sums over a response and takes its loss of
+    loss.mask_l1_penalty and token_metrics: from the output of the same forward
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
@@ -19,16 +30,23 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
-from .._upstream import SyncRefModelCallback, disable_gradient_checkpointing, gathered_state_dict, use_adapter
+from .._upstream import disable_gradient_checkpointing, use_adapter
+from ..core.companion import CompanionMixin, extend_forward
 from ..core.model_card import MethodCardMixin
-from ..core.parameter_groups import move_to_own_groups
-from .card import CITATION, method_section
+from ..optim.install import OwnOptimizerMixin
 from .loss import mask_l1_penalty
-from .mask_checkpoint import load_masks, save_masks
-from .masked_forward import TOKEN_MASKS, MaskedCausalLMOutput, ReferenceInput, TokenMasks, add_token_masks
-from .metrics import token_metrics
+from .masks import TokenMaskCompanion, TokenMasks
+from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
 from .preference_data import check_preference_dataset, check_prepared_dataset
-from .reference_states import ReferenceCollector, ReferenceStates, decoder_layers, original_head
+from .reference_pass import (
+    REFERENCE_ADAPTER,
+    ReferenceCollector,
+    ReferenceStates,
+    decoder_layers,
+    original_head,
+    reference_forward,
+)
+from .report import CITATION, method_section
 from .sparse_po_config import SparsePOConfig
 
 
@@ -39,14 +57,14 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class SparsePOTrainer(MethodCardMixin, DPOTrainer):
+class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
 
     It takes [`~trl.DPOTrainer`]'s place: same constructor, same data, same reference model. TRL's loss code runs
     unchanged; the policy's forward hands it, in place of per-token log-probabilities, the terms of
-    [`sparse_po_terms`] (see [`add_token_masks`]).
+    [`sparse_po_terms`] (see [`policy_forward`]).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -103,6 +121,7 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
     }
 
     args: SparsePOConfig
+    companion: TokenMaskCompanion
 
     def __init__(
         self,
@@ -139,45 +158,31 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
         )
         self._warned_of_dead_masks = False
         self._attach_masks()
-        if args.sync_ref_model:
-            self.remove_callback(SyncRefModelCallback)
-            self.add_callback(SyncRefModelWithoutMasks(ref_model=self.ref_model, accelerator=self.accelerator))
 
     def _attach_masks(self) -> None:
-        base = self._base_model(self.model)
-        reference = base if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        reference = self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        extend_forward(reference, partial(reference_forward, reference))
+        self._reference: PreTrainedModel = reference
+        args = self.args
         masks = TokenMasks(
             num_layers=len(decoder_layers(reference)),
             hidden_size=reference.config.get_text_config().hidden_size,
-            mask_type=self.args.mask_type,
-            independent=self.args.independent_masks,
-            mask_reward=self.args.mask_reward,
-            mask_divergence=self.args.mask_divergence and self.args.divergence_coef > 0,
-            init=self.args.mask_init,
-            seed=self.args.seed,
+            mask_type=args.mask_type,
+            independent=args.independent_masks,
+            mask_reward=args.mask_reward,
+            mask_divergence=args.mask_divergence and args.divergence_coef > 0,
+            init=args.mask_init,
+            seed=args.seed,
         )
-        masks.to(base.device)
-        add_token_masks(base, masks, self.args.divergence_coef, self.args.detach_chosen_divergence)
-        if self.ref_model is not None:
-            add_token_masks(reference)
-        names = {f"{TOKEN_MASKS}.{name}" for name, _ in masks.named_parameters()}
-        base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | names
-        if names and self.is_deepspeed_enabled:
-            plugin = self.accelerator.state.deepspeed_plugin
-            if "optimizer" in plugin.deepspeed_config:
-                raise ValueError(
-                    "The DeepSpeed config has an `optimizer` block, which would train the masks at the policy's "
-                    "learning rate and weight decay. Remove the block: the optimizer then comes from `optim`."
-                )
-
-    @staticmethod
-    def _base_model(model: Any) -> PreTrainedModel:
-        return model.get_base_model() if is_peft_model(model) else model
+        self.attach_companion(
+            TokenMaskCompanion(masks, args.mask_learning_rate, args.mask_weight_decay),
+            partial(policy_forward, self.policy, args.divergence_coef, args.detach_chosen_divergence),
+        )
 
     @property
     def masks(self) -> TokenMasks:
         """The masks, attached to the policy as its submodule `token_masks`."""
-        return getattr(self._base_model(self.accelerator.unwrap_model(self.model)), TOKEN_MASKS)
+        return self.companion.module
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = check_preference_dataset(dataset, dataset_name, args.drop_invalid_pairs)
@@ -186,32 +191,13 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
             check_prepared_dataset(dataset, prepared, dataset_name, args.max_length)
         return prepared
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        masks = [module for name, module in self._named_masks(self.model if model is None else model)]
-        decayed = [parameter for mask in masks for parameter in mask.decayed_parameters()]
-        others = [p for mask in masks for p in mask.parameters() if all(p is not other for other in decayed)]
-        learning_rate = self.args.mask_learning_rate
-        move_to_own_groups(
-            optimizer,
-            [(decayed, self.args.mask_weight_decay), (others, 0.0)],
-            self.args.learning_rate if learning_rate is None else learning_rate,
-            tag="token_masks",
-        )
-        return optimizer
-
-    @staticmethod
-    def _named_masks(model: nn.Module) -> list[tuple[str, Any]]:
-        return [(n, m) for n, m in model.named_modules() if f"{TOKEN_MASKS}.learned." in n]
-
     def _reference_states(self, inputs: dict[str, Any]) -> ReferenceStates:
-        """Runs the reference model on the batch, without gradient."""
         collector = ReferenceCollector(self.args.mask_type)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         if self.ref_model is None:
             policy = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+            adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
             model = self.model
         else:
             adapter, model = nullcontext(), self.ref_model
@@ -221,20 +207,16 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
             adapter,
         ):
             model(**model_inputs, labels=labels, reference_collector=collector)
+        assert collector.states is not None
         return collector.states
 
     def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
-        states = self._reference_states(inputs)
-        if self.ref_model is None:
-            reference = self._base_model(self.accelerator.unwrap_model(self.model))
-        else:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-        return ReferenceInput(states, reference, original_head(reference.get_output_embeddings()))
+        head = original_head(self._reference.get_output_embeddings())
+        return ReferenceInput(self._reference_states(inputs), self._reference, head)
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
-        recorder = OutputRecorder(model)
         masked_inputs = {
             **inputs,
             "reference": self._reference_input(inputs),
@@ -242,10 +224,16 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
             "ref_chosen_logps": zeros,
             "ref_rejected_logps": zeros,
         }
-        with self._reference_sums_from_inputs():
-            result = super()._compute_loss(recorder, masked_inputs, return_outputs)
+        seen: list[MaskedCausalLMOutput] = []
+        hook = model.register_forward_hook(lambda _model, _args, output: seen.append(output))
+        self.precompute_ref_logps = True  # TRL then takes the reference's sums from the inputs
+        try:
+            result = super()._compute_loss(model, masked_inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = False
+            hook.remove()
         loss, *rest = result if return_outputs else (result,)
-        outputs = recorder.outputs
+        outputs = seen[0]  # TRL's deprecated `return_outputs` asks for plain logits with a second call
         if self.args.mask_l1_reward or self.args.mask_l1_divergence:
             loss = loss + mask_l1_penalty(
                 outputs.reward_mask,
@@ -257,14 +245,6 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
         self._record_token_metrics(outputs, inputs["completion_mask"][:, 1:].bool())
         self._check_finite(loss)
         return (loss, *rest) if return_outputs else loss
-
-    @contextmanager
-    def _reference_sums_from_inputs(self) -> Iterator[None]:
-        self.precompute_ref_logps = True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = False
 
     def _record_token_metrics(self, outputs: MaskedCausalLMOutput, completion_mask: torch.Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -311,64 +291,61 @@ class SparsePOTrainer(MethodCardMixin, DPOTrainer):
         reward_mask, divergence_mask = self.masks(states, predicted)
         return {"reward": reward_mask, "divergence": divergence_mask}
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = gathered_state_dict(self.masks.learned)
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if state and self.args.should_save:
-            save_masks(state, folder, self.masks)
-        super().save_model(output_dir, _internal_call=_internal_call)
-
     def _method_section(self, model_id: str) -> str:
         return method_section(self.args, self.state.log_history, model_id)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Masks first: a checkpoint without them is refused before anything is overwritten
-        if not self.is_fsdp_enabled:
-            load_masks(self.masks, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_masks(self.masks, self.state.best_model_checkpoint)
-
-
-class OutputRecorder:
+def token_metrics(
+    outputs: MaskedCausalLMOutput,
+    completion_mask: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> dict[str, float]:
     """
-    Calls a model and keeps the first output, so that a subclass sees what `super()._compute_loss` saw.
+    Metrics that SparsePO adds to TRL's, from the per-token outputs of one batch.
 
     Args:
-        model (`torch.nn.Module`):
-            Policy, wrapped or not.
+        outputs ([`MaskedCausalLMOutput`]):
+            Output of the policy's forward, chosen rows first.
+        completion_mask (`torch.Tensor` of shape `(2B, T-1)`, bool):
+            Response tokens.
+        gather (`Callable`, *optional*):
+            Gathers a tensor over the processes along its first dimension.
+
+    Returns:
+        `dict[str, float]`: `logps/chosen` and `logps/rejected` (policy's sums, nats), `kl/chosen` and `kl/rejected`
+        (KL(reference || policy) summed over a response, nats), and for each of the masks `mask/<term>/mean` (over
+        response tokens), `mask/<term>/sparsity_chosen` and `_rejected` (share of tokens with weight zero, averaged
+        over the sequences), and `mask/dead_sequences` (share of sequences where a mask is zero on every token).
     """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.outputs: MaskedCausalLMOutput | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.outputs is None:
-            self.outputs = self.model(*args, **kwargs)
-            return self.outputs
-        # TRL's deprecated `return_outputs` asks for plain logits with a second call
-        kwargs.pop("reference", None)
-        return self.model(*args, **kwargs)
-
-
-class SyncRefModelWithoutMasks(SyncRefModelCallback):
-    """TRL's synchronisation of the reference model, over the policy's parameters without the masks."""
-
-    @staticmethod
-    def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
-        SyncRefModelCallback.sync_target_model(_ParametersWithoutMasks(model), target_model, alpha)
-
-
-class _ParametersWithoutMasks:
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.model.named_parameters() if f"{TOKEN_MASKS}." not in name]
+    assert outputs.policy_log_probs is not None and outputs.divergences is not None
+    assert outputs.reward_mask is not None and outputs.divergence_mask is not None
+    lengths = completion_mask.sum(dim=1).clamp_min(1)
+    per_sequence = {
+        "logps": outputs.policy_log_probs.sum(dim=1),
+        "kl": outputs.divergences.sum(dim=1),
+    }
+    dead = torch.zeros_like(lengths, dtype=torch.bool)
+    for term, mask in (("reward", outputs.reward_mask.detach()), ("divergence", outputs.divergence_mask.detach())):
+        zeros = ((mask == 0) & completion_mask).sum(dim=1)
+        per_sequence[f"mask/{term}/sparsity"] = zeros / lengths
+        per_sequence[f"mask/{term}/sum"] = mask.sum(dim=1)
+        dead |= zeros == lengths
+    columns = torch.stack([*(x.float() for x in per_sequence.values()), dead.float(), lengths.float()], dim=1)
+    chosen, rejected = columns.chunk(2, dim=0)
+    gathered = gather(torch.stack([chosen, rejected], dim=1)).mean(dim=0).tolist()
+    values = {
+        side: dict(zip([*per_sequence, "dead", "length"], row, strict=True))
+        for side, row in zip(("chosen", "rejected"), gathered, strict=True)
+    }
+    num_tokens = values["chosen"]["length"] + values["rejected"]["length"]
+    metrics = {f"{name}/{side}": values[side][name] for name in ("logps", "kl") for side in values}
+    for term in ("reward", "divergence"):
+        total = values["chosen"][f"mask/{term}/sum"] + values["rejected"][f"mask/{term}/sum"]
+        metrics[f"mask/{term}/mean"] = total / num_tokens
+        for side in values:
+            metrics[f"mask/{term}/sparsity_{side}"] = values[side][f"mask/{term}/sparsity"]
+    metrics["mask/dead_sequences"] = (values["chosen"]["dead"] + values["rejected"]["dead"]) / 2
+    return metrics
 
 
 def _check_arguments(

@@ -177,7 +177,7 @@ def train(
         scheduler.step()
         if watch:
             geometry = recorder.after()
-            passes.append(np.mean([step.view is not None for step in geometry.values()]))
+            passes.append(np.mean([step.level is not None for step in geometry.values()]))
             invariant = [g for name, g in geometry.items() if family != "llama" and _is_invariant(name, family)]
             chosen = invariant or list(geometry.values())
             trace.append(

@@ -152,7 +152,7 @@ def run_network(
                 trace["step"].append(steps)
                 trace["growth"].append(float(np.mean([g.norm for g in geometry])) / start)
                 trace["angle"].append(float(np.mean([g.angle for g in geometry])))
-                trace["passed"].append(float(np.mean([g.view == "channel" for g in geometry])))
+                trace["passed"].append(float(np.mean([g.level == "channel" for g in geometry])))
             steps += 1
     network.eval()
     with torch.no_grad():

@@ -1,0 +1,60 @@
+"""Rewards, prompts and trainers of constrained PPO on tiny models, for its tests."""
+
+from datasets import Dataset
+
+from tests.helpers.tiny import tiny_tokenizer
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
+
+
+XI = {"method": "xi", "constraints": [{"reward": "low_ids", "threshold": 0.7}, {"reward": 1, "threshold": 0.5}]}
+
+
+def low_ids(completion_ids, **columns):
+    """Share of token ids below 20: what the policy can learn in a few steps."""
+    return [sum(index < 20 for index in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def length(completion_ids, **columns):
+    return [len(ids) / 8 for ids in completion_ids]
+
+
+def prompts(count=64):
+    words = ["the film", "a book", "we liked the", "i hated a meal"]
+    return Dataset.from_list([{"prompt": words[index % 4]} for index in range(count)])
+
+
+def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, train_dataset=None, **settings):
+    settings = {
+        "method": "ppo",
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "calibration_samples": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dashboard": False,
+        **settings,
+    }
+    return ConstrainedPPOTrainer(
+        path,
+        reward_funcs=list(rewards),
+        args=ConstrainedPPOConfig(output_dir=str(folder), **settings),
+        train_dataset=prompts() if train_dataset is None else train_dataset,
+        processing_class=tiny_tokenizer(),
+        **(trainer_arguments or {}),
+    )
+
+
+def rollout(trainer):
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [prompts()[index] for index in range(8)]
+    return trainer._generate_and_score_completions(rows)

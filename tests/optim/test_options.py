@@ -1,0 +1,100 @@
+"""Options: values that are refused, what an optimizer is handed, and weights named in `projection`."""
+
+import pytest
+import torch
+
+from tests.helpers.optim import params_of
+from trl_ext.optim import SGDP, AdamP, scale_invariant_weights
+
+
+BOTH = [(AdamP, {}), (SGDP, {"momentum": 0.9})]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "`lr` must be finite"),
+        ({"lr": float("nan")}, "`lr` must be finite"),
+        ({"eps": -1e-8}, "`eps`"),
+        ({"weight_decay": -0.1}, "`weight_decay`"),
+        ({"delta": float("inf")}, "`delta`"),
+        ({"wd_ratio": -1.0}, "`wd_ratio`"),
+        ({"betas": (1.0, 0.999)}, r"`betas\[0\]`"),
+        ({"betas": (0.9,)}, "`betas` must be two"),
+        ({"lr": torch.ones(2)}, "one element"),
+        ({"projection": "row"}, "`projection` must be one of"),
+        ({"projection": {"q_proj": "row"}}, "`projection"),
+        ({"projection": {"q_proj[": "layer"}}, "pattern"),
+        ({"on_unknown_shards": "ignore"}, "`on_unknown_shards`"),
+        ({"state_dtype": torch.int32}, "`state_dtype`"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamP(params_of((2, 2)), **options)
+    with pytest.raises(ValueError, match=message):
+        AdamP([{"params": params_of((2, 2)), **options}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"momentum": 1.0}, "`momentum`"), ({"dampening": -1}, "`dampening`")]
+)
+def test_wrong_options_of_sgdp(options, message):
+    with pytest.raises(ValueError, match=message):
+        SGDP(params_of((2, 2)), lr=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": True, "fused": True}, {"differentiable": True, "fused": True},
+                {"differentiable": True, "capturable": True}]
+)  # fmt: skip
+def test_options_that_exclude_each_other(options):
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        AdamP(params_of((2, 2)), **options)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_refused_parameters(cls, options):
+    embedding = torch.nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        cls(embedding.parameters(), lr=0.1, **options).step()
+    with pytest.raises(RuntimeError, match="complex parameters"):
+        cls(params_of((2, 2), dtype=torch.complex64), lr=0.1, **options).step()
+    params = params_of((4, 3))
+    optimizer = cls(params, lr=0.1, **options)
+    optimizer.step()
+    params[0].data = torch.randn(5, 3)
+    params[0].grad = torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match=r"state of a parameter has shape \(4, 3\)"):
+        optimizer.step()
+    transposed = torch.nn.Parameter(torch.randn(5, 6).t())
+    transposed.grad = torch.randn(6, 5)
+    with pytest.raises(RuntimeError, match="rows follow each other"):
+        cls([transposed], lr=0.1, capturable=True, **options).step()
+
+
+def test_projection_by_name():
+    from transformers import AutoConfig
+
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 4), "mlp": torch.nn.Linear(6, 4)})
+    optimizer = AdamP(model.named_parameters(), projection={"q_proj": "layer"}, lr=1e-3)
+    for param in model.parameters():
+        param.grad = param.detach().clone()  # Radial: no test would pass
+    before = model["q_proj"].weight.detach().clone()
+    optimizer.step()
+    report = optimizer.report()
+    assert report["q_proj.weight"]["layer"] == 1
+    assert "mlp.weight" in report and report["mlp.weight"]["layer"] == 0
+    # sign(w) without its radial part
+    sign, change = before.sign(), before - model["q_proj"].weight.detach()
+    expected = 1e-3 * (sign - before * (sign * before).sum() / before.square().sum())
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-7)
+
+    presets = scale_invariant_weights(AutoConfig.for_model("qwen3"))
+    assert list(presets.values()) == ["layer"] and "q_proj" in next(iter(presets))
+    with pytest.raises(ValueError, match="'gpt2'"):
+        scale_invariant_weights(AutoConfig.for_model("gpt2"))
+    unnamed = AdamP(params_of((3, 3)), projection={"q_proj": "layer"})
+    with pytest.raises(ValueError, match="no names"):
+        unnamed.step()

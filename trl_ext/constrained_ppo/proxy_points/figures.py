@@ -1,0 +1,97 @@
+"""Pictures of a gold metric over rewards."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...core.figures import new_axes, save_figure
+from .fit import Peak
+from .logged_runs import Measurements
+
+
+BLUE, RED, GREY = "#3b7dd8", "#c1272d", "#6b6b6b"
+
+
+def draw_curve(
+    x: np.ndarray, measurements: Measurements, peak: Peak, label: str, path: Path, gold_label: str = "gold metric"
+) -> None:
+    """
+    The gold metric over one reward, or over the KL, with its fitted curve and peak.
+
+    Args:
+        x (`np.ndarray` of shape `(M,)`):
+            Reward of each measurement.
+        measurements ([`Measurements`]):
+            Measurements.
+        peak ([`Peak`]):
+            Peak of a curve.
+        label (`str`):
+            Label of the horizontal axis.
+        path (`Path`):
+            PNG file to write.
+        gold_label (`str`, *optional*, defaults to `"gold metric"`):
+            Label of the vertical axis.
+    """
+    figure, (axes,) = new_axes()
+    axes.plot(x, measurements.gold, ".", color=GREY, alpha=0.6, markersize=5, label="measured")
+    at = peak.candidates[:, 0]
+    axes.fill_between(at, *peak.band, color=BLUE, alpha=0.2, linewidth=0, label="bootstrap interval")
+    axes.plot(at, peak.fitted, color=BLUE, linewidth=2, label="fitted")
+    axes.axvspan(*peak.interval[:, 0], color=RED, alpha=0.1, linewidth=0)
+    edge = " (at the edge of the data)" if peak.at_edge else ""
+    axes.axvline(float(peak.point[0]), color=RED, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
+    axes.set_xlabel(label)
+    axes.set_ylabel(gold_label)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_joint(
+    measurements: Measurements, peak: Peak, independent: Sequence[float], path: Path, gold_label: str
+) -> None:
+    """
+    The fitted surface of each pair of rewards, the highest over the others, with the joint and independent peaks.
+
+    Args:
+        measurements ([`Measurements`]):
+            Measurements.
+        peak ([`Peak`]):
+            Peak of the joint surface.
+        independent (`Sequence[float]`):
+            Peak of each reward's own curve.
+        path (`Path`):
+            PNG file to write.
+        gold_label (`str`):
+            Label of the colours.
+    """
+    names = measurements.names
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    figure, panels = new_axes(1, len(pairs))
+    for axes, (i, j) in zip(panels, pairs, strict=True):
+        surface = axes.pcolormesh(*_upper_surface(peak, i, j), cmap="viridis", shading="nearest", rasterized=True)
+        figure.colorbar(surface, ax=axes, label=f"fitted {gold_label}")
+        axes.plot(
+            *measurements.rewards[:, [i, j]].T, ".", color="white", markeredgecolor=GREY, markersize=5, alpha=0.7
+        )
+        axes.plot(peak.point[i], peak.point[j], "*", color=RED, markeredgecolor="white", markersize=16, label="joint")
+        axes.plot(independent[i], independent[j], "X", color=BLUE, markeredgecolor="white", markersize=10,
+                  label="independent")  # fmt: skip
+        axes.set_xlabel(names[i])
+        axes.set_ylabel(names[j])
+        axes.legend(fontsize=9)
+    save_figure(figure, path)
+
+
+def _upper_surface(peak: Peak, i: int, j: int, size: int = 101) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells over two rewards with the highest fitted value of the candidates in each, NaN in empty ones."""
+    at = peak.candidates[:, [i, j]]
+    size = min(size, max(2, len(np.unique(at[:, 0]))))
+    lowest, width = at.min(axis=0), np.ptp(at, axis=0)
+    cells = np.rint((at - lowest) / width * (size - 1)).astype(int)
+    values = np.full((size, size), -np.inf)
+    known = ~np.isnan(peak.fitted)
+    np.maximum.at(values, (cells[known, 1], cells[known, 0]), peak.fitted[known])
+    axes = [lowest[axis] + width[axis] * np.linspace(0, 1, size) for axis in (0, 1)]
+    return axes[0], axes[1], np.where(np.isfinite(values), values, np.nan)

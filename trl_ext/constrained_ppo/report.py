@@ -1,0 +1,354 @@
+"""What a run says of itself: calibration before its first step, a dashboard at every log, a model card at a save."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from ..core.log import LogHistory, best_value, last_value, reward_names
+from ..core.model_card import settings_table
+from .calibration import Calibration, calibrate
+from .constrained_ppo_config import ConstrainedPPOConfig
+from .critic import CRITIC_FILE, kind_of
+from .dashboard import dashboard_table, draw_dashboard
+from .multipliers import Constraint, check_constraints, constraints_by_reward
+
+
+logger = get_logger(__name__)
+CALIBRATION_FILE = "calibration.json"
+DASHBOARD_FILE = "dashboard.png"
+# Share of the training time that drawing may take
+DRAWING_SHARE = 0.02
+# Columns of characters that the table of rewards takes
+CONSOLE_WIDTH = 110
+CITATION = """@inproceedings{moskovitz2024confronting,
+    title     = {Confronting Reward Model Overoptimization with Constrained {RLHF}},
+    author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan
+                 and Dragan, Anca D. and McAleer, Stephen},
+    booktitle = {The Twelfth International Conference on Learning Representations},
+    year      = {2024},
+    url       = {https://openreview.net/forum?id=gkfUvn0fLU}
+}"""
+PAPER = {
+    "title": "Confronting Reward Model Overoptimization with Constrained RLHF",
+    "id": "2310.04373",
+    "citation": CITATION,
+}
+_SETTINGS = (
+    "method",
+    "objective",
+    "mixing",
+    "whitening",
+    "critic",
+    "gamma",
+    "gae_lambda",
+    "num_iterations",
+    "kl_coef",
+)
+_OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
+_EQUILIBRIUM = (
+    "critic_head",
+    "critic_hidden_features",
+    "critic_feedback",
+    "critic_feedback_angle",
+    "critic_homeostasis_coef",
+)
+
+
+def run_section(trainer: Any, model_id: str) -> str:
+    """[`method_section`] of a [`ConstrainedPPOTrainer`] as it stands."""
+    return method_section(
+        trainer.args,
+        trainer.state.log_history,
+        model_id,
+        trainer.controller.named_constraints(),
+        trainer.stop_reason,
+        kind_of(trainer.critic),
+    )
+
+
+def method_section(
+    config: ConstrainedPPOConfig,
+    log_history: LogHistory,
+    model_id: str,
+    constraints: Sequence[Constraint] = (),
+    stop_reason: str | None = None,
+    critic: str = "shared",
+) -> str:
+    """
+    Markdown of the method's section.
+
+    Args:
+        config ([`ConstrainedPPOConfig`]):
+            Configuration of the run.
+        log_history (`Sequence[dict]`):
+            The trainer's log; its newest values are shown.
+        model_id (`str`):
+            Hub id or folder of the model.
+        constraints (`Sequence[Constraint]`, *optional*):
+            Constraints, by name of their reward.
+        stop_reason (`str`, *optional*):
+            Why training ended before its last step.
+        critic (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`, `"separate"` or `"module"`, a module of the user's own.
+
+    Returns:
+        `str`
+    """
+    settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
+    settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
+    if config.critic_head == "equilibrium":
+        settings |= {name: getattr(config, name) for name in _EQUILIBRIUM}
+    if config.learns_multipliers:
+        settings |= {
+            name: getattr(config, name)
+            for name in ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
+        }
+    parts = ["### Rewards and constraints", settings_table(settings)]
+    results = _results(log_history, constraints)
+    if results:
+        parts.append(results)
+    parts.append(_end(log_history, stop_reason))
+    parts.append(_loading(critic, model_id, reward_names(log_history)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _results(log_history: LogHistory, constraints: Sequence[Constraint]) -> str:
+    """A table with one row for each reward: its constraint and the newest values."""
+    grouped = constraints_by_reward(constraints)
+    names = reward_names(log_history) or list(grouped)
+    if not names:
+        return ""
+    columns = ["reward", "mean", "running average"]
+    if constraints:
+        columns += ["constraint", "violation", "multiplier", "weight"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in names:
+        cells = [f"`{name}`", *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
+        if constraints:
+            stated = ", ".join(f"{c.kind} {_shown(c.threshold)}" for c in grouped.get(name, [])) or "none"
+            cells += [stated, *_logged(log_history, f"violation/{name}", f"multiplier/{name}", f"weight/{name}")]
+        lines.append(f"| {' | '.join(cells)} |")
+    objective = last_value(log_history, "weight/objective")
+    if objective is not None:
+        lines.append(f"| the objective |{' |' * (len(columns) - 2)} {_shown(objective)} |")
+    return "\n".join(lines)
+
+
+def _logged(log_history: LogHistory, *keys: str) -> list[str]:
+    return [_shown(last_value(log_history, key)) for key in keys]
+
+
+def _end(log_history: LogHistory, stop_reason: str | None) -> str:
+    sentences = []
+    step = max((entry.get("step", 0) for entry in log_history), default=0)
+    if step:
+        sentences.append(f"Means are those of the last rollouts logged, at step {step}.")
+    per_response = last_value(log_history, "kl/per_response")
+    if per_response is not None:
+        per_token = _shown(last_value(log_history, "kl/per_token"))
+        sentences.append(
+            f"KL from the reference: {_shown(per_response)} nats for a response, {per_token} for a token."
+        )
+    gold, best = last_value(log_history, "eval_gold"), best_value(log_history, "eval_gold")
+    if gold is not None and best is not None:
+        sentences.append(f"Gold metric: {_shown(gold)} at the end, at best {_shown(best[1])} at step {best[0]}.")
+    if stop_reason:
+        sentences.append(f"Training stopped early: {stop_reason}")
+    elif step:
+        sentences.append("Training was not stopped early.")
+    return " ".join(sentences)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
+    streams = ", ".join([*(f"`{name}`" for name in names), "the KL"])
+    parts = [
+        "The policy is a plain model and loads without `trl_ext`.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```',
+        f"The critic lies beside it in `{CRITIC_FILE}`. At every token it has a value of {streams}, in this order"
+        + {
+            "shared": ", from the policy's last hidden state.",
+            "separate": ", from a backbone of its own.",
+            "module": ", from a module of the author's own, without which it cannot be rebuilt.",
+        }[critic],
+    ]
+    if critic != "module":
+        arguments = (
+            "model.base_model(**inputs).last_hidden_state"
+            if critic == "shared"
+            else 'inputs["input_ids"], inputs["attention_mask"]'
+        )
+        parts.append(
+            "```python\nfrom trl_ext import critic_from_pretrained\n\n"
+            f'critic = critic_from_pretrained("{model_id}")\n'
+            'inputs = tokenizer("Some text", return_tensors="pt")\n'
+            f"values = critic({arguments})  # (batch, tokens, {len(names) + 1})\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def calibration_table(calibrations: Sequence[Calibration]) -> Table:
+    """One row for each constraint."""
+    table = Table(title="Constraints against the reference, before training")
+    for column in ("constraint", "mean", "spread", "5%", "25%", "50%", "75%", "95%", "below threshold", "deviations"):
+        table.add_column(column, justify="left" if column == "constraint" else "right")
+    for row in calibrations:
+        numbers = [row.mean, row.spread, *row.quantiles]
+        table.add_row(
+            f"{row.reward} {row.kind} {row.threshold:.4g}",
+            *(f"{number:.3g}" for number in numbers),
+            f"{row.rank:.0%}",
+            f"{row.deviations:+.2f}",
+        )
+    return table
+
+
+def save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
+    """Writes `calibration.json`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    rows = [asdict(calibration) for calibration in calibrations]
+    (Path(folder) / CALIBRATION_FILE).write_text(json.dumps(rows, indent=1))
+
+
+class CalibrationCallback(TrainerCallback):
+    """
+    Compares the constraints of a run with the policy before its first step, and resolves thresholds stated relative to
+    it. A resumed run keeps the thresholds of its checkpoint.
+
+    Args:
+        trainer ([`ConstrainedPPOTrainer`]):
+            Trainer.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        controller = trainer.controller
+        if not controller.constraints or not args.calibration_samples or trainer.resumed:
+            return
+        rewards = trainer.sample_rewards(args.calibration_samples).cpu()
+        samples = [rewards[:, index] for index in controller.constrained]
+        constraints = [one.resolved(own) for one, own in zip(controller.constraints, samples, strict=True)]
+        check_constraints(constraints)
+        controller.set_constraints(constraints)
+        found = [calibrate(*row) for row in zip(constraints, controller.constrained_names(), samples, strict=True)]
+        if trainer.is_world_process_zero():
+            if not args.disable_tqdm:
+                Console().print(calibration_table(found))
+            save_calibration(found, args.output_dir)
+        for calibration in found:
+            for warning in calibration.warnings:
+                logger.warning(warning, main_process_only=True)
+
+
+class ConstraintDashboardCallback(TrainerCallback):
+    """
+    At every log step, prints a table and writes `dashboard.png` into the output folder, on the main process only and
+    from the log alone. While training goes on the picture is drawn at most every `png_seconds`, and in at most 2% of
+    the time; at the end it is always drawn.
+
+    Args:
+        trainer ([`ConstrainedPPOTrainer`]):
+            Trainer that the callback is added to.
+        path (`str` or `Path`, *optional*):
+            PNG file. Defaults to `dashboard.png` in the trainer's output folder.
+        png_seconds (`float`, *optional*, defaults to `10.0`):
+            Least time between two pictures.
+        show_table (`bool`, *optional*, defaults to `True`):
+            Whether the table is printed.
+        console ([`~rich.console.Console`], *optional*):
+            Console to print on.
+
+    Raises:
+        ValueError: If `png_seconds` is negative.
+
+    Example:
+
+    ```python
+    trainer = ConstrainedPPOTrainer(...)
+    trainer.add_callback(ConstraintDashboardCallback(trainer, png_seconds=60))
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        path: str | Path | None = None,
+        png_seconds: float = 10.0,
+        show_table: bool = True,
+        console: Console | None = None,
+    ):
+        if not png_seconds >= 0:
+            raise ValueError(
+                f"`png_seconds` must not be negative, got {png_seconds}. 0 draws as often as 2% of the time allows."
+            )
+        self.trainer = trainer
+        self.path = Path(path) if path else Path(trainer.args.output_dir) / DASHBOARD_FILE
+        self.png_seconds = png_seconds
+        self.show_table = show_table
+        self.console = console or _wide_console()
+        self._next_drawing = -math.inf
+        self._last_shown: tuple[str, float | None] | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not reward_names([logs or {}]):
+            return
+        if self.show_table:
+            self._print(state)
+        if time.monotonic() >= self._next_drawing:
+            self._draw(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not reward_names(state.log_history):
+            return
+        if self.show_table and self._last_shown != self._shown(state):
+            self._print(state)
+        self._draw(state)
+
+    def constraints(self) -> list[Constraint]:
+        """The constraints with their thresholds of now, by name of their reward."""
+        return self.trainer.controller.named_constraints()
+
+    def _title(self, state: Any) -> str:
+        method = self.trainer.args.method
+        title = f"Constrained PPO{f' ({method})' if method else ''}, step {state.global_step}"
+        reason = self.trainer.stop_reason
+        return f"{title}, ended early: {reason}" if reason else title
+
+    def _print(self, state: Any) -> None:
+        self._last_shown = self._shown(state)
+        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+
+    def _shown(self, state: Any) -> tuple[str, float | None]:
+        """What a table shows that may change after the log step."""
+        return self._title(state), last_value(state.log_history, "eval_gold")
+
+    def _draw(self, state: Any) -> None:
+        start = time.monotonic()
+        draw_dashboard(
+            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
+        )
+        end = time.monotonic()
+        self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
+
+
+def _wide_console() -> Console:
+    """A console as wide as the table, also where the terminal's width is not known, as in log files."""
+    console = Console()
+    return console if console.width >= CONSOLE_WIDTH or console.is_terminal else Console(width=CONSOLE_WIDTH)

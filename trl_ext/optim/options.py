@@ -1,0 +1,129 @@
+"""Options of a group and what an optimizer is handed: checks, and which weights `projection` names."""
+
+import math
+import re
+from typing import Any
+
+import torch
+
+
+# Values of `projection`, and of its patterns
+PROJECTIONS = ("test", "channel", "layer", "none")
+
+
+def projection_of(group: dict[str, Any], index: int) -> str:
+    """
+    What `projection` says of the weight at a place of a group: `"channel"` or `"layer"`, the level at which it is
+    known to be scale-invariant, `"test"` to find out, or `"none"`.
+
+    Weights that no pattern matches are not projected: where the scale-invariant ones are named, a test of the others
+    could only hit by chance.
+
+    Raises:
+        ValueError: If the group has patterns but no names.
+    """
+    projection = group["projection"]
+    if not isinstance(projection, dict):
+        return projection or "test"
+    names = group.get("param_names")
+    if names is None or index >= len(names):
+        raise ValueError(
+            "`projection` has patterns, but the parameters have no names. Build the optimizer with "
+            "`model.named_parameters()`, or give the groups `(name, parameter)` pairs."
+        )
+    return next((level for pattern, level in projection.items() if re.search(pattern, names[index])), "none")
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """
+    Checks the options of a group, defaults filled in.
+
+    Raises:
+        ValueError: If one is negative, not a number, or out of its range.
+        RuntimeError: If two execution options exclude each other.
+    """
+    lr = options["lr"]
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError(f"{name}: a tensor `lr` must have one element, got shape {tuple(lr.shape)}.")
+    for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
+        value = options[option]
+        on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        if not on_device and not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: `{option}` must be finite and at least 0, got {value}.")
+    if "momentum" in options and not 0.0 <= options["momentum"] < 1.0:
+        raise ValueError(f"{name}: `momentum` must lie in [0, 1), got {options['momentum']}.")
+    if "dampening" in options and not 0.0 <= options["dampening"] <= 1.0:
+        raise ValueError(f"{name}: `dampening` must lie in [0, 1], got {options['dampening']}.")
+    if "betas" in options:
+        if len(options["betas"]) != 2:
+            raise ValueError(f"{name}: `betas` must be two numbers, got {options['betas']}.")
+        for index, beta in enumerate(options["betas"]):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name}: `betas[{index}]` must lie in [0, 1), got {beta}.")
+    if options.get("on_unknown_shards", "raise") not in ("raise", "adamw"):
+        raise ValueError(
+            f'{name}: `on_unknown_shards` must be "raise" or "adamw", got {options["on_unknown_shards"]!r}.'
+        )
+    dtype = options.get("state_dtype")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(
+            f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {dtype!r}."
+        )
+    _check_projection(name, options.get("projection"))
+    _check_execution(name, options)
+
+
+def _check_projection(name: str, projection: Any) -> None:
+    if projection is None or projection in PROJECTIONS:
+        return
+    if not isinstance(projection, dict):
+        raise ValueError(
+            f"{name}: `projection` must be one of {PROJECTIONS} or a dict of patterns, got {projection!r}."
+        )
+    for pattern, level in projection.items():
+        if level not in PROJECTIONS:
+            raise ValueError(f"{name}: `projection[{pattern!r}]` must be one of {PROJECTIONS}, got {level!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: `projection` has the pattern {pattern!r}, which is none: {error}.") from None
+
+
+def _check_execution(name: str, options: dict[str, Any]) -> None:
+    if options.get("foreach") and options.get("fused"):
+        raise RuntimeError(f"{name}: `fused` and `foreach` cannot be `True` together.")
+    if not options.get("differentiable"):
+        return
+    for option in ("foreach", "fused", "capturable", "stochastic_rounding"):
+        if options.get(option):
+            raise RuntimeError(f"{name}: `differentiable` and `{option}` cannot be `True` together.")
+
+
+def check_param(name: str, param: torch.Tensor) -> None:
+    """Refuses a parameter or gradient that no step can be taken on."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"{name} does not support sparse gradients: its test and projection need whole rows. Build the embedding "
+            "with `sparse=False`, or give it to `torch.optim.SparseAdam`."
+        )
+    if param.is_complex():
+        raise RuntimeError(
+            f"{name} does not support complex parameters, got one of shape {tuple(param.shape)} and dtype "
+            f"{param.dtype}. Pass `torch.view_as_real(parameter)`."
+        )
+    if grad.device != param.device or grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name}: a gradient of shape {tuple(grad.shape)} on {grad.device} for a parameter of shape "
+            f"{tuple(param.shape)} on {param.device}."
+        )
+
+
+def check_state(name: str, param: torch.Tensor, state: torch.Tensor) -> None:
+    """Refuses a running average of a parameter that changed its shape or device since."""
+    if state.shape != param.shape or state.device != param.device:
+        raise RuntimeError(
+            f"{name}: the state of a parameter has shape {tuple(state.shape)} on {state.device}, but the parameter "
+            f"has shape {tuple(param.shape)} on {param.device}. Build the optimizer after resizing or moving."
+        )

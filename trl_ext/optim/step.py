@@ -1,0 +1,641 @@
+"""
+One step of AdamP or SGDP, on whole weights or shards:
+
+1. resolve: read where each weight lies in what the group holds ([`read_shards`], at a tensor's first step);
+2. measure: update the moments, and take the dot products of gradient, weight and update;
+3. exchange: add them up over processes for the weights that shard borders cut ([`Exchange`]);
+4. apply: decide whether and at which level a weight is scale-invariant, and apply decay and the projected update.
+
+Measuring and applying are done by the compiled passes of kernels/ where they take a tensor, elsewhere in blocks of
+torch operations around the update that a subclass writes; what is surely not projected goes through torch's fused
+kernels.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels.rounding import RoundingNoise, copy_rounded_
+from .options import check_options, check_param, check_state, projection_of
+from .projection import LEVELS, is_scale_invariant, threshold
+from .shards import Exchange, Original, Shard, UnknownShardsError, read_shards
+from .weights import (
+    GROUP_KEY,
+    Block,
+    LocalTensor,
+    Weight,
+    has_order_of,
+    is_flat,
+    layer_dots,
+    local_part,
+    memory,
+    plain_blocks,
+)
+
+
+# Largest update kept between the pass that measures it and the one that applies it; larger ones are computed anew
+MAX_KEPT_UPDATE = 2**26
+
+
+class Layout(NamedTuple):
+    """A tensor that was stepped on, where its weights lie in it, and its group."""
+
+    reference: weakref.ref
+    shards: list[Shard]
+    group_key: int
+
+
+class ProjectedOptimizer(torch.optim.Optimizer):
+    """
+    Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project.
+
+    A step reads the host at most once, for all tensors together: weights that pass at no level, most of them, then go
+    through one fused kernel. The others take two passes: their moments and dot products, and the projected update.
+    Weights that shard borders cut always do, with one all-reduce of their dot products in between.
+    """
+
+    # Options that checkpoints of other implementations lack, with the values that stand for their behaviour
+    OPTIONS: dict[str, Any] = {
+        "foreach": None,
+        "fused": None,
+        "maximize": False,
+        "capturable": False,
+        "differentiable": False,
+        "projection": None,
+        "state_dtype": None,
+        "stochastic_rounding": False,
+        "on_unknown_shards": "raise",
+    }
+    # Names of the running averages in a parameter's state
+    MOMENTS: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_options(type(self).__name__, defaults)
+        self._prepare()
+        super().__init__(params, defaults)
+
+    def _prepare(self) -> None:
+        self._originals: dict[int, list[Original]] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._noise = RoundingNoise()
+        # Weights that the last step projected: no more than a guess at which way is the faster one
+        self._projected: set[tuple[int, int]] = set()
+        self.projection_counts = ProjectionCounts()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as `torch.optim.Optimizer` does, after a check of its options."""
+        check_options(type(self).__name__, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._remember(self.param_groups[-1], max(self._originals, default=-1) + 1)
+
+    def _remember(self, group: dict[str, Any], key: int) -> None:
+        group[GROUP_KEY] = key
+        self._originals[key] = [Original.of(param) for param in group["params"]]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_originals"):  # Unpickled
+            self._prepare()
+        for place, group in enumerate(self.param_groups):
+            for option, value in self.OPTIONS.items():
+                group.setdefault(option, value)
+            if group.setdefault(GROUP_KEY, place) not in self._originals:
+                self._remember(group, group[GROUP_KEY])
+            for param in group["params"]:
+                self._settle_step(param, group)
+
+    def _settle_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Holds the step count as the group's options want it, whoever saved it."""
+        step = self.state[param].get("step") if param in self.state else None
+        if step is None:
+            return
+        if group["capturable"]:
+            self.state[param]["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
+        elif isinstance(step, torch.Tensor):
+            self.state[param]["step"] = int(step)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Loads a state, also one that the official package saved. Running averages keep the dtype that `state_dtype`
+        asks for.
+        """
+        keys = [group.get(GROUP_KEY) for group in self.param_groups]
+        dtypes = [group.get("state_dtype") for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, key, dtype, saved in zip(self.param_groups, keys, dtypes, state_dict["param_groups"], strict=True):
+            group[GROUP_KEY], group["state_dtype"] = key, dtype
+            for param, saved_key in zip(group["params"], saved["params"], strict=True):
+                for name in self.MOMENTS:
+                    value = state_dict["state"].get(saved_key, {}).get(name)
+                    # torch casts floating-point state to the parameter's dtype
+                    if dtype is not None and value is not None:
+                        self.state[param][name] = value.to(device=param.device, dtype=dtype)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """
+        Takes one step.
+
+        Args:
+            closure (`Callable`, *optional*):
+                Evaluates the model anew and returns the loss.
+
+        Returns:
+            The closure's loss, or `None`.
+
+        Raises:
+            RuntimeError: If a gradient is sparse, a parameter is complex, or a parameter changed its shape.
+            UnknownShardsError: If the layout of a shard can't be read.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._take_step()
+        return loss
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """
+        What the projection does, weight by weight. Reads the host and, where weights are cut, all processes must call
+        it.
+
+        Returns:
+            `dict[str, dict]`: for each weight of at least two dimensions, under its name where the optimizer was given
+            named parameters and under `group.index` otherwise: `"steps"`, and `"channel"` and `"layer"`, the share of
+            steps that were projected at each level; `"weight_norm"`; and `"effective_step_size"`, the learning rate
+            times the norm of the update's tangential part over the weight's norm: the angle, in radians, that a
+            step at the current state turns the weight by.
+        """
+        found = {}
+        with torch.no_grad():
+            weights = self._stepped_weights()
+            totals = self._report_totals(weights)
+        for weight, total in zip(weights, totals, strict=True):
+            squared_norm, update_squared, radial, steps, channel, layer = total.tolist()
+            group, index = weight.local.group, weight.shard.index
+            names = group.get("param_names")
+            name = names[index] if names else f"{group[GROUP_KEY]}.{index}"
+            norm, num_steps = squared_norm**0.5, round(steps)
+            tangential = max(update_squared - radial**2 / squared_norm, 0.0) ** 0.5 if norm else 0.0
+            found[name] = {
+                "steps": num_steps,
+                "channel": channel / max(num_steps, 1),
+                "layer": layer / max(num_steps, 1),
+                "weight_norm": norm,
+                "effective_step_size": float(group["lr"]) * tangential / norm if norm else float("nan"),
+            }
+        return found
+
+    def _stepped_weights(self) -> list[Weight]:
+        """The weights of at least two dimensions that steps were taken on, in the order of the first step."""
+        groups = {group[GROUP_KEY]: group for group in self.param_groups}
+        found = []
+        for reference, shards, key in self._layouts.values():
+            param = reference()
+            if param is None or key not in groups:
+                continue
+            state = self.state.get(param, {})
+            moments = [memory(state[name]) for name in self.MOMENTS if name in state]
+            local = LocalTensor(param, groups[key], shards, memory(param), None, tuple(moments), state.get("step", 0))
+            # Other processes may have stepped on a weight that this one holds nothing of
+            shards = [shard for shard in shards if len(shard.shape) > 1 and (moments or not shard.numel)]
+            found += [Weight(local, shard, by_rows=False) for shard in shards]
+        return found
+
+    def _report_totals(self, weights: Sequence[Weight]) -> list[torch.Tensor]:
+        """Of each whole weight `<w, w>`, `<u, u>`, `<u, w>` and its counts, shape `(6,)`."""
+        totals: list[torch.Tensor] = []
+        shared: dict[int, list[int]] = {}
+        for place, weight in enumerate(weights):
+            # Every holder of a cut weight counts its steps
+            group = weight.shard.process_group
+            num_holders = torch.distributed.get_world_size(group) if weight.shard.borders else 1
+            counts = torch.tensor(self.projection_counts.counts(weight.key)) / num_holders
+            totals.append(torch.cat([self._report_dots(weight), counts.double()]))
+            if group is not None:
+                shared.setdefault(id(group), []).append(place)
+        for places in shared.values():
+            group = weights[places[0]].shard.process_group
+            summed = Exchange([totals[place] for place in places], group).results()
+            for place, total in zip(places, summed, strict=True):
+                totals[place] = total
+        return totals
+
+    def _report_dots(self, weight: Weight) -> torch.Tensor:
+        """`<w, w>`, `<u, u>` and `<u, w>` over the part of a weight that is here, shape `(3,)`, on the CPU."""
+        local, start = weight.local, weight.shard.start
+        total = torch.zeros(3, dtype=torch.float64, device=local.flat.device)
+        for block in plain_blocks(local, start, start + weight.shard.numel):
+            # Minus the update that the present moments stand for, before projection and learning rate
+            update = torch.empty_like(block.flat, dtype=local.compute_dtype)
+            self._displace_again(block, update)
+            value = block.flat.to(local.compute_dtype)
+            total += torch.stack([torch.dot(value, value), torch.dot(update, update), torch.dot(update, value)])
+        return total.cpu()
+
+    # ------------------------------------------------------------------ one step
+
+    def _take_step(self) -> None:
+        # Resolve
+        tensors, single = self._local_tensors()
+        self._single_tensor_steps(single)
+        if any(group["stochastic_rounding"] for group in self.param_groups):
+            self._noise.restart(tensors)
+        candidates = self._candidates(list(self._weights(tensors)))
+        # Measure; a weight that is wholly here is applied at once, while it is in the cache
+        for weight in candidates:
+            self._measure(weight)
+            if not weight.shard.borders:
+                self._apply_whole(weight)
+        # Exchange, while what no candidate covers is updated
+        exchanges = self._exchanges([weight for weight in candidates if weight.shard.borders])
+        self._step_without_projection(self._ranges_between(tensors, candidates))
+        # Apply
+        for weights, exchange in exchanges:
+            for weight, sums in zip(weights, exchange.results(), strict=True):
+                self._apply(weight, *weight.choose(*weight.split_sums(sums)))
+
+    # ------------------------------------------------------------------ resolve
+
+    def _local_tensors(self) -> tuple[list[LocalTensor], list[LocalTensor]]:
+        """The groups' tensors, and those of them that the single-tensor path takes."""
+        found: list[LocalTensor] = []
+        single: list[LocalTensor] = []
+        for group in self.param_groups:
+            for place, param in enumerate(group["params"]):
+                shards = self._shards(param, place, group)
+                if param.grad is None:
+                    if any(shard.borders for shard in shards):  # The other processes wait for this one
+                        found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
+                    continue
+                check_param(type(self).__name__, param)
+                is_single = len(shards) == 1 and not shards[0].borders and self._is_single(param, group)
+                if group["differentiable"] and not is_single:
+                    raise RuntimeError(f"{type(self).__name__}: `differentiable` does not work on shards.")
+                (single if is_single else found).append(self._local_tensor(param, group, shards, not is_single))
+        return found, single
+
+    def _is_single(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        if group["capturable"]:
+            if not is_flat(param):
+                raise RuntimeError(
+                    f"{type(self).__name__}: `capturable` needs weights whose rows follow each other in memory, got "
+                    f"shape {tuple(param.shape)} with strides {param.stride()}. Make it contiguous."
+                )
+            return False
+        if group["differentiable"] or (group["foreach"] is False and group["fused"] is False):
+            return True
+        return self._has_low_precision_state(param, group) or not is_flat(param)
+
+    def _has_low_precision_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Whether the arithmetic is that of the parameter's own half precision, as the official package's is."""
+        dtype = group["state_dtype"] or param.dtype
+        return dtype not in (torch.float32, torch.float64) and not group["stochastic_rounding"]
+
+    def _local_tensor(
+        self, param: torch.Tensor, group: dict[str, Any], shards: list[Shard], flatten: bool
+    ) -> LocalTensor:
+        state, grad = self.state[param], param.grad
+        assert grad is not None
+        self._initialise(state, param, group)
+        for name in self.MOMENTS:
+            check_state(type(self).__name__, param, state[name])
+            if flatten and not has_order_of(state[name], param):
+                state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
+        moments = [local_part(state[name]) for name in self.MOMENTS]
+        flat, grad = local_part(param), local_part(grad)
+        if flatten:
+            if not has_order_of(grad, flat):
+                grad = torch.empty_like(flat, dtype=grad.dtype).copy_(grad)
+            flat, grad = memory(flat), memory(grad)
+            moments = [memory(moment) for moment in moments]
+        return LocalTensor(param, group, shards, flat, grad, tuple(moments), state.get("step", 0))
+
+    def _shards(self, param: torch.Tensor, place: int, group: dict[str, Any]) -> list[Shard]:
+        """The tensor's layout, read at its first step."""
+        known = self._layouts.get(id(param))
+        if known is not None and known.reference() is param:
+            return known.shards
+        key = group[GROUP_KEY]
+        try:
+            shards = read_shards(param, place, len(group["params"]), self._originals[key])
+        except UnknownShardsError:
+            if group["on_unknown_shards"] == "raise":
+                raise
+            shards = []
+        self._layouts = {name: layout for name, layout in self._layouts.items() if layout.reference() is not None}
+        self._layouts[id(param)] = Layout(weakref.ref(param), shards, key)
+        return shards
+
+    def _weights(self, tensors: Iterable[LocalTensor]) -> Iterable[Weight]:
+        """The weights whose update may be projected."""
+        for local in tensors:
+            for shard in local.shards:
+                projection = projection_of(local.group, shard.index)
+                if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or projection == "none":
+                    continue
+                if shard.borders or (shard.numel and local.grad is not None):
+                    weight = Weight(local, shard, None if projection == "test" else projection)
+                    weight.kernels = self._kernels(local) if weight.numel else None
+                    yield weight
+
+    # ------------------------------------------------------------------ measure
+
+    def _candidates(self, weights: Sequence[Weight]) -> list[Weight]:
+        """The weights that may pass at some level, found with one read of the host."""
+        tested = [
+            weight
+            for weight in weights
+            if weight.level is None
+            and not weight.local.group["capturable"]
+            and not (weight.kernels and weight.kernels.TESTS_WHILE_MEASURING)
+        ]
+        answers = _read([answer for weight in tested for answer in self._quick_test(weight)])
+        failed = set()
+        for weight, row_pass, whole_passes in zip(tested, answers[::2], answers[1::2], strict=True):
+            weight.by_rows = row_pass
+            if not (row_pass or whole_passes or weight.shard.borders):
+                self.projection_counts.add(weight.key)
+                failed.add(id(weight))
+            elif not (row_pass or weight.shard.borders):
+                weight.level = "layer"
+        return [weight for weight in weights if id(weight) not in failed]
+
+    def _quick_test(self, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether the first rows pass at the channel level, and the whole weight at the layer level, if it is here."""
+        yes = self._constant(True, torch.bool, weight.local.flat.device)
+        alive = weight.probe()
+        if weight.shard.borders:
+            return yes if alive is None else alive, yes
+        group = weight.local.group
+        dots = layer_dots(weight) if weight.kernels is None else weight.kernels.test_dots(weight)
+        eps, limit = group["eps"], threshold(group["delta"], weight.numel)
+        weight.squared_norm = dots[2]
+        norms = dots[1:].sqrt().clamp_(min=eps)
+        return yes if alive is None else alive, dots[0].abs() < norms[0] * norms[1] * limit
+
+    def _measure(self, weight: Weight) -> None:
+        """First pass: the moments, and the dot products of gradient, weight and update."""
+        if weight.kernels is None:
+            self._measure_in_blocks(weight)
+            return
+        kernels, is_tested = weight.kernels, weight.level is None and not weight.shard.borders
+        short = kernels.TESTS_WHILE_MEASURING and is_tested and weight.numel <= MAX_KEPT_UPDATE
+        # Most weights are not projected: they take AdamW's step at once and need no second pass
+        if short and weight.key not in self._projected:
+            weight.old = self._scratch_tensor(weight.numel, weight.local)
+            kernels.measure(weight, self._keep(weight.local, 1.0), weight.old)
+        else:
+            kernels.measure(weight)
+
+    def _measure_in_blocks(self, weight: Weight) -> None:
+        weight.allocate_dots()
+        if not weight.numel:
+            return
+        local = weight.local
+        keep = weight.numel <= MAX_KEPT_UPDATE and not weight.shard.borders
+        kept = self._scratch_tensor(weight.numel if keep else min(weight.numel, local.block_size), local)
+        parts = []
+        for block in weight.blocks():
+            first = block.start - weight.shard.start if keep else 0
+            displacement = kept[first : first + block.stop - block.start]
+            self._displace(block, displacement)
+            if weight.level == "layer":
+                parts.append(torch.dot(displacement, block.flat.to(displacement.dtype)))
+            else:
+                weight.add_dots(block, displacement)
+        if parts:
+            weight.add_layer_dots(parts)
+        weight.displacement = kept if keep else None
+
+    # ------------------------------------------------------------------ exchange and apply
+
+    def _exchanges(self, weights: Sequence[Weight]) -> list[tuple[list[Weight], Exchange]]:
+        """Starts one all-reduce for each process group among cut weights, in the same order on each process."""
+        by_group: dict[int, list[Weight]] = {}
+        for weight in weights:
+            by_group.setdefault(id(weight.shard.process_group), []).append(weight)
+        return [
+            (members, Exchange([weight.sums() for weight in members], members[0].shard.process_group))
+            for members in by_group.values()
+        ]
+
+    def _apply_whole(self, weight: Weight) -> None:
+        """Second pass over a weight that is wholly here."""
+        if weight.level is None and weight.kernels and weight.kernels.TESTS_WHILE_MEASURING:
+            weight.level = weight.kernels.find_level(weight)
+            if weight.level is None:
+                self._projected.discard(weight.key)
+                self.projection_counts.add(weight.key)
+                if weight.old is None:
+                    weight.kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
+                return
+            self._projected.add(weight.key)
+        self._apply(weight, *weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots()))
+        weight.displacement = None
+
+    def _apply(self, weight: Weight, coefficient: torch.Tensor, channel: torch.Tensor, layer: torch.Tensor) -> None:
+        """Second pass: weight decay and the projected update."""
+        self.projection_counts.add(weight.key, channel, layer)
+        if not weight.numel:
+            return
+        local, group = weight.local, weight.local.group
+        like = weight.dots.new_empty(())
+        keep = [self._keep(local, ratio) for ratio in (group["wd_ratio"], 1.0)]
+        keep = [torch.full_like(like, share) if isinstance(share, float) else share for share in keep]
+        scale = torch.where(channel | layer, keep[0], keep[1])
+        if weight.kernels is None:
+            self._apply_in_blocks(weight, scale, coefficient)
+        else:
+            weight.kernels.apply(weight, scale, coefficient)
+
+    def _apply_in_blocks(self, weight: Weight, scale: torch.Tensor, coefficient: torch.Tensor) -> None:
+        """Scales a weight and adds its projected displacement, with one coefficient or one for each row."""
+        local, scratch = weight.local, weight.displacement
+        if scratch is None:
+            scratch = self._scratch_tensor(min(weight.numel, local.block_size), local)
+        for block in weight.blocks():
+            size = block.stop - block.start
+            if weight.displacement is None:
+                displacement = scratch[:size]
+                self._displace_again(block, displacement)
+            else:
+                first = block.start - weight.shard.start
+                displacement = scratch[first : first + size]
+            rows = slice(block.row, block.row + block.num_rows) if coefficient.numel() > 1 else slice(None)
+            self._project(block, displacement, coefficient[rows])
+            self._add(block, displacement, scale)
+
+    def _project(self, block: Block, displacement: torch.Tensor, coefficient: torch.Tensor) -> None:
+        """Takes the radial part out of a block's displacement, and of its moments where the method does."""
+        shape = (coefficient.numel(), -1)
+        weight, per_row = block.flat.to(displacement.dtype).view(shape), coefficient.unsqueeze(1)
+        displacement.view(shape).addcmul_(weight, per_row)
+        self._project_moments(block, weight, per_row)
+
+    def _add(self, block: Block, displacement: torch.Tensor, scale: torch.Tensor | float) -> None:
+        """Scales a block and adds the displacement times the learning rate."""
+        group = block.local.group
+        lr, flat = group["lr"], block.flat
+        value = flat if flat.dtype == displacement.dtype else flat.to(displacement.dtype)
+        if isinstance(scale, torch.Tensor) or scale != 1:
+            value.mul_(scale)
+        if isinstance(lr, torch.Tensor):
+            value.add_(displacement.mul_(lr))
+        else:
+            value.add_(displacement, alpha=lr)
+        if value is not flat:
+            copy_rounded_(flat, value, group["stochastic_rounding"], self._noise.on(flat.device))
+
+    def _keep(self, local: LocalTensor, ratio: float) -> Any:
+        """The share of a weight that weight decay leaves."""
+        return 1 - self._decay(local.group) * ratio
+
+    def _ranges_between(
+        self, tensors: Sequence[LocalTensor], candidates: Sequence[Weight]
+    ) -> list[tuple[LocalTensor, int, int]]:
+        """What no candidate covers: weights that don't pass, biases and padding."""
+        taken: dict[int, list[tuple[int, int]]] = {}
+        for weight in candidates:
+            if weight.numel:
+                taken.setdefault(id(weight.local), []).append((weight.shard.start, weight.shard.start + weight.numel))
+        ranges = []
+        for local in tensors:
+            if local.grad is None:
+                continue
+            holes = [*sorted(taken.get(id(local), [])), (local.flat.numel(), local.flat.numel())]
+            position = 0
+            for start, stop in holes:
+                if start > position:
+                    ranges.append((local, position, start))
+                position = stop
+        return ranges
+
+    def _step_without_projection(self, ranges: Sequence[tuple[LocalTensor, int, int]]) -> None:
+        rest = self._step_in_stock_kernels(ranges)
+        for local, start, stop in rest:
+            scale = self._keep(local, 1.0)
+            scratch = self._scratch_tensor(min(stop - start, local.block_size), local)
+            for block in plain_blocks(local, start, stop):
+                displacement = scratch[: block.stop - block.start]
+                self._displace(block, displacement)
+                self._add(block, displacement, scale)
+
+    def _single_tensor_steps(self, tensors: Sequence[LocalTensor]) -> None:
+        """The reference. Half precision is tested for all tensors together, so that the host is read once."""
+        levels: dict[int, str | None] = {}
+        tested: list[tuple[LocalTensor, str, torch.Tensor]] = []
+        for local in tensors:
+            group, projection = local.group, projection_of(local.group, local.shards[0].index if local.shards else 0)
+            if projection != "test" or local.param.ndim < 2 or local.param.numel() == 0:
+                levels[id(local)] = projection if projection in LEVELS and local.param.ndim > 1 else None
+            elif not (group["foreach"] is False and group["fused"] is False):
+                assert local.grad is not None
+                for level in LEVELS:
+                    answer = is_scale_invariant(local.flat, local.grad, level, group["delta"], group["eps"])
+                    tested.append((local, level, answer))
+        answers = _read([answer for _, _, answer in tested])
+        for (local, level, _), passing in zip(tested, answers, strict=True):
+            if levels.get(id(local)) is None:
+                levels[id(local)] = level if passing else None
+        for local in tensors:
+            hit = self._single_tensor(local, levels.get(id(local), "test"))
+            if local.param.ndim > 1 and local.shards:
+                key = (local.group[GROUP_KEY], local.shards[0].index)
+                self.projection_counts.add_known(key, hit)
+
+    def _scratch_tensor(self, numel: int, local: LocalTensor) -> torch.Tensor:
+        """Memory kept from step to step, since fresh memory is page-faulted on a CPU."""
+        key = (local.flat.device, local.compute_dtype)
+        if key not in self._scratch or self._scratch[key].numel() < numel:
+            self._scratch[key] = torch.empty(numel, dtype=key[1], device=key[0])
+        return self._scratch[key][:numel]
+
+    def _constant(self, value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key = (value, dtype, device)
+        if key not in self._constants:
+            self._constants[key] = torch.full((), value, dtype=dtype, device=device)
+        return self._constants[key]
+
+    # ------------------------------------------------------------------ what a subclass fills in
+
+    def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Creates a parameter's state where it is missing, and counts the step."""
+        for name in self.MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=group["state_dtype"], memory_format=torch.preserve_format)
+
+    def _kernels(self, local: LocalTensor) -> Any:
+        """The module of compiled passes for a tensor (`optim/kernels`), or `None`."""
+        return None
+
+    def _decay(self, group: dict[str, Any]) -> Any:
+        """What weight decay takes off a weight, as a share of it."""
+        raise NotImplementedError
+
+    def _displace(self, block: Block, out: torch.Tensor) -> None:
+        """Updates a block's moments and writes minus the update, to be scaled by the learning rate."""
+        raise NotImplementedError
+
+    def _displace_again(self, block: Block, out: torch.Tensor) -> None:
+        """Writes what [`_displace`] wrote, from moments that are already updated."""
+        raise NotImplementedError
+
+    def _project_moments(self, block: Block, weight: torch.Tensor, coefficient: torch.Tensor) -> None:
+        """Projects the stored moments, where the method does. Weight `(R, C)`, coefficient `(R, 1)`."""
+        return
+
+    def _step_in_stock_kernels(
+        self, ranges: Sequence[tuple[LocalTensor, int, int]]
+    ) -> Sequence[tuple[LocalTensor, int, int]]:
+        """Updates what torch's fused kernels can, and returns the rest."""
+        return ranges
+
+    def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
+        """The reference on one tensor, at a given level, or `"test"`. Returns the level that was projected at."""
+        raise NotImplementedError
+
+
+class ProjectionCounts:
+    """How often each weight was projected at which level; on the device, so that counting does not wait for it."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[int, int], int] = {}
+        self.hits: dict[tuple[int, int], torch.Tensor] = {}
+
+    def add(
+        self, key: tuple[int, int], channel: torch.Tensor | None = None, layer: torch.Tensor | None = None
+    ) -> None:
+        """Counts a step of a weight, and whether it was projected at the channel or the layer level."""
+        self.steps[key] = self.steps.get(key, 0) + 1
+        if channel is not None and layer is not None:
+            hit = torch.stack([channel.squeeze(), layer.squeeze()]).float()
+            self.hits[key] = self.hits[key].add_(hit) if key in self.hits else hit
+
+    def add_known(self, key: tuple[int, int], level: str | None) -> None:
+        """Counts a step of a weight whose level is known on the host."""
+        hit = None if level is None else [torch.tensor(float(level == name)) for name in LEVELS]
+        self.add(key, *(hit or ()))
+
+    def counts(self, key: tuple[int, int]) -> list[float]:
+        """Steps of a weight, and how many of them were projected at the channel and at the layer level."""
+        hits = self.hits[key].tolist() if key in self.hits else [0.0, 0.0]
+        return [float(self.steps.get(key, 0)), *hits]
+
+    def reset(self) -> None:
+        """Counts from 0 again."""
+        self.steps.clear()
+        self.hits.clear()
+
+
+def _read(answers: Sequence[torch.Tensor]) -> list[bool]:
+    """Brings booleans of shape `()` to the host: once, or once for each device that has some."""
+    found: dict[int, bool] = {}
+    for device in {answer.device for answer in answers}:
+        places = [place for place, answer in enumerate(answers) if answer.device == device]
+        found |= zip(places, torch.stack([answers[place] for place in places]).tolist(), strict=True)
+    return [found[place] for place in range(len(answers))]

@@ -1,0 +1,145 @@
+"""SparsePO's forward of the policy: per-token terms of the loss in place of per-token log-probabilities.
+
+Masks and head run inside the policy's own forward, so that DDP synchronises the masks and DeepSpeed and FSDP own them,
+as TRL's fused head does for the language-model head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from .._upstream import FusedCausalLMOutput
+from .lm_head.paired_log_probs import logit_transform, paired_log_probs
+from .loss import sparse_po_terms
+from .masks import TOKEN_MASKS, scatter_tokens
+from .reference_pass import ReferenceStates, backbone_inputs
+
+
+@dataclass
+class MaskedCausalLMOutput(FusedCausalLMOutput):
+    """
+    Output of the policy's forward under SparsePO. Every per-token field has shape `(2B, T-1)`, is float32, and is zero
+    outside the completion.
+
+    Attributes:
+        log_probs (`torch.Tensor`):
+            The terms of [`sparse_po_terms`], not log-probabilities: TRL sums them as it sums log-probabilities.
+        policy_log_probs (`torch.Tensor`):
+            Log-probabilities of the labels under the policy, without gradient.
+        reference_log_probs (`torch.Tensor`):
+            Log-probabilities of the labels under the reference model.
+        divergences (`torch.Tensor`):
+            KL(reference || policy), without gradient.
+        reward_mask (`torch.Tensor`):
+            Weight of each log-ratio, with gradient.
+        divergence_mask (`torch.Tensor`):
+            Weight of each divergence, with gradient.
+    """
+
+    policy_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
+    reward_mask: torch.Tensor | None = None
+    divergence_mask: torch.Tensor | None = None
+
+
+@dataclass
+class ReferenceInput:
+    """
+    What the policy's forward is given of the reference model.
+
+    Attributes:
+        states ([`ReferenceStates`]):
+            The reference model's states on the batch.
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model whose config says how logits are scaled and capped.
+        head (`torch.nn.Module`):
+            Its language-model head, sharded or not.
+    """
+
+    states: ReferenceStates
+    model: PreTrainedModel
+    head: nn.Linear
+
+
+def policy_forward(
+    model: PreTrainedModel,
+    divergence_coef: float,
+    detach_chosen_divergence: bool,
+    forward: Callable[..., Any],
+    *args: Any,
+    reference: ReferenceInput | None = None,
+    **kwargs: Any,
+) -> Any:
+    """
+    What `model.forward`, which was `forward`, becomes (see [`extend_forward`]): given a `reference`, a call of TRL's
+    fused head returns a [`MaskedCausalLMOutput`]; other calls are unchanged.
+    """
+    if reference is None or not kwargs.get("fused_lm_head"):
+        return forward(*args, **kwargs)
+    labels, kwargs = backbone_inputs(kwargs)
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+    labels = labels[:, 1:].to(model.get_output_embeddings().weight.device)
+    predicted = labels != -100
+    hidden = backbone.last_hidden_state[:, :-1].to(labels.device)[predicted]  # (N, H): the N response tokens only
+    log_probs, ref_log_probs, divergences, entropy, mean_logits, is_top1 = (
+        scatter_tokens(values, predicted) for values in _head_outputs(model, hidden, labels[predicted], reference)
+    )
+    reward_mask, divergence_mask = getattr(model, TOKEN_MASKS)(reference.states, predicted)
+    terms = sparse_po_terms(
+        log_probs - ref_log_probs,
+        divergences if divergence_coef else divergences.detach(),
+        reward_mask,
+        divergence_mask,
+        divergence_coef,
+        detach_chosen_divergence,
+    )
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = load_balancing_loss_func(
+            backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+        )
+    return MaskedCausalLMOutput(
+        log_probs=terms,
+        entropy=entropy,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
+        aux_loss=aux_loss,
+        policy_log_probs=log_probs.detach(),
+        reference_log_probs=ref_log_probs,
+        divergences=divergences.detach(),
+        reward_mask=reward_mask,
+        divergence_mask=divergence_mask,
+    )
+
+
+def _head_outputs(
+    model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, reference: ReferenceInput
+) -> tuple[torch.Tensor, ...]:
+    """Both models' log-probabilities, divergences, and the policy's entropy, mean logits and top-1, each `(N,)`."""
+    head = model.get_output_embeddings()
+    scale, softcap = logit_transform(model.config.get_text_config())
+    ref_scale, ref_softcap = logit_transform(reference.model.config.get_text_config())
+    *values, statistics = paired_log_probs(
+        hidden,
+        head.weight,
+        reference.states.hidden.to(hidden.device),
+        reference.head.weight,
+        labels,
+        policy_bias=getattr(head, "bias", None),
+        ref_bias=getattr(reference.head, "bias", None),
+        policy_logit_scale=scale,
+        policy_softcap=softcap,
+        ref_logit_scale=ref_scale,
+        ref_softcap=ref_softcap,
+        return_statistics=True,
+    )
+    return (*values, *statistics)

@@ -1,0 +1,171 @@
+"""What the reference model tells SparsePO of a batch, in one pass without gradient: its final states, from which its
+next-token distribution follows, and what the masks read.
+
+The pass runs inside the reference model's own forward, so that the engine that owns the parameters gathers them.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from .._upstream import FusedCausalLMOutput
+from .activations import ActivationObserver
+
+
+# The adapter of a PEFT policy that TRL keeps as the reference, where a trained adapter is trained further
+REFERENCE_ADAPTER = "ref"
+# PeftModel.forward passes these on as None, where a backbone may not take them
+_PEFT_EXTRAS = ("output_hidden_states", "output_attentions", "return_dict")
+
+
+@dataclass
+class ReferenceStates:
+    """
+    States of the reference model on one batch.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Final hidden states at the positions that predict the N response tokens, in row-major order of the batch.
+        layer_states (`torch.Tensor` of shape `(L, N, H)`, *optional*):
+            Standardized states of every layer at those positions, for learned masks.
+        activation_maps (`dict[str, list[torch.Tensor]]`, *optional*):
+            For activation masks: by group, maps of shape `(2B, T-1)` (see [`ActivationObserver`]).
+    """
+
+    hidden: torch.Tensor
+    layer_states: torch.Tensor | None = None
+    activation_maps: dict[str, list[torch.Tensor]] | None = None
+
+
+@dataclass
+class ReferenceCollector:
+    """
+    Handed to a forward that [`reference_forward`] extends, which leaves the states here.
+
+    Args:
+        mask_type (`str`):
+            `"learned"`, `"activation"` or `"ones"`: what the states are for.
+        states ([`ReferenceStates`], *optional*):
+            What the last run left.
+    """
+
+    mask_type: str
+    states: ReferenceStates | None = None
+
+
+def reference_forward(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    *args: Any,
+    reference_collector: ReferenceCollector | None = None,
+    **kwargs: Any,
+) -> Any:
+    """
+    What the reference model's forward, which was `forward`, becomes (see [`extend_forward`]): given a collector, only
+    the backbone runs, and leaves its states there; other calls are unchanged.
+    """
+    if reference_collector is None:
+        return forward(*args, **kwargs)
+    labels, kwargs = backbone_inputs(kwargs)
+    states = read_reference(model, reference_collector.mask_type, labels, *args, **kwargs)
+    reference_collector.states = states
+    return FusedCausalLMOutput(loss=states.hidden.new_zeros(()))
+
+
+def read_reference(
+    model: PreTrainedModel, mask_type: str, labels: torch.Tensor, *args: Any, **kwargs: Any
+) -> ReferenceStates:
+    """
+    Runs a reference model's backbone and keeps what the masks read.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The reference model, or the policy with its adapter switched off.
+        mask_type (`str`):
+            `"learned"`, `"activation"` or `"ones"`.
+        labels (`torch.Tensor` of shape `(2B, T)`, int64):
+            Token ids, `-100` outside the completion.
+        args (`Any`):
+            Passed to `model.base_model`.
+        kwargs (`Any`):
+            Passed to `model.base_model`.
+
+    Returns:
+        [`ReferenceStates`]
+    """
+    predicted = labels[:, 1:] != -100
+    if mask_type == "learned":
+        return _read_layers(model, predicted, *args, **kwargs)
+    if mask_type == "activation":
+        with ActivationObserver(model, decoder_layers(model), predicted) as observer:
+            last_hidden = model.base_model(*args, **kwargs).last_hidden_state
+        maps = observer.finish(last_hidden)
+        return ReferenceStates(_predicting(last_hidden, predicted), activation_maps=maps)
+    return ReferenceStates(_predicting(model.base_model(*args, **kwargs).last_hidden_state, predicted))
+
+
+def _read_layers(model: PreTrainedModel, predicted: torch.Tensor, *args: Any, **kwargs: Any) -> ReferenceStates:
+    states: list[torch.Tensor] = []
+
+    def append(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        states.append(standardize(_predicting(hidden, predicted)))
+
+    with ExitStack() as hooks:
+        # The last layer's state is taken after the final norm, as `hidden_states[-1]` is
+        for layer in list(decoder_layers(model))[:-1]:
+            hooks.callback(layer.register_forward_hook(append).remove)
+        hidden = _predicting(model.base_model(*args, **kwargs).last_hidden_state, predicted)
+    states.append(standardize(hidden))
+    return ReferenceStates(hidden, layer_states=torch.stack([state.to(hidden.device) for state in states]))
+
+
+def _predicting(hidden: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """`(2B, T, H)` at the positions that predict a response token, `(N, H)`."""
+    return hidden[:, :-1][predicted.to(hidden.device)]
+
+
+def standardize(hidden: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """A LayerNorm over the features before its scale and shift, in float32, returned in the dtype of `hidden`."""
+    return nn.functional.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps).to(hidden.dtype)
+
+
+def backbone_inputs(kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The labels, and the keywords of a causal language model's forward that its backbone takes."""
+    dropped = {"labels", "fused_lm_head", *(name for name in _PEFT_EXTRAS if kwargs.get(name) is None)}
+    rest = {name: value for name, value in kwargs.items() if name not in dropped}
+    return kwargs["labels"], {**rest, "use_cache": False}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of a causal language model: the outermost `ModuleList` of `num_hidden_layers` elements."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    candidates = [
+        (name.count("."), name, module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not candidates:
+        raise ValueError(
+            f"No list of {num_layers} decoder layers was found in {type(model).__name__}, so the masks have no states "
+            "to read. Use `mask_type='ones'`, or a decoder-only transformers model."
+        )
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
+
+
+def original_head(head: Any) -> Any:
+    """The head of a reference pass: where PEFT trains a copy, the reference adapter's or the untrained original."""
+    if not is_peft_available():
+        return head
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    copies = head.modules_to_save
+    return copies[REFERENCE_ADAPTER] if REFERENCE_ADAPTER in copies else head.original_module
