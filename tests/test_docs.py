@@ -115,7 +115,7 @@ def test_every_field_and_metric_is_explained():
 
 
 def test_every_setting_and_metric_of_proxy_points_and_search_is_explained():
-    from trl_ext.constrained_ppo.threshold_search_config import ThresholdSearchConfig
+    from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
     from trl_ext.scripts.proxy_points import make_parser
 
     text = (ROOT / "docs" / "proxy_points_and_search.md").read_text()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from trl_ext import ConstrainedPPOTrainer
-from trl_ext.constrained_ppo.logged_runs import Measurements
+from trl_ext.constrained_ppo.proxy_points.logged_runs import Measurements
 from trl_ext.scripts import proxy_points as proxy_points_command
 
 from .method_comparison_report import compute_used, write_report

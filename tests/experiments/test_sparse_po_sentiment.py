@@ -22,8 +22,8 @@ def test_two_methods(tmp_path, monkeypatch):
         "--imdb_dir", str(tmp_path), "--model_name_or_path", save_tiny_model(tmp_path / "model"), "--betas", "0.1",
         "--seeds", "0", "--tuning_steps", "2", "--num_pairs", "16", "--num_prompts", "8", "--new_tokens", "6",
         "--prompt_words", "3", "--max_steps", "1", "--per_device_train_batch_size", "4",
-        "--mask_learning_rate", "0.01", "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--save_strategy", "no",
-        "--logging_steps", "1", "--output_dir", str(out),
+        "--mask_learning_rate", "0.01", "--use_cpu", "True", "--bf16", "False", "--report_to", "none",
+        "--save_strategy", "no", "--logging_steps", "1", "--output_dir", str(out),
     ]  # fmt: skip
     sentiment.main(*sentiment.make_parser().parse_args_and_config(arguments))
     kept = (out / "runs.jsonl").read_text()

@@ -174,7 +174,7 @@ class PointsDynamics:
         activation, constants = self.network.activation, self.constants[layer]
         blocks = current.view(len(self.mixer), self.num_samples, current.shape[-1])
         num_complex = (len(blocks) - self.num_real) // 2
-        real, a, b = blocks.split([self.num_real, num_complex, num_complex])
+        real, a, b = torch.split(blocks, [self.num_real, num_complex, num_complex])
         parts = [activation.difference(constants, real)] if self.num_real else []
         if num_complex:
             parts += activation.complex_difference(constants, a, b)
