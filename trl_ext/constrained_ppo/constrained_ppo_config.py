@@ -309,12 +309,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
 
     def vf_coefs(self, num_rewards: int) -> list[float]:
-        """
-        The weight of the value loss of each reward.
-
-        Raises:
-            ValueError: If `vf_coef` is neither one number nor one for each reward.
-        """
+        """The weight of the value loss of each reward: `vf_coef` is one number for all, or one for each."""
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         coefficients = [float(coefficient) for coefficient in given]
         if len(coefficients) not in (1, num_rewards):
@@ -424,12 +419,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         search.keep_best_policy(self)
 
     def parsed_constraints(self) -> list[Constraint]:
-        """
-        The constraints as objects.
-
-        Raises:
-            ValueError: If one lacks a key or has one too many.
-        """
+        """The constraints as objects; refuses one that lacks a key or has one too many."""
         parsed = []
         for constraint in self.constraints:
             unknown, missing = set(constraint) - CONSTRAINT_KEYS, {"reward"} - set(constraint)
@@ -451,23 +441,6 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
     """
     The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
     checkpoint by, unless another is named.
-
-    Args:
-        args ([`ConstrainedPPOConfig`] or `None`):
-            What the user gave.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Policy, for the name of the output folder.
-        gold_reward (`Callable` or `None`):
-            Gold metric.
-        eval_dataset (`Any`):
-            Data that the gold metric is measured on.
-
-    Returns:
-        [`ConstrainedPPOConfig`]
-
-    Raises:
-        TypeError: If `args` is of another class.
-        ValueError: If a setting needs a gold metric, or the metric has no data.
     """
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path

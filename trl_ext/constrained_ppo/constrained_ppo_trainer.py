@@ -444,14 +444,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def sample_rewards(self, num_samples: int) -> torch.Tensor:
         """
-        Rewards of responses of the policy as it is to training prompts. Random states and logs stay as they were.
-
-        Args:
-            num_samples (`int`):
-                Fewest responses, over all processes.
-
-        Returns:
-            `torch.Tensor` of shape `(N, K)`: those of all processes.
+        Rewards `(N, K)` of the policy as it is on training prompts, over all processes, N at least `num_samples`.
+        Random states and logs stay as they were.
         """
         local, world, rank = (
             self.args.per_device_train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
@@ -490,13 +484,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return output
 
     def end_training(self, reason: str) -> None:
-        """
-        Ends training after the step under way.
-
-        Args:
-            reason (`str`):
-                Why; logged, and written to `stop_reason.json`.
-        """
+        """Ends training after the step under way; the reason is logged, and written to `stop_reason.json`."""
         self.stop_reason = reason
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)

@@ -27,20 +27,7 @@ MAX_POINTS = 1000
 
 
 def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
-    """
-    The newest values of a run, one row for each reward and one for the objective.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            The trainer's log.
-        constraints (`Sequence[Constraint]`, *optional*):
-            Constraints, by name of their reward.
-        title (`str`, *optional*):
-            Title of the table.
-
-    Returns:
-        [`~rich.table.Table`]
-    """
+    """The newest values of a run, one row for each reward and one for the objective."""
     constrained = bool(constraints)
     columns = ["reward", "mean ± std", "average"]
     if constrained:

@@ -83,26 +83,7 @@ def method_section(
     stop_reason: str | None = None,
     critic: str = "shared",
 ) -> str:
-    """
-    Markdown of the method's section.
-
-    Args:
-        config ([`ConstrainedPPOConfig`]):
-            Configuration of the run.
-        log_history (`Sequence[dict]`):
-            The trainer's log; its newest values are shown.
-        model_id (`str`):
-            Hub id or folder of the model.
-        constraints (`Sequence[Constraint]`, *optional*):
-            Constraints, by name of their reward.
-        stop_reason (`str`, *optional*):
-            Why training ended before its last step.
-        critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`, `"separate"` or `"module"`, a module of the user's own.
-
-    Returns:
-        `str`
-    """
+    """Markdown of the method's section, with the newest values of the log; `critic` is one of [`kind_of`]."""
     settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
     if config.critic_head == "equilibrium":
@@ -228,10 +209,6 @@ class CalibrationCallback(TrainerCallback):
     """
     Compares the constraints of a run with the policy before its first step, and resolves thresholds stated relative to
     it. A resumed run keeps the thresholds of its checkpoint.
-
-    Args:
-        trainer ([`ConstrainedPPOTrainer`]):
-            Trainer.
     """
 
     def __init__(self, trainer: Any):

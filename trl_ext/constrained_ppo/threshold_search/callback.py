@@ -26,21 +26,10 @@ logger = get_logger(__name__)
 
 class ThresholdSearchCallback(TrainerCallback):
     """
-    Moves the thresholds of a [`ConstrainedPPOTrainer`] by Nelder-Mead while it trains (NM-PPO).
-
-    Only the trainer's own evaluation, on its `eval_dataset`, is used; metrics of another prefix are ignored. At the
-    end the trainer loads the policy of highest gold metric (`load_best_model_at_end`, which `search` turns on), and
-    this callback the multipliers and thresholds that belong to it.
-
-    Args:
-        trainer ([`ConstrainedPPOTrainer`]):
-            Trainer that the callback is added to.
-        config ([`ThresholdSearchConfig`]):
-            Settings.
-
-    Raises:
-        ValueError: If the settings do not fit the constraints, or there is no constraint, gold metric or evaluation
-            data.
+    Moves the thresholds of a [`ConstrainedPPOTrainer`] by Nelder-Mead while it trains (NM-PPO). Only the trainer's own
+    evaluation is used; metrics of another prefix are ignored. At the end the trainer loads the policy of highest gold
+    metric (`load_best_model_at_end`, which `search` turns on), and this callback the multipliers and thresholds that
+    belong to it.
     """
 
     def __init__(self, trainer: Any, config: ThresholdSearchConfig):
@@ -209,10 +198,5 @@ class ThresholdSearchCallback(TrainerCallback):
             write_json(Path(folder), SEARCH_FILE, self.search.state_dict())
 
     def load(self, folder: str | Path) -> None:
-        """
-        Reads the state that the next [`~transformers.Trainer.train`] goes on from.
-
-        Raises:
-            ValueError: If there is none, or it is cut off.
-        """
+        """Reads the state that the next [`~transformers.Trainer.train`] goes on from."""
         self._loaded = Path(folder) / SEARCH_FILE, read_json(folder, SEARCH_FILE, REMEDY)
