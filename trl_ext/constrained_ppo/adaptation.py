@@ -136,7 +136,9 @@ class RolloutController:
 
     def __init__(self, args: ConstrainedPPOConfig, reward_names: Sequence[str]):
         self.args, self.reward_names = args, list(reward_names)
+        # Their thresholds are open until they are calibrated
         self.constraints = args.parsed_constraints()
+        # Index of the reward of each constraint
         self.constrained = [self._reward_index(constraint) for constraint in self.constraints]
         self.multipliers = self._build_multipliers() if args.learns_multipliers else None
         self.statistics = RolloutAverages()

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
+from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .multipliers import Constraint, check_constraints
@@ -335,18 +336,12 @@ class ConstrainedPPOConfig(GRPOConfig):
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         if not all(float(coefficient) >= 0 for coefficient in given):
             raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
-        for name in ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive, got {value}. Leave it out to go without.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.kl_step < 1:
-            raise ValueError(f"`kl_step` must lie in (0, 1), got {self.kl_step}.")
+        not_negative = ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples")
+        check_number(self, *not_negative, at_least=0)
+        positive = ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience")
+        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
+        check_number(self, "gamma", "gae_lambda", at_least=0, at_most=1)
+        check_number(self, "kl_step", above=0, below=1)
         needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
@@ -388,8 +383,7 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: value "
                 "heads on the policy have no backbone of their own."
             )
-        if self.critic_head not in ("linear", "equilibrium"):
-            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
+        check_choice(self, "critic_head", choices=("linear", "equilibrium"))
         if self.critic_head == "linear":
             for name, unused in _FEEDBACK.items():
                 if getattr(self, name) != unused:

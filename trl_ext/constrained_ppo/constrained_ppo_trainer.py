@@ -31,15 +31,7 @@ from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
-from .checkpoint import (
-    MULTIPLIERS_FILE,
-    STATE_FILE,
-    STOP_FILE,
-    load_rollout,
-    read_json,
-    save_rollout,
-    write_json,
-)
+from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
     VALUE_HEADS,

@@ -48,7 +48,9 @@ def clipped_value_loss(
 class ValuedCausalLMOutput(FusedCausalLMOutput):
     """TRL's output with the values."""
 
+    # (B, T-1, K+1), float32: value of the state before each next token, for each reward and, last, the KL
     state_values: torch.Tensor | None = None
+    # (1,), float32: objective of equilibrium heads, in training and where it has a weight
     homeostasis_loss: torch.Tensor | None = None
 
 
@@ -105,7 +107,7 @@ class RelaxingHeads(Protocol):
     has it is asked for its objective and its metrics.
     """
 
-    feedback: str
+    feedback: str  # "symmetric", or "asymmetric", which has an objective and an asymmetry
 
     def homeostasis_loss(self) -> torch.Tensor:
         """Objective that straightens the feedback, scalar."""
@@ -189,7 +191,7 @@ def kind_of(critic: nn.Module) -> str:
     return kinds.get(type(critic), "module")
 
 
-def build_value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
+def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
     """The heads that `critic_head` names, for hidden states of a width; the same on all processes."""
     if args.critic_head == "linear":
         return ValueHeads(hidden_size, num_heads)
@@ -210,19 +212,19 @@ def build_critic(
     """
     if args.critic == "separate":
         if critic_model is None or isinstance(critic_model, str):
-            critic = build_separate_critic(policy, num_heads, critic_model or args.critic_model_name_or_path)
-            critic.heads = build_value_heads(critic.backbone.config.get_text_config().hidden_size, num_heads, args)
-            return critic
-        if isinstance(critic_model, PreTrainedModel):
-            heads = build_value_heads(critic_model.config.get_text_config().hidden_size, num_heads, args)
-            return SeparateCritic(critic_model.base_model, num_heads, heads)
-        raise ValueError(
-            f"`critic='separate'` takes a model or its name as `critic_model`, got `{type(critic_model).__name__}`. "
-            "For a module on the policy's hidden states set `critic='shared'`."
-        )
+            backbone = _backbone(policy, critic_model or args.critic_model_name_or_path)
+        elif isinstance(critic_model, PreTrainedModel):
+            backbone = critic_model.base_model
+        else:
+            raise ValueError(
+                "`critic='separate'` takes a model or its name as `critic_model`, got "
+                f"`{type(critic_model).__name__}`. For a module on the policy's hidden states set `critic='shared'`."
+            )
+        width = backbone.config.get_text_config().hidden_size
+        return SeparateCritic(backbone, num_heads, _value_heads(width, num_heads, args))
     hidden_size = policy.config.get_text_config().hidden_size
     if critic_model is None:
-        return build_value_heads(hidden_size, num_heads, args)
+        return _value_heads(hidden_size, num_heads, args)
     if isinstance(critic_model, (str, PreTrainedModel)):
         raise ValueError(
             "`critic_model` is a model and `critic='shared'` takes a module from hidden states "
@@ -258,25 +260,8 @@ def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int,
         )
 
 
-def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path: str | None = None) -> SeparateCritic:
-    """
-    A separate critic that starts from a model, such as a reward model, or from the policy.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy.
-        num_heads (`int`):
-            Number of streams: rewards, and one for the KL.
-        name_or_path (`str`, *optional*):
-            Model to start from; of a classifier or language model, its backbone. Defaults to a copy of the policy's
-            backbone.
-
-    Returns:
-        [`SeparateCritic`]
-
-    Raises:
-        ValueError: If the model has a smaller vocabulary than the policy, whose token ids it is given.
-    """
+def _backbone(policy: PreTrainedModel, name_or_path: str | None) -> PreTrainedModel:
+    """The backbone of a model, such as a reward model, or a copy of the policy's, whose token ids it is given."""
     if name_or_path is None and is_deepspeed_zero3_enabled():
         name_or_path = policy.config.name_or_path or None
     if name_or_path is None:
@@ -289,15 +274,11 @@ def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path:
             f"`critic_model_name_or_path={name_or_path!r}` has a vocabulary of {size} tokens and the policy one of "
             f"{needed}; the critic reads the policy's token ids. Choose a model with the policy's tokenizer."
         )
-    backbone.requires_grad_(True)
-    return SeparateCritic(backbone, num_heads)
+    return backbone.requires_grad_(True)
 
 
 def critic_sums(values: torch.Tensor, returns: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Sums over the tokens of a minibatch, `(3, K+1)`: of the value loss, as `errors` `(K+1,)`, the values and the
-    returns.
-    """
+    """Sums over a minibatch's tokens, `(3, K+1)`: of the value loss, which are `errors`, the values and returns."""
     inside = mask.unsqueeze(-1)
     return torch.stack([errors, (values * inside).sum((0, 1)), (returns * inside).sum((0, 1))])
 

@@ -43,24 +43,13 @@ PAPER = {
     "citation": CITATION,
 }
 _SETTINGS = (
-    "method",
-    "objective",
-    "mixing",
-    "whitening",
-    "critic",
-    "gamma",
-    "gae_lambda",
-    "num_iterations",
-    "kl_coef",
-)
+    "method", "objective", "mixing", "whitening", "critic", "gamma", "gae_lambda", "num_iterations", "kl_coef",
+)  # fmt: skip
 _OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
 _EQUILIBRIUM = (
-    "critic_head",
-    "critic_hidden_features",
-    "critic_feedback",
-    "critic_feedback_angle",
-    "critic_homeostasis_coef",
-)
+    "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
+)  # fmt: skip
+_MULTIPLIERS = ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
 
 
 def run_section(trainer: Any, model_id: str) -> str:
@@ -89,10 +78,7 @@ def method_section(
     if config.critic_head == "equilibrium":
         settings |= {name: getattr(config, name) for name in _EQUILIBRIUM}
     if config.learns_multipliers:
-        settings |= {
-            name: getattr(config, name)
-            for name in ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
-        }
+        settings |= {name: getattr(config, name) for name in _MULTIPLIERS}
     parts = ["### Rewards and constraints", settings_table(settings)]
     results = _results(log_history, constraints)
     if results:

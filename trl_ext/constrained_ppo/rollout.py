@@ -19,12 +19,15 @@ class Rollout:
     completions, N those of all processes, T tokens, K rewards.
     """
 
-    purpose: Literal["training", "evaluation", "calibration"] = "training"
-    rewards: torch.Tensor = _UNKNOWN
+    purpose: Literal["training", "evaluation", "calibration"] = "training"  # Calibration wants the rewards alone
+    rewards: torch.Tensor = _UNKNOWN  # (N, K), from `_calculate_rewards`
+    # Forwards that gave log-probabilities and values, from `_get_per_token_logps_and_entropies`, until they are read
     scored: ForwardRecorder | None = None
-    mask: torch.Tensor = _UNKNOWN
-    values: torch.Tensor = _UNKNOWN
-    divergence: torch.Tensor = _UNKNOWN
-    advantages: torch.Tensor = _UNKNOWN
-    returns: torch.Tensor = _UNKNOWN
+    # From `_estimate`
+    mask: torch.Tensor = _UNKNOWN  # (B, T), tokens that the losses count
+    values: torch.Tensor = _UNKNOWN  # (B, T, K+1), before any update on the rollout: what the value loss is clipped at
+    divergence: torch.Tensor = _UNKNOWN  # (B, T), KL from the reference at each token, in nats
+    advantages: torch.Tensor = _UNKNOWN  # (K+1, B, T), of each reward and, last, of the KL, before they are mixed
+    returns: torch.Tensor = _UNKNOWN  # (K+1, B, T), targets of the values
+    # Whether the policy has moved so far that the updates left are skipped, from `_check_update`
     spent: bool = False

@@ -1,6 +1,4 @@
-"""
-Proxy points: rewards beyond which a gold metric falls (https://huggingface.co/papers/2310.04373, section 3, A.3).
-"""
+"""Proxy points: rewards beyond which a gold metric falls (https://huggingface.co/papers/2310.04373, section 3)."""
 
 import itertools
 import math
@@ -90,15 +88,15 @@ class DensityMask:
 class Peak:
     """The highest point of a fitted surface within the data."""
 
-    point: np.ndarray
-    gold: float
-    interval: np.ndarray
-    at_edge: bool
-    edge_share: float
-    num_resamples: int
-    candidates: np.ndarray
-    fitted: np.ndarray
-    band: np.ndarray
+    point: np.ndarray  # (K,), rewards at the peak
+    gold: float  # Fitted gold metric there
+    interval: np.ndarray  # (2, K), lowest and highest rewards of the bootstrap interval of the peak
+    at_edge: bool  # Whether the peak lies at the edge of the data
+    edge_share: float  # Share of the resamples whose peak does
+    num_resamples: int  # Those that a surface could be fitted to
+    candidates: np.ndarray  # (P, K), points at which the surface was looked at
+    fitted: np.ndarray  # (P,), its values there, NaN outside the mask
+    band: np.ndarray  # (2, P), bootstrap interval of the values, NaN outside the mask
 
 
 def find_peak(
@@ -122,7 +120,7 @@ def find_peak(
             f"{num_resamples}."
         )
     generator = np.random.default_rng(seed)
-    candidates = candidate_points(points, generator)
+    candidates = _candidate_points(points, generator)
     inside = mask(candidates)
     allowed = candidates[inside]
     fitted = surrogate.fit(points, gold)(allowed)
@@ -153,11 +151,8 @@ def find_peak(
     )
 
 
-def candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """
-    Where a surface is looked at, `(P, K)`: a grid for up to three rewards, else points and random combinations of
-    them.
-    """
+def _candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Where a surface is looked at, `(P, K)`: a grid for up to three rewards, else points and combinations of them."""
     num_rewards = points.shape[1]
     if num_rewards in GRID_SIZES:
         axes = np.linspace(points.min(axis=0), points.max(axis=0), GRID_SIZES[num_rewards]).T

@@ -15,12 +15,12 @@ import numpy as np
 class Measurements:
     """Rewards and the gold metric, measured together in M evaluations of the policies of several runs."""
 
-    names: list[str]
-    rewards: np.ndarray
-    gold: np.ndarray
-    kl: np.ndarray
-    run: np.ndarray
-    step: np.ndarray
+    names: list[str]  # Of the K rewards
+    rewards: np.ndarray  # (M, K), means
+    gold: np.ndarray  # (M,)
+    kl: np.ndarray  # (M,), of a response from the reference in nats, NaN where it was not logged
+    run: np.ndarray  # (M,), int64, number of the run
+    step: np.ndarray  # (M,), int64, optimizer step
 
     def of_runs(self, runs: Sequence[int]) -> "Measurements":
         """The measurements of some runs."""

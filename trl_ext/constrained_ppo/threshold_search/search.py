@@ -20,25 +20,25 @@ NUM_DRAWS = 16
 class Trial:
     """One proposal of thresholds."""
 
-    thresholds: list[float]
-    source: str
-    start_step: int
-    measured_at: int
-    step: int | None = None
-    means: list[float] | None = None
-    gold: float | None = None
-    reached: bool = False
+    thresholds: list[float]  # In the order of the constraints
+    source: str  # "initial" (the policy before training), "measured", "reevaluated" or "cached"
+    start_step: int  # When it was proposed
+    measured_at: int  # Number of proposals measured before the one whose score this is
+    step: int | None = None  # When it was scored
+    means: list[float] | None = None  # Rewards on the validation split then
+    gold: float | None = None  # Score, higher is better
+    reached: bool = False  # Whether the means were at the thresholds
 
 
 @dataclass
 class BestPolicy:
     """The policy of highest gold metric among those evaluated in training."""
 
-    step: int
+    step: int  # Of its checkpoint
     gold: float
-    thresholds: list[float]
-    means: list[float]
-    reached: bool
+    thresholds: list[float]  # Those it was trained at where it had reached them, else its own mean rewards
+    means: list[float]  # Rewards on the validation split
+    reached: bool  # Whether it had reached the thresholds it was trained at
 
 
 class ThresholdSearch:
