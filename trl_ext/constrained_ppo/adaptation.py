@@ -21,7 +21,7 @@ from .multipliers import Constraint, LagrangeMultipliers
 
 Metrics = dict[str, list[float]]
 # Largest relative error of the KL that one step of the coefficient answers to (appendix B)
-CLIP = 0.2
+_CLIP = 0.2
 # A threshold nearer to zero than this makes a relative violation meaningless; it keeps the division finite
 _SMALLEST_THRESHOLD = 1e-8
 
@@ -29,7 +29,7 @@ _SMALLEST_THRESHOLD = 1e-8
 def adapted_coefficient(coefficient: float, divergence: float, target: float, step: float) -> float:
     """The coefficient after a rollout whose KL for each token was `divergence`, in nats; `step` lies in (0, 1)."""
     error = (divergence - target) / target
-    return coefficient * (1 + step * max(-CLIP, min(CLIP, error)))
+    return coefficient * (1 + step * max(-_CLIP, min(_CLIP, error)))
 
 
 def mean_divergences(divergence: torch.Tensor, mask: torch.Tensor, gather: Callable) -> tuple[float, float]:

@@ -33,9 +33,9 @@ PRESETS: dict[str, Preset] = {
     "all": Preset("rewards", "<=", "sigmoid"),
     "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
 }
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
+_CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
 _FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
@@ -350,10 +350,10 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
+        if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` reads one advantage for each response; here every token has its own. "
-                f"Use one of {LOSS_TYPES}; 'dapo' is the mean over tokens."
+                f"Use one of {_LOSS_TYPES}; 'dapo' is the mean over tokens."
             )
         if self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
@@ -416,7 +416,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         """The constraints as objects; refuses one that lacks a key or has one too many."""
         parsed = []
         for constraint in self.constraints:
-            unknown, missing = set(constraint) - CONSTRAINT_KEYS, {"reward"} - set(constraint)
+            unknown, missing = set(constraint) - _CONSTRAINT_KEYS, {"reward"} - set(constraint)
             if unknown or missing:
                 raise ValueError(
                     f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "

@@ -125,8 +125,9 @@ class RelaxingHeads(Protocol):
 class CriticCompanion(Companion):
     """
     The critic inside a policy with TRL's fused head (see [`Companion`]): its values come in the forward of that head,
-    when it is called with `with_values=True`. `critic` is a [`SeparateCritic`], or a module from hidden states `(B, T,
-    H)` to values `(B, T, K+1)`; `detach` stops its gradient at the policy's backbone.
+    when it is called with `with_values=True`. `critic` is a [`SeparateCritic`], or a module from hidden states to
+    values, `(B, T, H)` to `(B, T, K+1)`; `detach` stops its gradient at the policy's backbone, and `homeostasis` adds
+    the objective of [`RelaxingHeads`] to the output in training.
     """
 
     def __init__(
@@ -291,7 +292,7 @@ def record_critic(metrics: Metrics, names: Sequence[str], means: torch.Tensor) -
 
 
 def record_heads(metrics: Metrics, heads: nn.Module) -> None:
-    """Records what [`RelaxingHeads`] say of themselves, nothing for others. All processes call it, for shards."""
+    """Records what [`RelaxingHeads`] say of themselves, nothing for others. All processes must call it."""
     if not isinstance(heads, RelaxingHeads):
         return
     for name, value in heads.metrics().items():

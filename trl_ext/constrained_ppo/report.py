@@ -26,9 +26,9 @@ logger = get_logger(__name__)
 CALIBRATION_FILE = "calibration.json"
 DASHBOARD_FILE = "dashboard.png"
 # Share of the training time that drawing may take
-DRAWING_SHARE = 0.02
+_DRAWING_SHARE = 0.02
 # Columns of characters that the table of rewards takes
-CONSOLE_WIDTH = 110
+_CONSOLE_WIDTH = 110
 CITATION = """@inproceedings{moskovitz2024confronting,
     title     = {Confronting Reward Model Overoptimization with Constrained {RLHF}},
     author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan
@@ -72,7 +72,7 @@ def method_section(
     stop_reason: str | None = None,
     critic: str = "shared",
 ) -> str:
-    """Markdown of the method's section, with the newest values of the log; `critic` is one of [`kind_of`]."""
+    """Markdown of the method's section, with the newest values of the log; `critic` is its [`kind_of`]."""
     settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
     if config.critic_head == "equilibrium":
@@ -184,7 +184,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
     return table
 
 
-def save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
+def _save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
     """Writes `calibration.json`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     rows = [asdict(calibration) for calibration in calibrations]
@@ -214,7 +214,7 @@ class CalibrationCallback(TrainerCallback):
         if trainer.is_world_process_zero():
             if not args.disable_tqdm:
                 Console().print(calibration_table(found))
-            save_calibration(found, args.output_dir)
+            _save_calibration(found, args.output_dir)
         for calibration in found:
             for warning in calibration.warnings:
                 logger.warning(warning, main_process_only=True)
@@ -308,10 +308,10 @@ class ConstraintDashboardCallback(TrainerCallback):
             state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
         )
         end = time.monotonic()
-        self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
+        self._next_drawing = end + max(self.png_seconds, (end - start) / _DRAWING_SHARE)
 
 
 def _wide_console() -> Console:
     """A console as wide as the table, also where the terminal's width is not known, as in log files."""
     console = Console()
-    return console if console.width >= CONSOLE_WIDTH or console.is_terminal else Console(width=CONSOLE_WIDTH)
+    return console if console.width >= _CONSOLE_WIDTH or console.is_terminal else Console(width=_CONSOLE_WIDTH)

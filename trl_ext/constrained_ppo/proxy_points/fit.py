@@ -14,15 +14,15 @@ from .surrogates import Surrogate
 
 
 # Points of the grid along each reward, by the number of rewards: at most 29,791 in all
-GRID_SIZES = {1: 501, 2: 101, 3: 31}
+_GRID_SIZES = {1: 501, 2: 101, 3: 31}
 # Beyond three rewards a grid grows out of hand: so many random combinations of measured points in its place
-NUM_COMBINATIONS = 20_000
+_NUM_COMBINATIONS = 20_000
 # Of the Dirichlet weights of a combination: below 1, they favour few of the points and come near the hull's edge
 _CONCENTRATION = 0.5
 # The number of facets of a convex hull grows with the power of half the dimension: beyond this the range stands in
-HULL_DIMENSIONS = 4
+_HULL_DIMENSIONS = 4
 # A point this near to the edge of the data, as a share of its range, is at it
-EDGE = 0.02
+_EDGE = 0.02
 # Rounding: of a spread that means none, of directions that span no volume, of a point on the hull's own faces
 _NO_SPREAD, _NO_VOLUME, _ON_HULL = 1e-9, 1e-6, 1e-9
 # Above the smallest float: a reward that is zero throughout has no spread either
@@ -57,7 +57,7 @@ class DensityMask:
                 "can be told from them. Add runs that maximise each reward on its own."
             )
         self._density = gaussian_kde(scaled.T)
-        self._hull = Delaunay(scaled) if 1 < points.shape[1] <= HULL_DIMENSIONS else None
+        self._hull = Delaunay(scaled) if 1 < points.shape[1] <= _HULL_DIMENSIONS else None
         volume = float(np.prod(self.highest - self.lowest))
         at_points = self._density(scaled.T)
         self._least = relative_density * at_points.max() if density is None else density * volume / len(points)
@@ -78,7 +78,7 @@ class DensityMask:
 
     def at_edge(self, points: np.ndarray) -> np.ndarray:
         """Whether a step of 2% of the range leaves the mask, so that the true peak may lie beyond; `(P,)`, bool."""
-        steps = EDGE * np.diag(self.highest - self.lowest)
+        steps = _EDGE * np.diag(self.highest - self.lowest)
         around = points[:, None] + np.concatenate([steps, -steps])
         inside = self(around.reshape(-1, points.shape[1])).reshape(len(points), -1)
         return np.logical_not(np.all(inside, axis=1))
@@ -154,11 +154,11 @@ def find_peak(
 def _candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Where a surface is looked at, `(P, K)`: a grid for up to three rewards, else points and combinations of them."""
     num_rewards = points.shape[1]
-    if num_rewards in GRID_SIZES:
-        axes = np.linspace(points.min(axis=0), points.max(axis=0), GRID_SIZES[num_rewards]).T
+    if num_rewards in _GRID_SIZES:
+        axes = np.linspace(points.min(axis=0), points.max(axis=0), _GRID_SIZES[num_rewards]).T
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, num_rewards)
-    chosen = generator.integers(len(points), size=(NUM_COMBINATIONS, num_rewards + 1))
-    weights = generator.dirichlet(np.full(num_rewards + 1, _CONCENTRATION), size=NUM_COMBINATIONS)
+    chosen = generator.integers(len(points), size=(_NUM_COMBINATIONS, num_rewards + 1))
+    weights = generator.dirichlet(np.full(num_rewards + 1, _CONCENTRATION), size=_NUM_COMBINATIONS)
     return np.vstack([points, np.einsum("pc,pck->pk", weights, points[chosen])])
 
 

@@ -99,13 +99,14 @@ class ThresholdSearchConfig:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_gold_evaluations", 1),
-            ("cache_lifetime", 1),
-            ("reevaluate_every", 0),
-            ("rollout_window", 1),
-            ("seed", 0),
-        ):
+        lowest = {
+            "max_gold_evaluations": 1,
+            "cache_lifetime": 1,
+            "reevaluate_every": 0,
+            "rollout_window": 1,
+            "seed": 0,
+        }
+        for name, least in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`search.{name}` must be a whole number of at least {least}, got {value!r}.")

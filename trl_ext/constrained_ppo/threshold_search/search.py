@@ -13,7 +13,7 @@ from .nelder_mead import NelderMead
 
 
 # Random first simplices, of which the one of largest volume is taken: a flat one would search a line only
-NUM_DRAWS = 16
+_NUM_DRAWS = 16
 
 
 @dataclass
@@ -133,7 +133,7 @@ class ThresholdSearch:
     def _perturbed(self, centre: np.ndarray, highest: np.ndarray) -> np.ndarray:
         """The centre and random points above it; of several draws, the one of largest volume."""
         generator, count = np.random.default_rng(self.config.seed), len(centre)
-        offsets = generator.random((NUM_DRAWS, count, count))
+        offsets = generator.random((_NUM_DRAWS, count, count))
         fullest = offsets[np.argmax(np.abs(np.linalg.det(offsets)))]
         return np.vstack([centre, centre + fullest * (highest - centre)])
 
