@@ -67,3 +67,12 @@ def _same_process_for_every_test():
     names = [*before, *(name for name in after if name not in before)]
     changed = {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
     assert not changed, f"The test left the process changed, as (before, after): {changed}"
+
+
+@pytest.fixture
+def variables_taken_back():
+    """For tests of a program that sets environment variables for itself and its children."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

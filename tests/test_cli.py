@@ -279,14 +279,14 @@ def test_the_real_command(tmp_path):
     )  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "trl_ext.cli", "sparse-po", "--config", recipe]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "model.safetensors").is_file() and (
         tmp_path / "out" / "token_masks.safetensors"
     ).is_file()
     failed = subprocess.run(
         [*command, "--resume_from_checkpoint", str(tmp_path / "nothing")],
-        capture_output=True, text=True, timeout=200, env=environment,
+        capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert failed.returncode != 0 and "is not a folder" in failed.stderr
 
@@ -295,7 +295,7 @@ def test_script_refuses_before_loading(tmp_path):
     recipe = write_recipe(tmp_path, model_name_or_path="no/such-model", betaa=1.0)
     done = subprocess.run(
         [sys.executable, "-m", "trl_ext.scripts.sparse_po", "--config", recipe],
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode != 0
     assert "did you mean `beta`" in done.stderr and "Traceback" not in done.stderr

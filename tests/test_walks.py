@@ -58,6 +58,5 @@ def test_adamp_step():
 def test_equilibrium_head():
     head = EPHead(8, [16, 16], 2)
     x = torch.randn(4, 8)
-    found = walk(lambda: head(x).sum().backward())
-    assert 0 < len(found.files) <= 5, found
-    assert len(walk(lambda: head(x)).files) <= 4
+    found = walk(lambda: head(x))
+    assert 0 < len(found.files) <= 4, found

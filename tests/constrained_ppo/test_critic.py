@@ -190,7 +190,7 @@ def test_fsdp2_over_two_processes(tmp_path):
     script.write_text(textwrap.dedent(SHARDED))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1])},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -34,7 +34,7 @@ def test_old_command_runs_with_its_old_recipe(tmp_path):
     """From any folder; the recipe is read, since its refusal of one key is all that stops the command."""
     command = [sys.executable, "-m", "trl_ext.scripts.overoptimization"]
     command += ["--config", "recipes/constrained_ppo/overoptimization.yaml", "--num_promts", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "DeprecationWarning: This has moved to `recipes.experiments.constrained_ppo_playground.run`" in done.stderr
     assert "`num_promts` in the command line; did you mean `num_prompts`" in done.stderr

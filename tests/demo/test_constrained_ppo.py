@@ -9,6 +9,7 @@ from trl_ext.demo import constrained_ppo as demo_constrained_ppo
 from trl_ext.demo.constrained_ppo import PROXIES, Point, comparison_table, demonstrate_constrained_ppo
 
 
+@pytest.mark.usefixtures("variables_taken_back")
 def test_second_part_of_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_train_batch_size", 4)
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_eval_batch_size", 8)

@@ -66,7 +66,7 @@ def test_fsdp2(model):
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node", "2",
          script, model],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

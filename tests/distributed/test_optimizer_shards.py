@@ -43,7 +43,7 @@ MODES = {
 
 def run(command, output, **environment):
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=500,
+        [sys.executable, *command], capture_output=True, text=True, timeout=900,
         env={**os.environ, **ENVIRONMENT, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -256,7 +256,7 @@ def check_head(record: Record, device: torch.device, dry: bool) -> None:
 def interpreted_kernels() -> Iterator[None]:
     """Sends tensors on the CPU through the Triton kernels, which the interpreter runs."""
     from trl_ext.optim import adamp_triton
-    from trl_ext.sparse_po import paired_lm_head_triton
+    from trl_ext.sparse_po.lm_head import paired_log_probs
 
     def kernels(self: AdamP, local: Any) -> Any:
         group, tensors = local.group, (local.flat, local.grad, *local.moments)
@@ -264,7 +264,7 @@ def interpreted_kernels() -> Iterator[None]:
         return adamp_triton if wanted and all(tensor.dtype == torch.float32 for tensor in tensors) else None
 
     for_optimizer = mock.patch.object(AdamP, "_kernels", kernels)
-    with for_optimizer, mock.patch.object(paired_lm_head_triton, "is_usable", lambda device: True):
+    with for_optimizer, mock.patch.object(paired_log_probs, "_uses_kernels", return_value=True):
         yield
 
 

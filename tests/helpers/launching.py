@@ -39,7 +39,7 @@ def run(launcher, script, model, output, *options):
         command += ["--main_process_port", free_port()]
     result = subprocess.run(
         [*command, script, "--model", model, "--output", str(output), *options],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]

@@ -21,7 +21,7 @@ def found(tmp_path_factory):
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("deepspeed_cases.py")), str(folder)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=900, env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())

@@ -91,6 +91,7 @@ def stand_ins(path, recipe, tmp_path):
     return rows
 
 
+@pytest.mark.usefixtures("variables_taken_back")
 @pytest.mark.parametrize("path", TRAINING, ids=ids)
 def test_recipe_runs_two_steps(path, tmp_path):
     model = save_tiny_model(tmp_path / "model")

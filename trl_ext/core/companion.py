@@ -234,13 +234,12 @@ class CompanionMixin(Trainer):
         names = {f"{companion.name}.{name}" for name in companion.module.state_dict()}
         policy._keys_to_ignore_on_save = set(policy._keys_to_ignore_on_save or ()) | names
         trained = any(parameter.requires_grad for parameter in companion.module.parameters())
-        if trained and self.is_deepspeed_enabled:
-            if "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
-                raise ValueError(
-                    f"The DeepSpeed config has an `optimizer` block, which would train the {companion.description} at "
-                    "the policy's learning rate and weight decay. Remove the block: the optimizer then comes from "
-                    "`optim`."
-                )
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
+        if trained and "optimizer" in config:
+            raise ValueError(
+                f"The DeepSpeed config has an `optimizer` block, which would train the {companion.description} at the "
+                "policy's learning rate and weight decay. Remove the block: the optimizer then comes from `optim`."
+            )
         if getattr(self, "use_vllm", False):
             keep_from_vllm(self.vllm_generation, f"{companion.name}.")
         if getattr(self.args, "sync_ref_model", False):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -76,7 +75,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             Configuration.
         data_collator (`DataCollator`, *optional*):
             As in [`~trl.DPOTrainer`].
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Preference data, plain or conversational.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Preference data.
@@ -214,7 +213,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         head = original_head(self._reference.get_output_embeddings())
         return ReferenceInput(self._reference_states(inputs), self._reference, head)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def _compute_loss(self, model, inputs, return_outputs):
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
         masked_inputs = {
@@ -224,7 +223,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             "ref_chosen_logps": zeros,
             "ref_rejected_logps": zeros,
         }
-        seen: list[MaskedCausalLMOutput] = []
+        seen = []
         hook = model.register_forward_hook(lambda _model, _args, output: seen.append(output))
         self.precompute_ref_logps = True  # TRL then takes the reference's sums from the inputs
         try:
