@@ -61,7 +61,7 @@ class Companion:
 
     def check_metadata(self, saved: dict[str, str], path: Path) -> None:
         """
-        Refuses a file of another kind.
+        Refuses a file of another kind. Defaults to one whose metadata differ.
 
         Args:
             saved (`dict[str, str]`):
@@ -72,6 +72,12 @@ class Companion:
         Raises:
             ValueError: If it cannot be restored into this companion.
         """
+        for name, value in self.metadata().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"The {self.description} in {path} were trained with `{name}={saved.get(name)}`, and this run has "
+                    f"`{name}={value}`. Set it to the checkpoint's value, or start a new run."
+                )
 
     def parameter_groups(
         self, named: Iterable[tuple[str, nn.Parameter]]

@@ -1,6 +1,6 @@
 """Exact scores of playground text, as TRL reward functions.
 
-Each takes `completions`, plain (`list[str]`) or conversational (`list[list[dict]]`), and the data's columns by name, and
+Each takes `completions`, plain (`list[str]`) or conversational (`list[list[dict]]`), and the columns of the data, and
 returns one number for each completion (`list[float]`).
 """
 

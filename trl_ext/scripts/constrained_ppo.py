@@ -74,6 +74,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         require_model_and_data,
         resolve_model,
         split_of,
+        train_and_save,
     )
     from .recipe.strict_parser import RecipeError
 
@@ -100,12 +101,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model and critic saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    train_and_save(trainer, checkpoint, "Model and critic", script_args.dataset_name)
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":

@@ -23,7 +23,14 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPRewardTrainer
     from .recipe.equilibrium_arguments import check_head_arguments, load_model
-    from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+    from .recipe.loading import (
+        last_checkpoint,
+        load_datasets,
+        require_model_and_data,
+        resolve_model,
+        split_of,
+        train_and_save,
+    )
 
     require_model_and_data(model_args, script_args, dataset_args)
     check_head_arguments(head_args, training_args.homeostasis_coef)
@@ -47,12 +54,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     )
     if head_args.show_alignment > 0:
         trainer.add_callback(EPAlignmentCallback(trainer, head_args.show_alignment))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Reward model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    train_and_save(trainer, checkpoint, "Reward model", script_args.dataset_name)
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":

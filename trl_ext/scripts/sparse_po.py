@@ -50,6 +50,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         require_model_and_data,
         resolve_model,
         split_of,
+        train_and_save,
     )
 
     require_model_and_data(model_args, script_args, dataset_args)
@@ -69,12 +70,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         ignore_boolean_buffers(trainer.model)
     if mask_args.show_token_masks > 0:
         trainer.add_callback(TokenMaskCallback(trainer, num_pairs=mask_args.show_token_masks))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model and masks saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    train_and_save(trainer, checkpoint, "Model and masks", script_args.dataset_name)
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":

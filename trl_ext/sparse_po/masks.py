@@ -282,14 +282,6 @@ class TokenMaskCompanion(Companion):
         }
         return {name: str(value) for name, value in settings.items()} | {"format": "pt"}
 
-    def check_metadata(self, saved: dict[str, str], path: Path) -> None:
-        for name, value in self.metadata().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"The masks in {path} were trained with `{name}={saved.get(name)}`, and this run has "
-                    f"`{name}={value}`. Set it to the checkpoint's value, or start a new run."
-                )
-
     def parameter_groups(
         self, named: Iterable[tuple[str, nn.Parameter]]
     ) -> Sequence[tuple[Sequence[nn.Parameter], float]]:

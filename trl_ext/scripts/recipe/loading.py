@@ -115,3 +115,14 @@ def last_checkpoint(training_args: Any) -> str | None:
             "the last one of `output_dir`."
         )
     return str(wanted)
+
+
+def train_and_save(trainer: Any, checkpoint: str | None, what: str, dataset_name: str | None) -> None:
+    """Trains from a checkpoint or anew, saves `what`, says where, and pushes it where the arguments ask for that."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"{what} saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.end()
