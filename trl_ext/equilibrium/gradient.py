@@ -254,9 +254,7 @@ def _relax_points(
     mixer += [point.real * weight for point, weight in others] + [point.imag * weight for point, weight in others]
     scale = drive.new_tensor(parts).view(-1, 1, 1)
     network, drives = dynamics.network, [*dynamics.drives[:-1], (drive * scale).flatten(0, 1)]
-    everything = _PointsDynamics(
-        network, drives, len(drive), dynamics.constants, len(real), drive.new_tensor(mixer)
-    )
+    everything = _PointsDynamics(network, drives, len(drive), dynamics.constants, len(real), drive.new_tensor(mixer))
     start, largest = [], drive.new_zeros(len(drive))
     for layer, mode in enumerate(principal):
         current = network.current(layer, list(principal), dynamics.drives[layer])

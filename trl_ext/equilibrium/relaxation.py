@@ -73,8 +73,8 @@ class Dynamics:
 @dataclass
 class Relaxation:
     """
-    Where a relaxation ended: the state, of shapes `(rows, n_l)`, after so many sweeps, each sample's change when it was
-    last checked, `(num_samples,)`, and how many samples have one that is above the tolerance and falls.
+    Where a relaxation ended: the state, of shapes `(rows, n_l)`, after so many sweeps, each sample's change when last
+    checked, `(num_samples,)`, and how many samples have one that is above the tolerance and falls.
     """
 
     activities: list[torch.Tensor]
