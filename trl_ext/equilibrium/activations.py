@@ -56,61 +56,6 @@ class Activation:
         return (ahead - back).mul_(0.5), (ahead_imaginary - back_imaginary).mul_(0.5)
 
 
-def tanh_difference(tanh: torch.Tensor, slope: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`tanh(u + v) - tanh(u)` from `tanh(u)`, `1 - tanh(u)^2` and `v`, by the addition theorem."""
-    moved = torch.tanh(shift)
-    scale = torch.mul(tanh, moved).add_(1)
-    return torch.div(slope, scale, out=scale).mul_(moved)
-
-
-def complex_tanh_difference(
-    tanh: torch.Tensor, slope: torch.Tensor, real: torch.Tensor, imaginary: torch.Tensor
-) -> Pair:
-    """`tanh(u + a + ib) - tanh(u)` for real `u`, as real and imaginary part."""
-    p, q = torch.tanh(real), torch.tan(imaginary)
-    shifted = torch.mul(tanh, p).add_(1)
-    turned = torch.add(tanh, p).mul_(q)
-    scale = shifted.square().addcmul_(turned, turned)
-    torch.div(slope, scale, out=scale)
-    real_part = torch.mul(p, shifted).addcmul_(q, turned).mul_(scale)
-    imaginary_part = q.mul_(shifted).addcmul_(p, turned, value=-1).mul_(scale)
-    return real_part, imaginary_part
-
-
-def odd_tanh_difference(tanh: torch.Tensor, slope: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`(tanh(u + v) - tanh(u - v)) / 2`."""
-    moved = torch.tanh(shift)
-    scale = torch.mul(tanh, moved).square_().neg_().add_(1)
-    return torch.div(slope, scale, out=scale).mul_(moved)
-
-
-def odd_imaginary_tanh_difference(tanh: torch.Tensor, slope: torch.Tensor, imaginary: torch.Tensor) -> torch.Tensor:
-    """`(tanh(u + ib) - tanh(u - ib)) / 2i`."""
-    moved = torch.tan(imaginary)
-    scale = torch.mul(tanh, moved).square_().add_(1)
-    return torch.div(slope, scale, out=scale).mul_(moved)
-
-
-def odd_complex_tanh_difference(
-    tanh: torch.Tensor, slope: torch.Tensor, real: torch.Tensor, imaginary: torch.Tensor
-) -> Pair:
-    """`(tanh(u + v) - tanh(u - v)) / 2` for `v = a + ib`, as real and imaginary part."""
-    p, q = torch.tanh(real), torch.tan(imaginary)
-    p_squared, q_squared = p.square(), q.square()
-    scale = torch.mul(p_squared, q_squared).add_(1)
-    # x + iy = tanh(v)
-    x = q_squared.add_(1).mul_(p).div_(scale)
-    y = p_squared.neg_().add_(1).mul_(q).div_(scale)
-    squared = tanh.square()
-    turned = torch.mul(x, y).mul_(squared).mul_(2)
-    shifted = squared.mul_(y.square().addcmul_(x, x, value=-1)).add_(1)
-    scale = shifted.square().addcmul_(turned, turned)
-    torch.div(slope, scale, out=scale)
-    real_part = torch.mul(x, shifted).addcmul_(y, turned, value=-1).mul_(scale)
-    imaginary_part = y.mul_(shifted).addcmul_(x, turned).mul_(scale)
-    return real_part, imaginary_part
-
-
 class Tanh(Activation):
     """`tanh(u)`; poles at `+-i pi/2`."""
 
@@ -126,19 +71,50 @@ class Tanh(Activation):
         return constants[1]
 
     def difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
-        return tanh_difference(constants[0], constants[1], shift)
+        tanh, slope = constants
+        moved = torch.tanh(shift)
+        scale = torch.mul(tanh, moved).add_(1)
+        return torch.div(slope, scale, out=scale).mul_(moved)
 
     def complex_difference(self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor) -> Pair:
-        return complex_tanh_difference(constants[0], constants[1], real, imaginary)
+        tanh, slope = constants
+        p, q = torch.tanh(real), torch.tan(imaginary)
+        shifted = torch.mul(tanh, p).add_(1)
+        turned = torch.add(tanh, p).mul_(q)
+        scale = shifted.square().addcmul_(turned, turned)
+        torch.div(slope, scale, out=scale)
+        real_part = torch.mul(p, shifted).addcmul_(q, turned).mul_(scale)
+        imaginary_part = q.mul_(shifted).addcmul_(p, turned, value=-1).mul_(scale)
+        return real_part, imaginary_part
 
     def odd_difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
-        return odd_tanh_difference(constants[0], constants[1], shift)
+        tanh, slope = constants
+        moved = torch.tanh(shift)
+        scale = torch.mul(tanh, moved).square_().neg_().add_(1)
+        return torch.div(slope, scale, out=scale).mul_(moved)
 
     def odd_imaginary_difference(self, constants: Constants, imaginary: torch.Tensor) -> torch.Tensor:
-        return odd_imaginary_tanh_difference(constants[0], constants[1], imaginary)
+        tanh, slope = constants
+        moved = torch.tan(imaginary)
+        scale = torch.mul(tanh, moved).square_().add_(1)
+        return torch.div(slope, scale, out=scale).mul_(moved)
 
     def odd_complex_difference(self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor) -> Pair:
-        return odd_complex_tanh_difference(constants[0], constants[1], real, imaginary)
+        tanh, slope = constants
+        p, q = torch.tanh(real), torch.tan(imaginary)
+        p_squared, q_squared = p.square(), q.square()
+        scale = torch.mul(p_squared, q_squared).add_(1)
+        # x + iy = tanh(v)
+        x = q_squared.add_(1).mul_(p).div_(scale)
+        y = p_squared.neg_().add_(1).mul_(q).div_(scale)
+        squared = tanh.square()
+        turned = torch.mul(x, y).mul_(squared).mul_(2)
+        shifted = squared.mul_(y.square().addcmul_(x, x, value=-1)).add_(1)
+        scale = shifted.square().addcmul_(turned, turned)
+        torch.div(slope, scale, out=scale)
+        real_part = torch.mul(x, shifted).addcmul_(y, turned, value=-1).mul_(scale)
+        imaginary_part = y.mul_(shifted).addcmul_(x, turned).mul_(scale)
+        return real_part, imaginary_part
 
 
 class Sigmoid(Tanh):
@@ -172,6 +148,9 @@ class Sigmoid(Tanh):
         return real_part.mul_(0.5), imaginary_part.mul_(0.5)
 
 
+TANH = Tanh()
+
+
 class DSiLU(Activation):
     """The paper's `(silu(u) - silu(u - 2)) / 2`, a smooth step from 0 to 1; poles at `+-i pi` and `2 +- i pi`."""
 
@@ -195,18 +174,18 @@ class DSiLU(Activation):
     def difference(self, constants: Constants, shift: torch.Tensor) -> torch.Tensor:
         lower, lower_slope, upper, upper_slope, membrane = constants
         moved = membrane + shift
-        lower_step = tanh_difference(lower, lower_slope, 0.5 * shift)
-        upper_step = tanh_difference(upper, upper_slope, 0.5 * shift)
+        lower_step = TANH.difference((lower, lower_slope), 0.5 * shift)
+        upper_step = TANH.difference((upper, upper_slope), 0.5 * shift)
         return 0.25 * (shift * (lower - upper) + moved * lower_step - (moved - 2) * upper_step)
 
     def complex_difference(self, constants: Constants, real: torch.Tensor, imaginary: torch.Tensor) -> Pair:
         lower, lower_slope, upper, upper_slope, membrane = constants
         moved = membrane + real
-        a, b = complex_tanh_difference(lower, lower_slope, 0.5 * real, 0.5 * imaginary)
-        c, d = complex_tanh_difference(upper, upper_slope, 0.5 * real, 0.5 * imaginary)
+        a, b = TANH.complex_difference((lower, lower_slope), 0.5 * real, 0.5 * imaginary)
+        c, d = TANH.complex_difference((upper, upper_slope), 0.5 * real, 0.5 * imaginary)
         real_part = real * (lower - upper) + moved * a - imaginary * b - (moved - 2) * c + imaginary * d
         imaginary_part = imaginary * (lower - upper) + moved * b + imaginary * a - (moved - 2) * d - imaginary * c
         return 0.25 * real_part, 0.25 * imaginary_part
 
 
-ACTIVATIONS: dict[str, Activation] = {"tanh": Tanh(), "dsilu": DSiLU(), "sigmoid": Sigmoid()}
+ACTIVATIONS: dict[str, Activation] = {"tanh": TANH, "dsilu": DSiLU(), "sigmoid": Sigmoid()}

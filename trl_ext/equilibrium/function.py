@@ -44,16 +44,8 @@ def local_gradients(
 @dataclass
 class RelaxationStatistics:
     """
-    What the last relaxations did.
-
-    Attributes:
-        free_sweeps, nudged_sweeps (`int`):
-            Sweeps of the last free relaxation, and of the last relaxation for a gradient.
-        free_residual, nudged_residual (`float`):
-            Largest change in the last sweep that was checked, over all rows: of an activity, and of a response
-            relative to its largest entry.
-        num_unconverged (`int`):
-            Rows, since construction, that did not converge within `max_steps`.
+    What the last free relaxation and the last one for a gradient did: their sweeps, and the largest change in the last
+    checked one, of an activity or relative to a response's largest entry. The count is of rows since construction.
     """
 
     free_sweeps: int = 0
@@ -66,19 +58,8 @@ class RelaxationStatistics:
 @dataclass
 class Evaluation:
     """
-    What one evaluation of [`equilibrium`] needs besides tensors.
-
-    Attributes:
-        activation ([`Activation`]), estimator ([`Estimator`]), tolerance (`float`), max_steps (`int`):
-            See [`HeadSettings`].
-        num_layers (`int`):
-            `L`.
-        warn_unconverged (`Callable`):
-            Called with the name of the phase and the number of rows that did not converge.
-        before_backward (`Callable`):
-            Called before a gradient is estimated.
-        statistics ([`RelaxationStatistics`]):
-            Filled in.
+    What one evaluation of [`equilibrium`] needs besides tensors. `warn_unconverged` gets the name of the phase and the
+    number of rows that did not converge, `before_backward` is called before a gradient is estimated.
     """
 
     activation: Activation
@@ -87,7 +68,7 @@ class Evaluation:
     max_steps: int
     num_layers: int
     warn_unconverged: Callable[[str, int], None]
-    before_backward: Callable[[], None]
+    before_backward: Callable[[], None] | None
     statistics: RelaxationStatistics = field(default_factory=RelaxationStatistics)
 
     def unpack(
@@ -128,7 +109,8 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         evaluation = ctx.evaluation
-        evaluation.before_backward()
+        if evaluation.before_backward is not None:
+            evaluation.before_backward()
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients = _gradients(evaluation, ctx.saved_tensors, grad_output, ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
@@ -203,18 +185,7 @@ def _gradients(
 @torch.compiler.disable
 def equilibrium(evaluation: Evaluation, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """
-    Activity of the last layer at the free fixed point.
-
-    Args:
-        evaluation ([`Evaluation`]):
-            Estimator, tolerance and where statistics go.
-        drive (`torch.Tensor` of shape `(rows, n_1)`, float32 or float64):
-            Static input current of the first layer. Relaxation has its dtype.
-        parameters (`torch.Tensor`):
-            Biases of layers 2 to `L`, forward weights and, unless feedback is symmetric, backward weights, in any
-            floating dtype; see [`LayeredNetwork`] for their shapes.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, n_L)`.
+    Activity `(rows, n_L)` of the last layer at the free fixed point under a drive `(rows, n_1)`, float32 or float64,
+    whose dtype the relaxation has. `parameters` are, in any floating dtype, those of [`Evaluation.unpack`].
     """
     return _Equilibrium.apply(evaluation, drive, *parameters)

@@ -19,7 +19,7 @@ import torch
 
 from .activations import Activation, Constants
 from .network import LayeredNetwork
-from .relaxation import Relaxation, absolute_tolerance, free_relaxation, relax, select_rows
+from .relaxation import Dynamics, Relaxation, absolute_tolerance, free_relaxation, relax
 from .settings import CorrectionName, EstimatorName
 
 
@@ -84,29 +84,15 @@ class Estimator:
 
 @dataclass
 class ErrorVectors:
-    """
-    Estimated error vectors.
-
-    Attributes:
-        layers (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-            `dL/d(drive_l)` of each layer for a nudge of unit norm.
-        relaxations (`list[Relaxation]`):
-            The relaxations that were needed.
-    """
+    """Estimated `dL/d(drive_l)` of each layer, `(rows, n_l)`, for a nudge of unit norm, and the relaxations needed."""
 
     layers: list[torch.Tensor]
     relaxations: list[Relaxation]
 
 
 @dataclass
-class TangentDynamics:
+class _TangentDynamics(Dynamics):
     """Relaxation of the response to an infinitesimal nudge, `r' = D (W r' + n)`."""
-
-    network: LayeredNetwork
-    drives: list[torch.Tensor | None]
-    num_samples: int
-    constants: list[Constants]
-    bottom_up: bool = False
 
     def __post_init__(self) -> None:
         self.slopes = [self.network.activation.slope(constants) for constants in self.constants]
@@ -114,15 +100,9 @@ class TangentDynamics:
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         return current.mul_(self.slopes[layer])
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return relative_change(old, new, self.num_samples)
-
-    def select(self, samples: torch.Tensor) -> "TangentDynamics":
-        return TangentDynamics(self.network, *_select(self.drives, self.constants, samples, self.num_samples))
-
 
 @dataclass
-class PrincipalDynamics:
+class _PrincipalDynamics(Dynamics):
     """
     Relaxation of the Fourier mode that the estimate consists of.
 
@@ -131,29 +111,17 @@ class PrincipalDynamics:
     still taken at every point.
     """
 
-    network: LayeredNetwork
-    drives: list[torch.Tensor | None]
-    num_samples: int
-    constants: list[Constants]
     points: list[tuple[complex, float]]
     largest_currents: list[torch.Tensor] = field(default_factory=list)
-    bottom_up: bool = False
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         if check:
             self.largest_currents.append(current.abs().amax())
         return principal_mode(self.network.activation, self.constants[layer], current, self.points)
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return relative_change(old, new, self.num_samples)
-
-    def select(self, samples: torch.Tensor) -> "PrincipalDynamics":
-        selected = _select(self.drives, self.constants, samples, self.num_samples)
-        return PrincipalDynamics(self.network, *selected, self.points, self.largest_currents)
-
 
 @dataclass
-class PointsDynamics:
+class _PointsDynamics(Dynamics):
     """
     Relaxation of the responses at all points in one batch.
 
@@ -162,13 +130,8 @@ class PointsDynamics:
     as an error of the free state does, and have its absolute tolerance.
     """
 
-    network: LayeredNetwork
-    drives: list[torch.Tensor | None]
-    num_samples: int
-    constants: list[Constants]
     num_real: int
     mixer: torch.Tensor
-    bottom_up: bool = False
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         activation, constants = self.network.activation, self.constants[layer]
@@ -191,29 +154,13 @@ class PointsDynamics:
         """The mode that the estimate consists of."""
         return (self.mixer @ rows.view(len(self.mixer), -1)).view(self.num_samples, rows.shape[-1])
 
-    def select(self, samples: torch.Tensor) -> "PointsDynamics":
-        selected = _select(self.drives, self.constants, samples, self.num_samples)
-        return PointsDynamics(self.network, *selected, self.num_real, self.mixer)
-
 
 def principal_mode(
     activation: Activation, constants: Constants, current: torch.Tensor, points: list[tuple[complex, float]]
 ) -> torch.Tensor:
     """
-    Mean over the [`Estimator.points`] `z_k` of `(phi(u + z_k v) - phi(u)) / z_k`, the mode that they have in common.
-
-    Args:
-        activation ([`Activation`]):
-            `phi`.
-        constants (`tuple[torch.Tensor]`):
-            What it needs of `u`.
-        current (`torch.Tensor` of shape `(rows, n)`):
-            Real `v`.
-        points (`list[tuple[complex, float]]`):
-            The points with their weights.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, n)`, real by conjugate symmetry.
+    Mean over the [`Estimator.points`] `z_k` of `(phi(u + z_k v) - phi(u)) / z_k`, the mode that they have in common,
+    for a real current `v` of shape `(rows, n)`. It has that shape and is real by conjugate symmetry.
     """
     total: torch.Tensor | None = None
     # The negative of a point is a point, or the conjugate of one: each pair has the odd part of the difference
@@ -238,23 +185,6 @@ def principal_mode(
             total.add_(part, alpha=weight)
     assert total is not None
     return total
-
-
-def relative_change(old: torch.Tensor, new: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Largest change of a sample's row over its largest entry; overwrites `old`."""
-    change = old.sub_(new).abs_().view(-1, num_samples, old.shape[-1]).amax(dim=(0, 2))
-    size = new.abs().view(-1, num_samples, new.shape[-1]).amax(dim=(0, 2))
-    return change.div_(size.clamp_min_(torch.finfo(size.dtype).tiny))
-
-
-def _select(
-    drives: list[torch.Tensor | None], constants: list[Constants], samples: torch.Tensor, num_samples: int
-) -> tuple[list[torch.Tensor | None], int, list[Constants]]:
-    return (
-        [drive if drive is None else select_rows(drive, samples, num_samples) for drive in drives],
-        len(samples),
-        [tuple(constant[samples] for constant in layer) for layer in constants],
-    )
 
 
 def error_vectors(
@@ -295,63 +225,46 @@ def error_vectors(
         return ErrorVectors([nudge.new_empty(0, layer[0].shape[-1]) for layer in constants], [])
     silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
     if estimator.name in ("tangent", "exact"):
-        relaxation = relax(TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)
+        relaxation = relax(_TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)
         return ErrorVectors(relaxation.activities, [relaxation])
 
     points = estimator.points()
     drive = nudge * estimator.radius
-    dynamics = PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
+    dynamics = _PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
     relaxation = relax(dynamics, tolerance, max_steps)
     principal, relaxations = relaxation.activities, [relaxation]
     # A single real point has one mode; else the others stay at zero where the curvature of `phi` cannot raise them
     higher_modes = network.activation.max_curvature * torch.stack(dynamics.largest_currents).max().square()
     has_others = len(points) > 1 or points[0][0].imag != 0
     if has_others and not higher_modes <= absolute_tolerance(tolerance, nudge.dtype):
-        completed = relax_points(network, constants, drive, principal, points, tolerance, max_steps)
-        principal = completed.layers
-        relaxations += completed.relaxations
+        completed = _relax_points(dynamics, drive, principal, tolerance, max_steps)
+        principal, relaxations = completed.layers, [*relaxations, *completed.relaxations]
     return ErrorVectors([mode / estimator.radius for mode in principal], relaxations)
 
 
-def relax_points(
-    network: LayeredNetwork,
-    constants: list[Constants],
-    drive: torch.Tensor,
-    principal: list[torch.Tensor],
-    points: list[tuple[complex, float]],
-    tolerance: float,
-    max_steps: int,
+def _relax_points(
+    dynamics: _PrincipalDynamics, drive: torch.Tensor, principal: list[torch.Tensor], tolerance: float, max_steps: int
 ) -> ErrorVectors:
-    """
-    Relaxes the responses at all points from a state in which all but the principal mode, the response to `drive`, is
-    zero. Samples for which that state is stationary, within the absolute tolerance, are left as they are.
-    """
+    """Responses at all points, from a state of the principal mode alone; samples at rest there stay as they are."""
     # Block `p` of the rows is `parts[p]` times the mode; the mode is the mean of the blocks weighted with `mixer`
-    real = [(point.real, weight) for point, weight in points if point.imag == 0]
-    others = [(point, weight) for point, weight in points if point.imag != 0]
+    real = [(point.real, weight) for point, weight in dynamics.points if point.imag == 0]
+    others = [(point, weight) for point, weight in dynamics.points if point.imag != 0]
     parts = [sign for sign, _ in real] + [point.real for point, _ in others] + [point.imag for point, _ in others]
     mixer = [sign * weight for sign, weight in real]
     mixer += [point.real * weight for point, weight in others] + [point.imag * weight for point, weight in others]
     scale = drive.new_tensor(parts).view(-1, 1, 1)
-
-    def dynamics(samples: torch.Tensor | slice) -> PointsDynamics:
-        rows = (drive[samples] * scale).flatten(0, 1)
-        chosen = [tuple(constant[samples] for constant in layer) for layer in constants]
-        silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
-        return PointsDynamics(
-            network, [*silent, rows], len(drive[samples]), chosen, len(real), drive.new_tensor(mixer)
-        )
-
-    everything, start, largest = dynamics(slice(None)), [], drive.new_zeros(len(drive))
+    network, drives = dynamics.network, [*dynamics.drives[:-1], (drive * scale).flatten(0, 1)]
+    everything = _PointsDynamics(network, drives, len(drive), dynamics.constants, len(real), drive.new_tensor(mixer))
+    start, largest = [], drive.new_zeros(len(drive))
     for layer, mode in enumerate(principal):
-        current = network.current(layer, list(principal), drive if layer == len(principal) - 1 else None)
+        current = network.current(layer, list(principal), dynamics.drives[layer])
         state = everything.activate(layer, (current * scale).flatten(0, 1), False).view(len(parts), *mode.shape)
         largest = torch.maximum(largest, (state - mode * scale).abs_().amax(dim=(0, 2)))
         start.append(state)
     samples = (largest > absolute_tolerance(tolerance, drive.dtype)).nonzero().squeeze(1)
     if len(samples) == 0:
         return ErrorVectors(principal, [])
-    chosen = dynamics(samples)
+    chosen = everything.select(samples)
     relaxation = relax(chosen, tolerance, max_steps, [state[:, samples].flatten(0, 1) for state in start])
     layers = [
         mode.index_copy(0, samples, chosen.mix(rows))

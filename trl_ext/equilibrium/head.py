@@ -85,6 +85,11 @@ class EPHead(nn.Module):
     ```
     """
 
+    input_weight: nn.Parameter
+    input_bias: nn.Parameter
+    readout_weight: nn.Parameter
+    readout_bias: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -114,37 +119,20 @@ class EPHead(nn.Module):
         check_widths("out_features", out_features)
         check_head(self)
         install_lm_head_guard()
-        self._build_parameters()
         self.statistics = RelaxationStatistics()
         self._warned: set[str] = set()
         self._uses_homeostasis = False
-        self.reset_parameters()
+        # All are parameters of this module itself: ZeRO-3 gathers a module's own parameters around its forward
+        for name, values in self.initial_parameters().items():
+            if name.endswith("_subspace"):
+                self.register_buffer(name, torch.empty(values.shape))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(values.shape)))
+            getattr(self, name).detach().copy_(values)
 
     def settings(self) -> dict[str, Any]:
         """Arguments that build a head of the same kind, as JSON can hold them."""
         return {"in_features": self.in_features, "out_features": self.out_features, **head_settings(self)}
-
-    def _build_parameters(self) -> None:
-        # All are parameters of this module itself: ZeRO-3 gathers a module's own parameters around its forward
-        widths = self.hidden_features
-        self.input_weight = nn.Parameter(torch.empty(widths[0], self.in_features))
-        self.input_bias = nn.Parameter(torch.empty(widths[0]))
-        for layer, (below, above) in enumerate(itertools.pairwise(widths), start=1):
-            self.register_parameter(f"forward_weight_{layer}", nn.Parameter(torch.empty(above, below)))
-            if self.feedback == "asymmetric":
-                self.register_parameter(f"backward_weight_{layer}", nn.Parameter(torch.empty(below, above)))
-            self.register_parameter(f"bias_{layer + 1}", nn.Parameter(torch.empty(above)))
-        for name in self._capped_weights():
-            columns = getattr(self, name).shape[1]
-            size = min(SUBSPACE_SIZE, *getattr(self, name).shape)
-            self.register_buffer(f"{name}_subspace", torch.empty(columns, size))
-        self.readout_weight = nn.Parameter(torch.empty(self.out_features, widths[-1]))
-        self.readout_bias = nn.Parameter(torch.empty(self.out_features))
-
-    def _capped_weights(self) -> list[str]:
-        if self.spectral_cap is None:
-            return []
-        return [name for name, _ in self.named_parameters() if name.startswith(("forward_weight", "backward_weight"))]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -184,14 +172,16 @@ class EPHead(nn.Module):
             if self.feedback == "asymmetric":
                 values[f"backward_weight_{layer}"] = at_angle(forward.T, self.feedback_angle, generator)
             values[f"bias_{layer + 1}"] = torch.zeros(above)
-        if self.spectral_cap is not None:
-            for name in self._capped_weights():
-                left, singular, right = torch.linalg.svd(values[name], full_matrices=False)
-                values[name] = (left * singular.clamp_max(self.spectral_cap)) @ right
+        recurrent = [name for name in values if name.startswith(("forward_weight", "backward_weight"))]
+        capped = [] if self.spectral_cap is None else recurrent
+        for name in capped:
+            left, singular, right = torch.linalg.svd(values[name], full_matrices=False)
+            values[name] = (left * singular.clamp_max(self.spectral_cap)) @ right
         values["readout_weight"] = draw(self.out_features, widths[-1])
         values["readout_bias"] = torch.zeros(self.out_features)
-        for name, buffer in self.named_buffers():
-            values[name] = torch.randn(buffer.shape, generator=generator, device="cpu")
+        for name in capped:
+            size = min(SUBSPACE_SIZE, *values[name].shape)
+            values[f"{name}_subspace"] = torch.randn(values[name].shape[1], size, generator=generator, device="cpu")
         return values
 
     def recurrent_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -204,19 +194,18 @@ class EPHead(nn.Module):
 
     def _recurrent_weights(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Forward and backward weights, capped in `dtype` if there is a cap; the parameters themselves if not."""
-        _, forward, backward = self.recurrent_parameters()
+        forward: list[torch.Tensor]
+        backward: list[torch.Tensor]
+        forward, backward = map(list, self.recurrent_parameters()[1:])
         if self.spectral_cap is None:
-            return list(forward), list(backward)
-        capped: dict[str, torch.Tensor] = {}
-        for name in self._capped_weights():
-            subspace = getattr(self, f"{name}_subspace")
-            capped[name], right = cap_singular_values(getattr(self, name).to(dtype), subspace, self.spectral_cap)
-            if self.training:
-                subspace.copy_(right)
-        return (
-            [weight for name, weight in capped.items() if name.startswith("forward")],
-            [weight for name, weight in capped.items() if name.startswith("backward")],
-        )
+            return forward, backward
+        for name, weights in (("forward_weight", forward), ("backward_weight", backward)):
+            for layer, weight in enumerate(weights, start=1):
+                subspace = getattr(self, f"{name}_{layer}_subspace")
+                weights[layer - 1], right = cap_singular_values(weight.to(dtype), subspace, self.spectral_cap)
+                if self.training:
+                    subspace.copy_(right)
+        return forward, backward
 
     def forward(self, hidden: torch.Tensor | None, homeostasis: dict[str, Any] | None = None) -> torch.Tensor:
         """
@@ -265,7 +254,7 @@ class EPHead(nn.Module):
             max_steps=self.max_steps,
             num_layers=len(self.hidden_features),
             warn_unconverged=self._warn_unconverged,
-            before_backward=self._warn_bias if trains_backbone else _do_nothing,
+            before_backward=self._warn_bias if trains_backbone else None,
             statistics=self.statistics,
         )
 
@@ -387,29 +376,12 @@ class EPHead(nn.Module):
 
 
 def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """
-    A random matrix of the norm of `weight` at an angle to it.
-
-    Args:
-        weight (`torch.Tensor`):
-            Matrix.
-        degrees (`float`):
-            Angle between the two as vectors.
-        generator (`torch.Generator`, *optional*):
-            Source of the direction.
-
-    Returns:
-        `torch.Tensor` of the same shape.
-    """
+    """A random matrix of the shape and norm of `weight`, at an angle to it as vectors."""
     noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
     noise -= weight * ((noise * weight).sum() / weight.square().sum())
     noise *= weight.norm() / noise.norm()
     angle = math.radians(degrees)
     return math.cos(angle) * weight + math.sin(angle) * noise
-
-
-def _do_nothing() -> None:
-    return None
 
 
 _lm_head_guard: RemovableHandle | None = None
@@ -434,20 +406,7 @@ def remove_lm_head_guard() -> None:
 
 
 def refuse_behind_lm_head(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """
-    Refuses a model's output embeddings that are an [`EPHead`], or contain one.
-
-    Args:
-        module (`torch.nn.Module`):
-            Module that gets a submodule.
-        name (`str`):
-            Name of the submodule in it.
-        submodule (`torch.nn.Module` or `None`):
-            The submodule.
-
-    Raises:
-        ValueError: If `submodule` would be the output embeddings of a model of transformers.
-    """
+    """Refuses output embeddings of a model of transformers that are an [`EPHead`], or contain one."""
     if submodule is None or not hasattr(type(module), "get_output_embeddings"):
         return
     if name != "lm_head" and not _is_output_embeddings(module, name):

@@ -75,11 +75,7 @@ def jacobian_product(
 def symmetry_measure(weight_matrix: torch.Tensor) -> float:
     """
     The paper's `|S| / (|S| + |A|)` in Frobenius norms, with the symmetric part `S` and the antisymmetric part `A` of
-    the Jacobian `W - 1`: 1 for symmetric weights.
-
-    Args:
-        weight_matrix (`torch.Tensor` of shape `(n, n)`):
-            All weights, [`LayeredNetwork.weight_matrix`].
+    the Jacobian `W - 1`, for all weights as one matrix `W`, [`LayeredNetwork.weight_matrix`]: 1 for symmetric ones.
     """
     jacobian = weight_matrix - torch.eye(len(weight_matrix), dtype=weight_matrix.dtype, device=weight_matrix.device)
     symmetric = (jacobian + jacobian.T).norm().item()

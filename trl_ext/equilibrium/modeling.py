@@ -42,11 +42,8 @@ _CONFIG_FIELDS = (*SETTINGS, "pooling", "homeostasis_coef", "num_labels", "id2la
 @dataclass
 class EPSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """
-    transformers' output with the homeostasis objective.
-
-    Attributes:
-        homeostasis_loss (`torch.Tensor` of shape `(1,)`, float32, *optional*):
-            The objective, in training and where `homeostasis_coef` is above 0. `loss` has it already, weighted.
+    transformers' output with the homeostasis objective, of shape `(1,)`, float32, in training and where
+    `homeostasis_coef` is above 0. `loss` has it already, weighted.
     """
 
     homeostasis_loss: torch.Tensor | None = None
@@ -109,7 +106,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
         self.num_labels = config.num_labels
         self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
         self.pooling: PoolingName = config.pooling or default_pooling(config.get_text_config())
-        remove_unused_pooler(self.model, self.pooling)
+        _remove_unused_pooler(self.model, self.pooling)
         hidden_size = config.get_text_config().hidden_size
         self.score = EPHead(hidden_size, out_features=self.num_labels, **config.head_settings())
         self._backward_passes: Counter[str] = Counter()
@@ -281,16 +278,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
 
 
 def equilibrium_model(model: nn.Module) -> EPModelForSequenceClassification:
-    """
-    The classifier itself, without an adapter's wrapper.
-
-    Args:
-        model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
-            Model, not wrapped by an engine.
-
-    Raises:
-        TypeError: If it has no equilibrium head.
-    """
+    """The classifier itself, without an adapter's wrapper; refuses a model that has no equilibrium head."""
     found: Any = model
     if is_peft_model(model):
         found = found.get_base_model()
@@ -319,11 +307,8 @@ def default_pooling(config: PreTrainedConfig) -> PoolingName:
     return _CLASSIFIER_POOLING.get(getattr(config, "classifier_pooling", None) or "cls", "first")
 
 
-def remove_unused_pooler(backbone: PreTrainedModel, pooling: PoolingName) -> None:
-    """
-    Takes out an encoder's pooler where the head does not read it, as transformers does with `add_pooling_layer=False`:
-    without a gradient it would stop distributed training.
-    """
+def _remove_unused_pooler(backbone: PreTrainedModel, pooling: PoolingName) -> None:
+    """Takes out a pooler that the head does not read: without a gradient it would stop distributed training."""
     pooler = getattr(backbone, "pooler", None)
     if pooling == "pooler" and pooler is None:
         raise ValueError(
@@ -337,7 +322,7 @@ def remove_unused_pooler(backbone: PreTrainedModel, pooling: PoolingName) -> Non
 def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
     """
     `(B, H)`, the state of the last token of each row that is not padding, left or right, as transformers' classifiers
-    pool; without `input_ids`, of the last position.
+    pool; without `input_ids`, of the last position. Several rows need a padding token.
     """
     rows = torch.arange(len(hidden), device=hidden.device)
     if pad_token_id is None and len(hidden) > 1:
@@ -351,20 +336,6 @@ def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_
     return hidden[rows, (positions * is_token).argmax(-1)]
 
 
-def _token_mask(
-    hidden: torch.Tensor,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    pad_token_id: int | None,
-) -> torch.Tensor:
-    """`(B, T)`, 1 where a token is not padding, in the dtype of the states."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        return attention_mask.to(hidden)
-    if input_ids is not None and pad_token_id is not None:
-        return (input_ids != pad_token_id).to(hidden)
-    return hidden.new_ones(hidden.shape[:2])
-
-
 def pooled_states(
     outputs: Any,
     pooling: PoolingName,
@@ -373,34 +344,19 @@ def pooled_states(
     pad_token_id: int | None = None,
 ) -> torch.Tensor:
     """
-    One state for each row.
-
-    Args:
-        outputs (`ModelOutput`):
-            The backbone's, with `last_hidden_state` of shape `(B, T, H)` and, for `"pooler"`, `pooler_output`.
-        pooling (`str`):
-            `"last"` or `"first"`, the state of the last or first token that is not padding, left or right; `"mean"`,
-            that of all such tokens; `"pooler"`, what the backbone's pooler makes of the first.
-        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Tokens.
-        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
-            1 where a token is not padding. Read by `"first"` and `"mean"`, which else compare tokens with
-            `pad_token_id`.
-        pad_token_id (`int`, *optional*):
-            Padding token.
-
-    Returns:
-        `torch.Tensor` of shape `(B, H)`.
-
-    Raises:
-        ValueError: If `pooling="last"`, there are several rows and no padding token.
+    One state for each row, `(B, H)`, of a backbone's outputs, pooled as [`EPConfig`] says. Padding is what
+    `attention_mask` says, or, without one and for `"last"`, tokens equal to `pad_token_id`.
     """
     if pooling == "pooler":
         return outputs.pooler_output
     hidden = outputs.last_hidden_state
     if pooling == "last":
         return last_token_states(hidden, input_ids, pad_token_id)
-    mask = _token_mask(hidden, input_ids, attention_mask, pad_token_id)
+    mask = hidden.new_ones(hidden.shape[:2])
+    if attention_mask is not None and attention_mask.dim() == 2:
+        mask = attention_mask.to(hidden)
+    elif input_ids is not None and pad_token_id is not None:
+        mask = (input_ids != pad_token_id).to(hidden)
     if pooling == "first":
         return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
     # In float32: a sum over many tokens overflows or is rounded in half precision

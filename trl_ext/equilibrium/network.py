@@ -46,15 +46,8 @@ def vector_field(
 @dataclass
 class LayeredNetwork:
     """
-    Weights of a chain of `L` layers and their activation.
-
-    Attributes:
-        forward_weights (`list[torch.Tensor]` of `L - 1` matrices of shape `(n_{l+1}, n_l)`):
-            From each layer to the next one.
-        backward_weights (`list[torch.Tensor]` of `L - 1` matrices of shape `(n_l, n_{l+1})`):
-            From each layer to the one before.
-        activation ([`Activation`]):
-            `phi`.
+    A chain of `L` layers: `L - 1` forward weights of shapes `(n_{l+1}, n_l)`, from each layer to the next one, as many
+    backward weights of shapes `(n_l, n_{l+1})`, from each to the one before, and the activation `phi`.
     """
 
     forward_weights: list[torch.Tensor]
@@ -75,18 +68,8 @@ class LayeredNetwork:
 
     def current(self, layer: int, activities: list[torch.Tensor | None], drive: torch.Tensor | None) -> torch.Tensor:
         """
-        Input current of a layer, to which its membrane is equal at a fixed point.
-
-        Args:
-            layer (`int`):
-                Index from 0.
-            activities (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-                State; `None` for a layer that is silent. The layer's own activity is not used.
-            drive (`torch.Tensor` of shape `(rows, n_layer)` or `(n_layer,)`, or `None`):
-                Constant current.
-
-        Returns:
-            `torch.Tensor` of shape `(rows, n_layer)`.
+        Input current `(rows, n_l)` of a layer, from 0, to which its membrane is equal at a fixed point. Activities are
+        `(rows, n_l)`, or `None` for a silent layer; the drive is `(rows, n_l)`, `(n_l,)` or `None`.
         """
         total = drive
         for neighbour, weights in ((layer - 1, self.forward_weights), (layer + 1, self.backward_weights)):

@@ -10,11 +10,12 @@ sweeps of simultaneous updates and has none of their orbits of period two.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 
+from .activations import Constants
 from .network import LayeredNetwork
 
 
@@ -35,53 +36,45 @@ class EquilibriumError(RuntimeError):
     """A relaxation oscillates or diverges: more steps would not help."""
 
 
-class Dynamics(Protocol):
+@dataclass
+class Dynamics:
     """
-    What a relaxation is of.
-
-    Attributes:
-        network ([`LayeredNetwork`]):
-            Couplings.
-        drives (`list`):
-            Constant current of each layer, of shape `(rows, n_l)` or `(n_l,)`, or `None`.
-        num_samples (`int`):
-            Samples. Rows are `num_samples` times a whole number, sample by sample within each block.
-        bottom_up (`bool`):
-            Whether the drive enters at the first layer; else at the last.
+    What a relaxation is of: couplings, and the constant current of each layer, `(rows, n_l)`, `(n_l,)` or `None`. Rows
+    are `num_samples` times a whole number, sample by sample within each block; `constants` are what the activation
+    needs of a state that responses start from. The drive enters at the first layer if `bottom_up`, else at the last.
     """
 
     network: LayeredNetwork
     drives: list[torch.Tensor | None]
     num_samples: int
-    bottom_up: bool
+    constants: list[Constants]
+    bottom_up: ClassVar[bool] = False
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         """Activity at this current, which may be overwritten; `check` is whether this sweep is checked."""
-        ...
+        raise NotImplementedError
 
     def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Size of a change of one layer for each sample, in the units of the tolerance; may overwrite `old`."""
-        ...
+        """Change of a layer for each sample, here over its largest entry, as the tolerance; may overwrite `old`."""
+        change = old.sub_(new).abs_().view(-1, self.num_samples, old.shape[-1]).amax(dim=(0, 2))
+        size = new.abs().view(-1, self.num_samples, new.shape[-1]).amax(dim=(0, 2))
+        return change.div_(size.clamp_min_(torch.finfo(size.dtype).tiny))
 
-    def select(self, samples: torch.Tensor) -> "Dynamics":
+    def select(self, samples: torch.Tensor) -> Self:
         """The same for some samples only."""
-        ...
+        drives = [
+            drive if drive is None or drive.dim() == 1 else _select_rows(drive, samples, self.num_samples)
+            for drive in self.drives
+        ]
+        constants = [tuple(constant[samples] for constant in layer) for layer in self.constants]
+        return replace(self, drives=drives, num_samples=len(samples), constants=constants)
 
 
 @dataclass
 class Relaxation:
     """
-    Where a relaxation ended.
-
-    Attributes:
-        activities (`list[torch.Tensor]` of shapes `(rows, n_l)`):
-            State.
-        sweeps (`int`):
-            Sweeps until the last sample converged, or `max_steps`.
-        residuals (`torch.Tensor` of shape `(num_samples,)`):
-            Largest change of an activity when each sample was last checked.
-        unconverged (`int`):
-            Samples whose residual is above the tolerance and falls.
+    Where a relaxation ended: the state, of shapes `(rows, n_l)`, after so many sweeps, each sample's change when last
+    checked, `(num_samples,)`, and how many samples have one that is above the tolerance and falls.
     """
 
     activities: list[torch.Tensor]
@@ -90,32 +83,23 @@ class Relaxation:
     unconverged: int
 
 
-def select_rows(rows: torch.Tensor, samples: torch.Tensor, num_samples: int) -> torch.Tensor:
+def _select_rows(rows: torch.Tensor, samples: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Rows of the given samples, in every block of `num_samples` rows."""
     return rows.view(-1, num_samples, rows.shape[-1]).index_select(1, samples).flatten(0, 1)
 
 
 @dataclass
-class FreeDynamics:
+class FreeDynamics(Dynamics):
     """Relaxation of the activities themselves under the static input."""
 
-    network: LayeredNetwork
-    drives: list[torch.Tensor | None]
-    num_samples: int
-    bottom_up: bool = True
+    constants: list[Constants] = field(default_factory=list)
+    bottom_up: ClassVar[bool] = True
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         return self.network.activation.value(current)
 
     def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return old.sub_(new).abs_().amax(dim=-1)
-
-    def select(self, samples: torch.Tensor) -> "FreeDynamics":
-        drives = [
-            drive if drive is None or drive.dim() == 1 else select_rows(drive, samples, self.num_samples)
-            for drive in self.drives
-        ]
-        return FreeDynamics(self.network, drives, len(samples))
 
 
 def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torch.Tensor] | None = None) -> Relaxation:
@@ -141,7 +125,7 @@ def relax(dynamics: Dynamics, tolerance: float, max_steps: int, start: list[torc
     Raises:
         EquilibriumError: If a state is not finite, or a sample oscillates or diverges.
     """
-    state = start if start is not None else one_pass(dynamics)
+    state = start if start is not None else _one_pass(dynamics)
     if dynamics.num_samples == 0:
         return Relaxation(state, 0, state[0].new_zeros(0), 0)
     tolerance = absolute_tolerance(tolerance, state[0].dtype)
@@ -161,7 +145,7 @@ def _sweep_alone(
 ) -> "_MovingSamples":
     """Sweeps the given samples alone; raises if one still does not approach a fixed point."""
     num_samples = moving.dynamics.num_samples
-    state = [select_rows(rows, samples, num_samples) for rows in moving.state]
+    state = [_select_rows(rows, samples, num_samples) for rows in moving.state]
     alone = _MovingSamples(moving.dynamics.select(samples), state)
     if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
         stuck = (alone.residuals > tolerance) & alone.stuck()
@@ -171,7 +155,7 @@ def _sweep_alone(
             raise EquilibriumError(
                 f"{int(stuck.sum())} of {moving.num_samples} samples (first: row {rows[stuck][0].item()}) oscillate "
                 f"or diverge: the change of an activity in a sweep is {alone.residuals[stuck].max().item():.2g} and "
-                f"does not fall. {remedy(moving.dynamics.network)}"
+                f"does not fall. {_remedy(moving.dynamics.network)}"
             )
     alone.store()
     return alone
@@ -182,7 +166,7 @@ def absolute_tolerance(tolerance: float, dtype: torch.dtype) -> float:
     return max(tolerance, ROUNDING * torch.finfo(dtype).eps)
 
 
-def one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
+def _one_pass(dynamics: Dynamics) -> list[torch.Tensor]:
     """State after one update of each layer from the driven end, all others silent."""
     num_layers = dynamics.network.num_layers
     state: list[torch.Tensor | None] = [None] * num_layers
@@ -232,7 +216,7 @@ class _MovingSamples:
             self.envelopes[later] = torch.maximum(self.envelopes[later], change)
         worst = change.max().item()
         if not math.isfinite(worst):
-            raise EquilibriumError(f"The state is not finite. {remedy(self.dynamics.network)}")
+            raise EquilibriumError(f"The state is not finite. {_remedy(self.dynamics.network)}")
         if worst <= tolerance:
             return True
         waiting = (change > tolerance).nonzero().squeeze(1)
@@ -242,7 +226,7 @@ class _MovingSamples:
 
     def narrow(self, waiting: torch.Tensor) -> None:
         self.store()
-        self.state = [select_rows(rows, waiting, self.dynamics.num_samples) for rows in self.state]
+        self.state = [_select_rows(rows, waiting, self.dynamics.num_samples) for rows in self.state]
         self.samples = waiting if self.samples is None else self.samples[waiting]
         self.residuals = self.residuals[waiting]
         self.envelopes = [envelope[waiting] for envelope in self.envelopes]
@@ -279,7 +263,7 @@ class _MovingSamples:
         self.residuals = self.residuals.index_copy(0, samples, others.stored_residuals)
 
 
-def remedy(network: LayeredNetwork) -> str:
+def _remedy(network: LayeredNetwork) -> str:
     """The spectral norm seen, and what to do about it."""
     weights = [*network.forward_weights, *network.backward_weights]
     if not all(weight.isfinite().all() for weight in weights):
@@ -292,28 +276,7 @@ def remedy(network: LayeredNetwork) -> str:
 
 
 def free_relaxation(
-    network: LayeredNetwork,
-    drive: torch.Tensor,
-    biases: list[torch.Tensor],
-    tolerance: float,
-    max_steps: int,
+    network: LayeredNetwork, drive: torch.Tensor, biases: list[torch.Tensor], tolerance: float, max_steps: int
 ) -> Relaxation:
-    """
-    Relaxes to the free fixed point `0 = F(theta, u*, x)`.
-
-    Args:
-        network ([`LayeredNetwork`]):
-            Weights.
-        drive (`torch.Tensor` of shape `(rows, n_1)`):
-            Static input current of the first layer, its bias included.
-        biases (`list[torch.Tensor]` of shapes `(n_l,)`):
-            Biases of the layers after the first.
-        tolerance (`float`):
-            Largest change of an activity in a sweep.
-        max_steps (`int`):
-            Most sweeps.
-
-    Returns:
-        [`Relaxation`].
-    """
+    """[`relax`] to the free fixed point, under a drive `(rows, n_1)` of the first layer and the others' biases."""
     return relax(FreeDynamics(network, [drive, *biases], drive.shape[0]), tolerance, max_steps)

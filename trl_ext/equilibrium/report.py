@@ -30,18 +30,8 @@ _METRICS = ("ep/", "accuracy")
 
 def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
     """
-    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis and final residuals.
-
-    Args:
-        config ([`EPConfig`]):
-            Configuration of the model.
-        log_history (`list[dict]`):
-            The trainer's log; the last entry with the head's metrics is shown.
-        model_id (`str`):
-            Hub id or folder of the model.
-
-    Returns:
-        `str`
+    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis and, of the log's last entry
+    that has them, the head's metrics. `model_id` is a Hub id or folder.
     """
     unused = {name for names in _ESTIMATOR_FIELDS.values() for name in names}
     unused -= set(_ESTIMATOR_FIELDS.get(config.estimator, ()))
@@ -71,17 +61,8 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id
 
 def write_card(folder: str | Path, model_id: str, base_model: str, section: str) -> None:
     """
-    Completes the `README.md` that a trainer left in a folder, so that its example makes transformers know the model.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder with the card.
-        model_id (`str`):
-            Hub id or folder of the model.
-        base_model (`str`):
-            Where the model came from; a folder is not named.
-        section (`str`):
-            Markdown of the method ([`method_section`]).
+    Completes the `README.md` that a trainer left in a folder with [`method_section`], and makes its example register
+    the model with transformers. Where the model came from, `base_model`, is not named if it is a folder.
     """
     path = Path(folder) / "README.md"
     example, known = "from transformers import pipeline\n", "from trl_ext.equilibrium import register_auto_classes\n"
@@ -92,13 +73,7 @@ def write_card(folder: str | Path, model_id: str, base_model: str, section: str)
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:
-    """
-    [`EPHead.asymmetry`] of a head whose weights may be sharded. All processes must call it.
-
-    Args:
-        head ([`EPHead`]):
-            Head with asymmetric feedback.
-    """
+    """[`EPHead.asymmetry`] of a head with asymmetric feedback, maybe sharded. All processes must call it."""
     with torch.random.fork_rng(devices=[]):
         whole = EPHead(head.in_features, head.hidden_features, head.out_features, feedback="asymmetric")
     whole.load_state_dict(gathered_state_dict(head), strict=False)  # without the cap's buffers
@@ -139,11 +114,10 @@ class EPAlignmentCallback(TrainerCallback):
         self.num_examples = num_examples
         self.history: list[dict[str, Any]] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._measure(state.global_step)
-
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._measure(state.global_step)
+
+    on_train_begin = on_log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._measure(state.global_step)
@@ -158,9 +132,8 @@ class EPAlignmentCallback(TrainerCallback):
         if self.history and self.history[-1]["step"] == step:
             return
         model, head = equilibrium_model(self.trainer.model), active_head(self.trainer.model)
-        examples = [
-            self.trainer.eval_dataset[i] for i in range(min(self.num_examples, len(self.trainer.eval_dataset)))
-        ]
+        dataset = self.trainer.eval_dataset
+        examples = [dataset[i] for i in range(min(self.num_examples, len(dataset)))]
         batch = {name: tensor.to(model.device) for name, tensor in self.trainer.data_collator(examples).items()}
         training = model.training
         with torch.no_grad():
@@ -178,15 +151,7 @@ class EPAlignmentCallback(TrainerCallback):
 
 
 def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
-    """
-    Draws cosines and the weight angle through training, of one or several runs.
-
-    Args:
-        histories (`dict[str, list[dict]]`):
-            [`EPAlignmentCallback.history`] by the name of the run.
-        path (`str` or `Path`):
-            PNG to write.
-    """
+    """Draws cosines and weight angle through training into a PNG, from each run's [`EPAlignmentCallback.history`]."""
     figure, (left, right) = new_axes(1, 2, width=5, height=4.2, dpi=140)
     for index, (name, history) in enumerate(histories.items()):
         steps, color = [entry["step"] for entry in history], f"C{index}"

@@ -96,18 +96,7 @@ def head_settings(owner: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_head(owner: Any, prefix: str = "") -> None:
-    """
-    Refuses settings that no head can have.
-
-    Args:
-        owner (`Any`):
-            Object that has the settings, or some of them, as attributes.
-        prefix (`str`, *optional*, defaults to `""`):
-            What their names begin with.
-
-    Raises:
-        ValueError: If one is not as [`HeadSettings`] says.
-    """
+    """Refuses those of [`head_settings`] that no head can have; `owner` need not have all of them."""
     found = head_settings(owner, prefix)
     if "hidden_features" in found:
         check_widths(f"{prefix}hidden_features", found["hidden_features"])

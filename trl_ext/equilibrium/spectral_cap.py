@@ -34,37 +34,23 @@ def cap_singular_values(weight: torch.Tensor, start: torch.Tensor, cap: float) -
         `tuple[torch.Tensor, torch.Tensor]`: the capped matrix, and the right vectors of shape `(n, k)` to start from
         next time.
     """
-    left, right = leading_singular_vectors(weight, start.to(weight.dtype), cap)
+    left, right = _leading_singular_vectors(weight, start.to(weight.dtype), cap)
     values = (left * (weight @ right)).sum(dim=0)
     excess = torch.relu(values - cap)
     return weight - (left * excess) @ right.T, right[:, : start.shape[1]]
 
 
 @torch.no_grad()
-def leading_singular_vectors(
+def _leading_singular_vectors(
     weight: torch.Tensor, start: torch.Tensor, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Singular vectors of all singular values above a cap, by subspace iteration, or by a whole decomposition if more of
-    them are above it than the subspace has dimensions.
-
-    Args:
-        weight (`torch.Tensor`):
-            See [`cap_singular_values`], as of the others.
-        start (`torch.Tensor`):
-            Right vectors to start from.
-        cap (`float`):
-            Bound.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: left vectors of shape `(m, k')` and right vectors of shape `(n, k')`,
-        leading first, with `k'` at least `k`.
-    """
+    """Left `(m, k')` and right singular vectors `(n, k')`, leading first, of all values above a cap; `k' >= k`."""
     right = torch.linalg.qr(start).Q
     for _ in range(POWER_ITERATIONS):
         right = torch.linalg.qr(weight.T @ (weight @ right)).Q
     left, values, turn = torch.linalg.svd(weight @ right, full_matrices=False)
     right = right @ turn.T
+    # More of them may be above the cap than the subspace has dimensions
     if values[-1] > cap and start.shape[1] < min(weight.shape):
         left, _, right_t = torch.linalg.svd(weight, full_matrices=False)
         right = right_t.T

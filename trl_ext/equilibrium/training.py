@@ -1,7 +1,7 @@
 """Trainers of models with an equilibrium head: transformers' and TRL's own, with the head's metrics, rate and card.
 
 One step: [`EPRewardTrainer.compute_loss`] calls TRL's, whose forward of the model has the homeostasis objective too,
-and adds that to the loss; [`HeadMetrics`] takes the head's statistics, which `log` hands on.
+and adds that to the loss; the head's statistics are taken after each forward, and `log` hands on their means.
 """
 
 from collections import defaultdict
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
@@ -75,18 +74,48 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
 class _HeadTrainer(OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
-    def _attach_head(self) -> None:
-        """To be called after `super().__init__()`."""
-        self._head_metrics = HeadMetrics(self)
+    def __init__(self, model: Any, args: Any, **kwargs: Any):
+        config = equilibrium_model(model).config
+        if args.homeostasis_coef is not None:
+            check_homeostasis(args.homeostasis_coef, config.feedback)
+            config.homeostasis_coef = args.homeostasis_coef
+        self._head_metrics: dict[str, list[float]] = defaultdict(list)
+        super().__init__(model=model, args=args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        use_head_learning_rate(optimizer, self.model if model is None else model, self.args.head_learning_rate)
+        if self.args.head_learning_rate is not None:
+            trained = self.model if model is None else model
+            heads = {id(parameter) for name, parameter in trained.named_parameters() if "score" in name.split(".")}
+            groups = [
+                ([parameter for parameter in group["params"] if id(parameter) in heads], group["weight_decay"])
+                for group in optimizer.param_groups
+            ]
+            move_to_own_groups(optimizer, groups, self.args.head_learning_rate, tag="equilibrium_head")
         return optimizer
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        for name, value in active_head(self.model).metrics().items():
+            self._head_metrics[name].append(value)
+        if outputs.homeostasis_loss is not None:
+            self._head_metrics["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs |= self._head_metrics.pop()
+        logs |= self._pop_head_metrics()
         super().log(logs, start_time)
+
+    def _pop_head_metrics(self) -> dict[str, float]:
+        """Means since the last call, of this process; counts are the last ones. All processes must call it."""
+        seen, self._head_metrics = self._head_metrics, defaultdict(list)
+        if not seen:
+            return {}
+        means = {name: values[-1] if "num_" in name else sum(values) / len(values) for name, values in seen.items()}
+        if not self.model.training:
+            return {f"eval_{name}": means[name] for name in ("ep/free_sweeps", "ep/free_residual")}
+        head = active_head(self.model)
+        return means | (gathered_asymmetry(head) if head.feedback == "asymmetric" else {})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
@@ -121,14 +150,7 @@ class EPTrainer(_HeadTrainer, Trainer):
     def __init__(self, model: Any, args: EPTrainingArguments, **kwargs: Any):
         if not isinstance(args, EPTrainingArguments):
             raise TypeError(f"`args` must be an `EPTrainingArguments`, got `{type(args).__name__}`.")
-        use_homeostasis_coef(equilibrium_model(model), args.homeostasis_coef)
         super().__init__(model=model, args=args, **kwargs)
-        self._attach_head()
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        self._head_metrics.record(outputs)
-        return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, **kwargs: Any) -> None:
         kwargs["tags"] = [*(kwargs.get("tags") or ()), "trl_ext", "equilibrium-propagation"]
@@ -189,92 +211,14 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
-        use_homeostasis_coef(equilibrium_model(model), args.homeostasis_coef)
         super().__init__(model=model, args=args, **kwargs)
         # TRL casts all that trains on a quantized backbone to bf16
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):
             head.float()
-        self._attach_head()
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if outputs.homeostasis_loss is not None:
             loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
-        self._head_metrics.record(outputs)
         return (loss, outputs) if return_outputs else loss
-
-
-def use_homeostasis_coef(model: EPModelForSequenceClassification, value: float | None) -> None:
-    """
-    Sets the weight of the homeostasis objective in a model's configuration; `None` leaves the model's own.
-
-    Raises:
-        ValueError: If it is above 0 and the feedback is symmetric.
-    """
-    if value is not None:
-        check_homeostasis(value, model.config.feedback)
-        model.config.homeostasis_coef = value
-
-
-def use_head_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float | None) -> None:
-    """
-    Gives the head's parameters groups of their own, with the weight decay they have. `None` leaves them as they are.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`):
-            Optimizer without state.
-        model (`nn.Module`):
-            Model that it steps, whatever wraps it.
-        learning_rate (`float` or `None`):
-            Their learning rate.
-    """
-    if learning_rate is None:
-        return
-    heads = {id(parameter) for name, parameter in model.named_parameters() if "score" in name.split(".")}
-    groups = [
-        ([parameter for parameter in group["params"] if id(parameter) in heads], group["weight_decay"])
-        for group in optimizer.param_groups
-    ]
-    move_to_own_groups(optimizer, groups, learning_rate, tag="equilibrium_head")
-
-
-class HeadMetrics:
-    """
-    Collects the head's metrics between two entries of a trainer's log.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer of an [`EPModelForSequenceClassification`].
-    """
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self._values: dict[str, list[float]] = defaultdict(list)
-
-    def record(self, outputs: Any) -> None:
-        """Takes the head's statistics after a forward, and the objective among its outputs."""
-        for name, value in active_head(self.trainer.model).metrics().items():
-            self._values[name].append(value)
-        if outputs.homeostasis_loss is not None:
-            self._values["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
-
-    def pop(self) -> dict[str, float]:
-        """
-        Means since the last call, of this process; counts are the last ones. Names as in [`EPHead.metrics`] and, with
-        asymmetric feedback, [`EPHead.asymmetry`]. All processes must call it.
-        """
-        values, self._values = self._values, defaultdict(list)
-        if not values:
-            return {}
-        means = {name: seen[-1] if "num_" in name else sum(seen) / len(seen) for name, seen in values.items()}
-        if not self.trainer.model.training:
-            return {f"eval_{name}": means[name] for name in ("ep/free_sweeps", "ep/free_residual")}
-        head = active_head(self.trainer.model)
-        return means | (gathered_asymmetry(head) if head.feedback == "asymmetric" else {})

@@ -62,16 +62,7 @@ class EPValueHeads(EPHead):
         return values | {"readout_weight": torch.zeros_like(values["readout_weight"])}
 
     def forward(self, hidden: torch.Tensor | None, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
-        """
-        Args:
-            hidden (`torch.Tensor` of shape `(B, T, H)`, any floating dtype):
-                Hidden states.
-            kwargs (`Any`):
-                Handed on.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T, num_heads)`, float32.
-        """
+        """Values of shape `(B, T, num_heads)`, float32, from hidden states `(B, T, H)` of any floating dtype."""
         return super().forward(None if hidden is None else hidden.float(), **kwargs)  # type: ignore[arg-type]
 
 
@@ -79,22 +70,8 @@ def check_value_heads(
     hidden_features: Sequence[int], feedback: str, feedback_angle: float, homeostasis_coef: float, prefix: str = ""
 ) -> None:
     """
-    Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used.
-
-    Args:
-        hidden_features (`Sequence[int]`):
-            Widths of the relaxing layers.
-        feedback (`str`):
-            Feedback weights.
-        feedback_angle (`float`):
-            Degrees between feedback and transposed forward weights at the start.
-        homeostasis_coef (`float`):
-            Weight of the homeostasis objective.
-        prefix (`str`, *optional*, defaults to `""`):
-            What their names begin with where the user gave them.
-
-    Raises:
-        ValueError: If one is out of its range, or has nothing to do beside the others.
+    Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used; `prefix`
+    is what their names begin with where the user gave them.
     """
     if not all(width >= 1 for width in hidden_features or [0]):
         raise ValueError(f"`{prefix}hidden_features` must be positive, got {hidden_features}.")
