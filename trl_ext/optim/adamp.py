@@ -2,7 +2,7 @@
 AdamP (https://huggingface.co/papers/2006.08217, algorithm 2).
 
 [`adamp_`] is the equation. The single-tensor reference executes it (`foreach=False, fused=False`, or half-precision
-state); the default step is step.py's, with the passes of kernels/cpu.py and kernels/triton.py.
+state); the default step is step.py's, with the kernels of kernels/cpu.py and kernels/triton.py.
 `tests/optim/test_official.py::test_the_default_step_is_the_equation` holds the two equal, and that file both to the
 authors' package.
 """
@@ -170,16 +170,11 @@ class AdamP(ProjectedOptimizer):
         if "step" not in state:
             on_device = group["capturable"]
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device) if on_device else 0
-        state["step"] += 1
 
     def _decay(self, group: dict[str, Any]) -> Any:
         return group["lr"] * group["weight_decay"]
 
     def _kernels(self, local: LocalTensor) -> Any:
-        if local.flat.device.type == "cuda":
-            from .kernels import triton  # Imports transformers
-
-            return triton if triton.is_usable(local) else None
         return cpu if cpu.is_usable(local) else None
 
     def _displace(self, block: Block, out: torch.Tensor) -> None:

@@ -6,9 +6,10 @@ One step of AdamP or SGDP, on whole weights or shards:
 3. exchange: add them up over processes for the weights that shard borders cut ([`Exchange`]);
 4. apply: decide whether and at which level a weight is scale-invariant, and apply decay and the projected update.
 
-Measuring and applying are done by the compiled passes of kernels/ where they take a tensor, elsewhere in blocks of
-torch operations around the update that a subclass writes; what is surely not projected goes through torch's fused
-kernels.
+On a GPU the kernels of kernels/triton.py do it for all tensors together, over the table of kernels/plan.py. On a CPU
+measuring and applying are done by the compiled passes of kernels/cpu.py where they take a tensor. Elsewhere it is done
+in blocks of torch operations around the update that a subclass writes; what is surely not projected goes through
+torch's fused kernels.
 """
 
 import weakref
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .kernels import plan as plans
+from .kernels.plan import CutWeight, Plan
 from .kernels.rounding import RoundingNoise, copy_rounded_
 from .options import check_options, check_param, check_state, projection_of
 from .projection import LEVELS, is_scale_invariant, threshold
@@ -47,13 +50,22 @@ class Layout(NamedTuple):
     group_key: int
 
 
+class Place(NamedTuple):
+    """A parameter, its group, and its place there."""
+
+    param: torch.Tensor
+    group: dict[str, Any]
+    index: int
+
+
 class ProjectedOptimizer(torch.optim.Optimizer):
     """
     Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project.
 
-    A step reads the host at most once, for all tensors together: weights that pass at no level, most of them, then go
-    through one fused kernel. The others take two passes: their moments and dot products, and the projected update.
-    Weights that shard borders cut always do, with one all-reduce of their dot products in between.
+    On a GPU a step takes three launches of kernels, and the host waits for none. Where these kernels don't take a tensor,
+    the host is read at most once, for all tensors together: weights that pass at no level, most of them, then go through
+    one fused kernel. The others take two passes: their moments and dot products, and the projected update. Weights that
+    shard borders cut always do, with one all-reduce of their dot products in between.
     """
 
     # Options that checkpoints of other implementations lack, with the values that stand for their behaviour
@@ -82,6 +94,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
         self._noise = RoundingNoise()
+        self._plans: list[Plan] = []
         # Weights that the last step projected: no more than a guess at which way is the faster one
         self._projected: set[tuple[int, int]] = set()
         self.projection_counts = ProjectionCounts()
@@ -241,42 +254,95 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _take_step(self) -> None:
         # Resolve
-        tensors, single = self._local_tensors()
+        tensors, single = self._local_tensors(self._places_outside_plans())
+        for plan in self._plans:
+            plan.update()
         self._single_tensor_steps(single)
         if any(group["stochastic_rounding"] for group in self.param_groups):
             self._noise.restart(tensors)
         candidates = self._candidates(list(self._weights(tensors)))
         # Measure; a weight that is wholly here is applied at once, while it is in the cache
+        for plan in self._plans:
+            plan.measure()
         for weight in candidates:
             self._measure(weight)
             if not weight.shard.borders:
                 self._apply_whole(weight)
         # Exchange, while what no candidate covers is updated
-        exchanges = self._exchanges([weight for weight in candidates if weight.shard.borders])
+        cut_weights = [cut for plan in self._plans for cut in plan.cut_weights]
+        exchanges = self._exchanges([*cut_weights, *(weight for weight in candidates if weight.shard.borders)])
         self._step_without_projection(self._ranges_between(tensors, candidates))
         # Apply
         for weights, exchange in exchanges:
             for weight, sums in zip(weights, exchange.results(), strict=True):
-                self._apply(weight, *weight.choose(*weight.split_sums(sums)))
+                if isinstance(weight, Weight):
+                    self._apply(weight, *weight.choose(*weight.split_sums(sums)))
+                else:
+                    weight.sums().copy_(sums)
+        for plan in self._plans:
+            plan.apply()
 
     # ------------------------------------------------------------------ resolve
 
-    def _local_tensors(self) -> tuple[list[LocalTensor], list[LocalTensor]]:
-        """The groups' tensors, and those of them that the single-tensor path takes."""
+    def _places_outside_plans(self) -> list[Place]:
+        """Brings the plans up to date, and returns what is not in them."""
+        places = [Place(p, group, index) for group in self.param_groups for index, p in enumerate(group["params"])]
+        outside = self._check_plans(places)
+        if outside is None:
+            self._make_plans(places)
+            planned = {id(entry.param) for plan in self._plans for entry in plan.entries}
+            outside = [place for place in places if id(place.param) not in planned]
+        return outside
+
+    def _check_plans(self, places: Sequence[Place]) -> list[Place] | None:
+        """What is not in a plan; `None` where plans have to be made."""
+        if not all(plan.fits(self.param_groups) for plan in self._plans):
+            return None
+        entries = {id(entry.param): entry for plan in self._plans for entry in plan.entries}
+        outside = []
+        for place in places:
+            entry = entries.get(id(place.param))
+            if entry is None:
+                if plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS):
+                    return None
+                outside.append(place)
+            elif not entry.is_current(self.state[place.param]):
+                return None
+        return outside if len(places) - len(outside) == len(entries) else None
+
+    def _make_plans(self, places: Sequence[Place]) -> None:
+        by_device: dict[torch.device, list[LocalTensor]] = {}
+        for param, group, index in places:
+            if not plans.takes(param, group, self.state.get(param, {}), self.MOMENTS):
+                continue
+            shards = self._shards(param, index, group)
+            check_param(type(self).__name__, param)
+            local = self._local_tensor(param, group, shards, flatten=True)
+            by_device.setdefault(local.flat.device, []).append(local)
+        self._plans = [
+            Plan(tensors, [self.state[t.param] for t in tensors], self.param_groups, self.MOMENTS, self.projection_counts)
+            for tensors in by_device.values()
+        ]
+
+    def _local_tensors(self, places: Sequence[Place]) -> tuple[list[LocalTensor], list[LocalTensor]]:
+        """Tensors outside the plans at this step, and those of them that the single-tensor path takes."""
         found: list[LocalTensor] = []
         single: list[LocalTensor] = []
-        for group in self.param_groups:
-            for place, param in enumerate(group["params"]):
-                shards = self._shards(param, place, group)
-                if param.grad is None:
-                    if any(shard.borders for shard in shards):  # The other processes wait for this one
-                        found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
-                    continue
-                check_param(type(self).__name__, param)
-                is_single = len(shards) == 1 and not shards[0].borders and self._is_single(param, group)
-                if group["differentiable"] and not is_single:
-                    raise RuntimeError(f"{type(self).__name__}: `differentiable` does not work on shards.")
-                (single if is_single else found).append(self._local_tensor(param, group, shards, not is_single))
+        for param, group, index in places:
+            shards = self._shards(param, index, group)
+            if param.grad is None:
+                if any(shard.borders for shard in shards):  # The other processes wait for this one
+                    found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
+                continue
+            check_param(type(self).__name__, param)
+            is_single = len(shards) == 1 and not shards[0].borders and self._is_single(param, group)
+            if group["differentiable"] and not is_single:
+                raise RuntimeError(f"{type(self).__name__}: `differentiable` does not work on shards.")
+            local = self._local_tensor(param, group, shards, not is_single)
+            if "step" in self.state[param]:
+                self.state[param]["step"] += 1
+                local.step = self.state[param]["step"]
+            (single if is_single else found).append(local)
         return found, single
 
     def _is_single(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
@@ -352,7 +418,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             for weight in weights
             if weight.level is None
             and not weight.local.group["capturable"]
-            and not (weight.kernels and weight.kernels.TESTS_WHILE_MEASURING)
+            and not weight.kernels  # They test while they measure
         ]
         answers = _read([answer for weight in tested for answer in self._quick_test(weight)])
         failed = set()
@@ -372,7 +438,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if weight.shard.borders:
             return yes if alive is None else alive, yes
         group = weight.local.group
-        dots = layer_dots(weight) if weight.kernels is None else weight.kernels.test_dots(weight)
+        dots = layer_dots(weight)
         eps, limit = group["eps"], threshold(group["delta"], weight.numel)
         weight.squared_norm = dots[2]
         norms = dots[1:].sqrt().clamp_(min=eps)
@@ -384,7 +450,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._measure_in_blocks(weight)
             return
         kernels, is_tested = weight.kernels, weight.level is None and not weight.shard.borders
-        short = kernels.TESTS_WHILE_MEASURING and is_tested and weight.numel <= MAX_KEPT_UPDATE
+        short = is_tested and weight.numel <= MAX_KEPT_UPDATE
         # Most weights are not projected: they take AdamW's step at once and need no second pass
         if short and weight.key not in self._projected:
             weight.old = self._scratch_tensor(weight.numel, weight.local)
@@ -414,19 +480,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ exchange and apply
 
-    def _exchanges(self, weights: Sequence[Weight]) -> list[tuple[list[Weight], Exchange]]:
+    def _exchanges(self, weights: Sequence[Weight | CutWeight]) -> list[tuple[list[Weight | CutWeight], Exchange]]:
         """Starts one all-reduce for each process group among cut weights, in the same order on each process."""
-        by_group: dict[int, list[Weight]] = {}
-        for weight in weights:
+        params = (param for group in self.param_groups for param in group["params"]) if self._plans else ()
+        order = {id(param): place for place, param in enumerate(params)}
+        by_group: dict[int, list[Weight | CutWeight]] = {}
+        for weight in sorted(weights, key=lambda weight: order.get(id(weight.param), 0)):
             by_group.setdefault(id(weight.shard.process_group), []).append(weight)
-        return [
-            (members, Exchange([weight.sums() for weight in members], members[0].shard.process_group))
-            for members in by_group.values()
-        ]
+        exchanges = []
+        for members in by_group.values():
+            members = plans.side_by_side(members)
+            exchanges.append((members, Exchange([weight.sums() for weight in members], members[0].shard.process_group)))
+        return exchanges
 
     def _apply_whole(self, weight: Weight) -> None:
         """Second pass over a weight that is wholly here."""
-        if weight.level is None and weight.kernels and weight.kernels.TESTS_WHILE_MEASURING:
+        if weight.level is None and weight.kernels:
             weight.level = weight.kernels.find_level(weight)
             if weight.level is None:
                 self._projected.discard(weight.key)
@@ -564,13 +633,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ what a subclass fills in
 
     def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Creates a parameter's state where it is missing, and counts the step."""
+        """Creates a parameter's state where it is missing."""
         for name in self.MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=group["state_dtype"], memory_format=torch.preserve_format)
 
     def _kernels(self, local: LocalTensor) -> Any:
-        """The module of compiled passes for a tensor (`optim/kernels`), or `None`."""
+        """The module of compiled passes for a tensor on a CPU (kernels/cpu.py), or `None`."""
         return None
 
     def _decay(self, group: dict[str, Any]) -> Any:
@@ -629,7 +698,8 @@ class ProjectionCounts:
     def reset(self) -> None:
         """Counts from 0 again."""
         self.steps.clear()
-        self.hits.clear()
+        for hits in self.hits.values():  # Kernels count in them
+            hits.zero_()
 
 
 def _read(answers: Sequence[torch.Tensor]) -> list[bool]:

@@ -115,7 +115,7 @@ class Weight:
         by_rows (`bool`, *optional*, defaults to `True`):
             Whether each row has dot products of its own. Not at the layer level.
         kernels (module, *optional*):
-            Compiled passes of `optim/kernels`; `None` for blocks of torch operations.
+            Compiled passes, kernels/cpu.py; `None` for blocks of torch operations.
         dots (`torch.Tensor` of shape `(4, R)`):
             For each row `<g, w>`, `<g, g>`, `<w, w>` and `<u, w>` with gradient `g`, weight `w` and update `u`.
         displacement (`torch.Tensor` of shape `(numel,)`, *optional*):
@@ -144,6 +144,11 @@ class Weight:
     def key(self) -> tuple[int, int]:
         """Names the weight from step to step: its group's key and its place there."""
         return self.local.group[GROUP_KEY], self.shard.index
+
+    @property
+    def param(self) -> torch.Tensor:
+        """What the group holds."""
+        return self.local.param
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,137 @@
+"""
+Steps of the Triton kernels, in Triton's interpreter, against the equations in float64; started by a test.
+
+python -m tests.optim.plan_cases
+"""
+
+import copy
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+from trl_ext.optim import SGDP, AdamP
+from trl_ext.optim.kernels import plan as plans
+from trl_ext.optim.kernels import triton as kernels
+
+
+# Biases, narrow and wide rows, rows that are not divisible by 16, long rows that are cut in parts
+SHAPES = [
+    (7,), (6, 5), (40, 1), (1, 40), (33, 3, 2, 2), (5, 64), (3, 300), (9, 70), (2, 1300), (3, 8), (1, 1), (4, 257),
+]  # fmt: skip
+KINDS = ("generic", "layer", "channel")
+
+
+@contextmanager
+def interpreted():
+    """Sends tensors on a CPU through the kernels, with chunks so small that every way of cutting is taken."""
+    sizes = {"DEVICE_TYPES": {"cpu"}, "CHUNK": 64, "MAX_ROW": 256, "SPLIT_ROWS": 2, "SPLIT_PARTS": 4, "SUM_BLOCK": 8}
+    with mock.patch.multiple(plans, **sizes):
+        yield
+
+
+class Launches:
+    """Counts calls of the kernels."""
+
+    def __init__(self):
+        self.count = 0
+
+    @contextmanager
+    def counted(self):
+        def counting(kernel):
+            class Counting:
+                def __getitem__(_, grid):
+                    def launch(*args, **kwargs):
+                        self.count += 1
+                        return kernel[grid](*args, **kwargs)
+
+                    return launch
+
+            return Counting()
+
+        names = ("measure_kernel", "decide_kernel", "apply_kernel")
+        with mock.patch.multiple(kernels, **{name: counting(getattr(kernels, name)) for name in names}):
+            yield self
+
+
+def gradient(kind, weight, generator):
+    """Float64, orthogonal to the weight in rows or as a whole, or far from it."""
+    weight = weight.detach().double()
+    grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    if weight.ndim < 2:
+        return grad
+    rows, others = (t.reshape(t.size(0) if kind == "channel" else 1, -1) for t in (weight, grad))
+    others = others - rows * ((others * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True))
+    return (others + rows * (kind == "generic")).reshape(weight.shape)
+
+
+def compare(optimizer_class, dtype=torch.float32, steps=6, tolerance=2e-5, shapes=SHAPES, **options):
+    """Some steps in both; gradients pass at another level, or at none, every second step."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    ours, exact = ([torch.nn.Parameter(start.to(kind)) for start in starts] for kind in (dtype, torch.float64))
+    common = {"lr": 1e-2, "weight_decay": 0.1, **({"momentum": 0.9} if optimizer_class is SGDP else {})}
+    reference_options = {name: value for name, value in options.items() if name != "state_dtype"}
+    second = {"lr": 2e-2, "weight_decay": 0.0, "delta": 0.2}  # Of a second group
+    groups = [[{"params": ps[::2]}, {"params": ps[1::2], **second}] for ps in (ours, exact)]
+    optimizer = optimizer_class(groups[0], **common, **options)
+    reference = optimizer_class(groups[1], **{**common, **reference_options}, foreach=False, fused=False)
+    for step in range(steps):
+        kind = KINDS[(step // 2 + 1) % 3]
+        for number, (param, other) in enumerate(zip(ours, exact, strict=True)):
+            grad = gradient(kind, other, generator).to(dtype)
+            is_missing = step == 3 and number % 5 == 1  # As an expert that no token chose
+            param.grad, other.grad = (None, None) if is_missing else (grad, grad.double())
+        with interpreted(), Launches().counted() as launches:
+            optimizer.step()
+        reference.step()
+        assert launches.count == 3, launches.count
+        if step == 2:  # A schedule, for both
+            for group in [*optimizer.param_groups, *reference.param_groups]:
+                group["lr"] *= 0.5
+        with torch.no_grad():
+            for start, param, other in zip(starts, ours, exact, strict=True):
+                error, change = (param - other).abs().max(), (other - start).abs().max()
+                limit = tolerance * change + (step + 2) * torch.finfo(dtype).eps * other.abs().max()
+                assert error <= limit, (tuple(start.shape), step, kind, float(error), float(limit))
+                if dtype == torch.bfloat16:
+                    other.copy_(param)  # Rounding would decide between levels
+    return optimizer, reference, ours, exact
+
+
+def check_reports(optimizer, reference):
+    found, expected = optimizer.report(), reference.report()
+    assert found.keys() == expected.keys()
+    for name, row in expected.items():
+        for key in ("steps", "channel", "layer"):
+            assert found[name][key] == row[key], (name, key, found[name], row)
+
+
+def adamp_options():
+    yield {}
+    yield {"nesterov": True}
+    yield {"maximize": True}
+    yield {"capturable": True}
+    yield {"projection": "layer"}
+    yield {"projection": "channel"}
+    yield {"projection": "none"}
+    yield {"weight_decay": 60.0}  # Takes off more than half, so that no step can be taken back
+
+
+def main() -> None:
+    num_checked = 0
+    for options in adamp_options():
+        sys.stderr.write(f"{options}\n")
+        optimizer, reference, *_ = compare(AdamP, **options)
+        if "capturable" not in options:
+            check_reports(optimizer, reference)
+        num_checked += 1
+    for options in ({}, {"nesterov": True}, {"project_momentum": True}, {"dampening": 0.5, "maximize": True}):
+        check_reports(*compare(SGDP, **options)[:2])
+        num_checked += 1
+    sys.stdout.write(f"{num_checked}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,533 @@
+"""
+The table that the Triton kernels of a step work on: where the tensors of one device lie, how they are cut into chunks,
+and the groups' options. It is kept on the device and copied there only where a tensor or an option changed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
+
+from ..options import projection_of
+from ..shards import Shard
+from ..weights import GROUP_KEY, LocalTensor, has_order_of, is_flat
+
+
+DEVICE_TYPES = {"cuda"}
+DTYPES = (torch.float32, torch.bfloat16)
+LEVELS = {"test": 1, "channel": 2, "layer": 3}
+# Elements of a chunk, and of the longest row that one chunk holds whole; multiples of 8
+CHUNK, MAX_ROW = 4096, 16384
+# Widths of the tiles for narrow rows, as the kernels have them
+WIDTHS = (4, 16, 64, 256)
+BLOCK, SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 256, 32, 32
+PROGRAMS_PER_PROCESSOR = 8
+# Columns of an item, of the options of a group, and of a chunk, as triton.py names them
+NUM_COLUMNS, NUM_OPTIONS, NUM_SUMS = 24, 16, 5
+GRAD_COLUMN = 1
+# Options that decide which tensors are in the table, or how
+LAYOUT_OPTIONS = ("projection", "capturable", "foreach", "fused", "differentiable", "stochastic_rounding", "state_dtype")
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a distributed tensor that is here, without a call of autograd's."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is memory with strides, and not a wrapper of other tensors."""
+    return (
+        tensor.layout is torch.strided
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not tensor.is_neg()
+    )
+
+
+def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], moments: Sequence[str]) -> bool:
+    """Whether a parameter with a gradient can be in a plan; every other one goes the way through torch."""
+    weight, grad = local_tensor(param), param.grad
+    if weight.device.type not in DEVICE_TYPES or grad is None or not _allows(group, weight.device):
+        return False
+    kept = [state[name] for name in moments if name in state]
+    tensors = [weight, local_tensor(grad), *map(local_tensor, kept)]
+    if not all(is_plain(t) and t.dtype in DTYPES and t.device == weight.device for t in tensors):
+        return False
+    state_dtypes = {tensor.dtype for tensor in kept} or {group["state_dtype"] or weight.dtype}
+    return (
+        len(state_dtypes) == 1
+        and state_dtypes <= set(DTYPES)
+        and weight.numel() > 0
+        and all(tensor.shape == weight.shape for tensor in tensors)
+        and is_flat(param)
+        and has_order_of(grad, param)
+        and _triton_is_here()
+    )
+
+
+def _triton_is_here() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _allows(group: dict[str, Any], device: torch.device) -> bool:
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.device.type != "cpu" and (lr.device != device or lr.dtype != torch.float32):
+        return False
+    others = ("eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening")
+    return (
+        group["fused"] is not False
+        and not (group["foreach"] or group["differentiable"] or group["stochastic_rounding"])
+        and not any(isinstance(group.get(name), torch.Tensor) for name in others)
+        and not any(isinstance(beta, torch.Tensor) for beta in group.get("betas", ()))
+    )
+
+
+class Signature(NamedTuple):
+    """What must not change in a tensor that the table points to."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Signature":
+        return cls(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class Entry:
+    """A parameter in a plan, and what is compared at each step."""
+
+    def __init__(self, local: LocalTensor, state: dict[str, Any], moments: Sequence[str]):
+        self.param, self.group, self.state = local.param, local.group, state
+        self.is_distributed = isinstance(local.param, DTensor)
+        self.weight = Signature.of(local_tensor(local.param))
+        self.moments = {name: Signature.of(local_tensor(state[name])) for name in moments}
+        self.memory = [local_tensor(local.param).detach(), *(local_tensor(state[name]) for name in moments)]
+        assert local.param.grad is not None
+        grad = local_tensor(local.param.grad)
+        self.grad_like = (type(grad), grad.shape, grad.stride(), grad.dtype)
+        self.grad_size = grad.element_size()
+        # Pointer to the gradient, or 0 without one; as found, and as the table has it
+        self.grad, self.grad_in_table = grad.data_ptr(), 0
+        # Number of steps as the table has it, where the state holds a number
+        step = state.get("step")
+        self.step: int | None = None if isinstance(step, torch.Tensor) or step is None else int(step)
+        self.step_pointer = step.data_ptr() if isinstance(step, torch.Tensor) else 0
+        # Filled in by the plan
+        self.items = slice(0, 0)
+        self.starts = np.zeros(0, dtype=np.int64)
+        self.keys: list[tuple[int, int]] = []
+
+    def is_current(self, state: dict[str, Any]) -> bool:
+        """Whether the table's pointers are right but for the gradient's, which is looked up."""
+        self.state = state
+        weight = local_tensor(self.param) if self.is_distributed else self.param
+        if (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) != self.weight:
+            return False
+        for name, signature in self.moments.items():
+            moment = state.get(name)
+            if moment is None:
+                return False
+            moment = local_tensor(moment) if self.is_distributed else moment
+            if (moment.data_ptr(), moment.shape, moment.stride(), moment.dtype) != signature:
+                return False
+        step = state.get("step")
+        if (step.data_ptr() if isinstance(step, torch.Tensor) else 0) != self.step_pointer:
+            return False
+        grad = self.param.grad
+        if grad is None:
+            self.grad = 0
+            return True
+        grad = local_tensor(grad) if self.is_distributed else grad
+        if grad.layout is not torch.strided or grad.device != weight.device or grad.is_neg():
+            return False
+        self.grad = grad.data_ptr()
+        return (type(grad), grad.shape, grad.stride(), grad.dtype) == self.grad_like
+
+
+class Item(NamedTuple):
+    """Stretch of a tensor: a weight, with the level that is known or `"test"`, or what lies between weights."""
+
+    start: int
+    numel: int
+    shard: Shard | None
+    level: str | None
+
+
+def items_of(local: LocalTensor) -> Iterator[Item]:
+    """The weights of a tensor that may be projected, and the stretches between them."""
+    position = 0
+    for shard in sorted(local.shards, key=lambda shard: (shard.start, shard.numel)):
+        level = projection_of(local.group, shard.index)
+        if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or level == "none":
+            continue
+        if shard.numel or shard.borders:
+            if shard.numel and shard.start > position:
+                yield Item(position, shard.start - position, None, None)
+            yield Item(shard.start, shard.numel, shard, level)
+            position = max(position, shard.start + shard.numel)
+    if position < local.flat.numel():
+        yield Item(position, local.flat.numel() - position, None, None)
+
+
+class Cut(NamedTuple):
+    """An item's chunks: `(item, start, size, 2 * row + whether rows are whole)` without the item, and their kinds."""
+
+    chunks: np.ndarray
+    num_head: int = 0
+    num_tail: int = 0
+    num_parts: int = 0
+    num_rows: int = 0
+
+
+def _fragments(start: int, stop: int, row: int) -> np.ndarray:
+    starts = np.arange(start, stop, CHUNK, dtype=np.int64)
+    return np.stack([starts, np.minimum(CHUNK, stop - starts), np.full_like(starts, 2 * row)], axis=1)
+
+
+def cut(item: Item) -> Cut:
+    """Cuts an item into chunks: whole rows where rows count, a row in parts where it is long or borders cut it."""
+    shard = item.shard
+    if shard is None or item.level == "layer" or item.numel == 0:
+        return Cut(_fragments(0, item.numel, 0))
+    row_size, column = shard.row_size, shard.offset % shard.row_size
+    head = min(row_size - column, item.numel) if column or item.numel < row_size else 0
+    num_rows, tail = divmod(item.numel - head, row_size)
+    first, first_row, num_parts = _fragments(0, head, 0), int(head > 0), 0
+    last = _fragments(item.numel - tail, item.numel, first_row + num_rows)
+    if row_size > MAX_ROW:
+        num_parts = -(-row_size // CHUNK)
+        part = np.arange(num_parts, dtype=np.int64) * CHUNK
+        rows = np.arange(num_rows, dtype=np.int64)[:, None]
+        starts, sizes = head + rows * row_size + part, np.broadcast_to(np.minimum(CHUNK, row_size - part), (num_rows, num_parts))
+        body = np.stack([starts, sizes, np.broadcast_to(2 * (first_row + rows), starts.shape)], axis=2).reshape(-1, 3)
+    else:
+        per_chunk = max(1, CHUNK // row_size)
+        rows = np.arange(0, num_rows, per_chunk, dtype=np.int64)
+        sizes = np.minimum(per_chunk, num_rows - rows) * row_size
+        body = np.stack([head + rows * row_size, sizes, 2 * (first_row + rows) + 1], axis=1)
+    total_rows = first_row + num_rows + int(tail > 0)
+    return Cut(np.concatenate([first, body, last]), len(first), len(last), num_parts, total_rows)
+
+
+def _item_row(local: LocalTensor, item: Item, pieces: Cut) -> np.ndarray:
+    """An item in the table, but for what depends on its place there."""
+    row = np.zeros(NUM_COLUMNS, dtype=np.int64)
+    tensors = (local.flat, local.moments[0], local.moments[-1])
+    row[[0, 2, 3]] = [tensor.data_ptr() + item.start * tensor.element_size() for tensor in tensors]
+    row[5] = _lr_pointer(local.group)
+    row[7] = LEVELS.get(item.level or "none", 0)
+    row[9:15] = len(pieces.chunks), pieces.num_head, pieces.num_tail, pieces.num_parts, 1, pieces.num_rows
+    row[18:20] = -1
+    if item.shard is not None:
+        row[13], row[20] = item.shard.row_size, math.prod(item.shard.shape)
+        row[22] = next((width for width in WIDTHS if item.shard.row_size <= width), 0)
+    return row
+
+
+def _lr_pointer(group: dict[str, Any]) -> int:
+    """Where a learning rate on the device lies; 0 for one that the host knows."""
+    lr = group["lr"]
+    return lr.data_ptr() if isinstance(lr, torch.Tensor) and lr.device.type in DEVICE_TYPES else 0
+
+
+def options_row(group: dict[str, Any]) -> list[float]:
+    """A group's options as the kernels read them; the learning rate is 0 where they read a tensor."""
+    lr, decay = 0.0 if _lr_pointer(group) else float(group["lr"]), group["weight_decay"]
+    if "betas" in group:
+        first, second = group["betas"]
+        rest = (1 - first, second, 1 - second)
+        logs = [math.log(beta) if beta > 0 else -1e4 for beta in (first, second)]
+    else:
+        first, rest, logs = group["momentum"], (1 - group["dampening"], 0.0, 0.0), [0.0, 0.0]
+        decay = decay / (1 - first)
+    projects_momentum = group.get("project_momentum", False) and not group["nesterov"]
+    return [
+        lr, decay, group["wd_ratio"], first, *rest, group["eps"], group["delta"], -1.0 if group["maximize"] else 1.0,
+        float(group["nesterov"]), *logs, float(projects_momentum), 0.0, 0.0,
+    ]  # fmt: skip
+
+
+def layout_key(group: dict[str, Any]) -> list[Any]:
+    """What in a group the plan was made for."""
+    names, projection = group.get("param_names"), group["projection"]
+    kept = dict(projection) if isinstance(projection, dict) else projection
+    return [
+        kept, _lr_pointer(group), None if names is None else list(names),
+        *(group[name] for name in LAYOUT_OPTIONS[1:]),
+    ]  # fmt: skip
+
+
+class CutWeight(NamedTuple):
+    """A weight in a plan that shard borders cut."""
+
+    plan: "Plan"
+    param: torch.Tensor
+    shard: Shard
+    first: int
+    last: int
+
+    def sums(self) -> torch.Tensor:
+        """What is added up over processes, laid out as `Weight.sums`."""
+        return self.plan.totals[self.first : self.last]
+
+
+def side_by_side(weights: Sequence[Any]) -> list[Any]:
+    """Joins cut weights whose sums follow each other in one plan, so that they are added up and copied together."""
+    found: list[Any] = []
+    for weight in weights:
+        last = found[-1] if found else None
+        if isinstance(weight, CutWeight) and isinstance(last, CutWeight):
+            if last.plan is weight.plan and last.last == weight.first:
+                found[-1] = last._replace(last=weight.last)
+                continue
+        found.append(weight)
+    return found
+
+
+class Plan:
+    """
+    A step of the kernels on the tensors of one device.
+
+    Args:
+        tensors (`Sequence[LocalTensor]`):
+            The tensors, with gradients.
+        states (`Sequence[dict]`):
+            Their states.
+        groups (`Sequence[dict]`):
+            All groups of the optimizer.
+        moments (`Sequence[str]`):
+            Names of the running averages: two are AdamP's, one is SGDP's.
+        counts (`ProjectionCounts`):
+            Where projections are counted; the counts become views of the plan's.
+    """
+
+    def __init__(
+        self, tensors: Sequence[LocalTensor], states: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]],
+        moments: Sequence[str], counts: Any,
+    ):  # fmt: skip
+        self.device = tensors[0].flat.device
+        self.is_adam = len(moments) > 1
+        self.groups, self.counts = list(groups), counts
+        self.keys = [layout_key(group) for group in groups]
+        self.entries = [Entry(local, state, moments) for local, state in zip(tensors, states, strict=True)]
+        self.cut_weights: list[CutWeight] = []
+        self.can_be_captured = any(group["capturable"] for group in groups)
+        self._captured: list[torch.Tensor] = []
+        self._spare: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._set_up(tensors)
+
+    # ------------------------------------------------------------------ the table
+
+    def _set_up(self, tensors: Sequence[LocalTensor]) -> None:
+        # Tensors of the same dtypes share a launch
+        dtypes = [(local.flat.dtype, local.grad.dtype, local.moments[0].dtype) for local in tensors]
+        order = sorted(range(len(tensors)), key=lambda place: str(dtypes[place]))
+        items = [(place, item) for place in order for item in items_of(tensors[place])]
+        places = {id(group): number for number, group in enumerate(self.groups)}
+        rows, chunks, num_chunks, num_rows = [], [], 0, 0
+        self._launches: list[tuple[tuple[torch.dtype, ...], int, int]] = []
+        for number, (place, item) in enumerate(items):
+            pieces = cut(item)
+            row = _item_row(tensors[place], item, pieces)
+            row[[6, 8, 15]] = places[id(tensors[place].group)], num_chunks, num_rows
+            row[21] = number == 0 or items[number - 1][0] != place
+            rows.append(row)
+            chunks.append(np.insert(pieces.chunks, 0, number, axis=1))
+            first = num_chunks
+            num_chunks, num_rows = num_chunks + len(pieces.chunks), num_rows + pieces.num_rows
+            if self._launches and self._launches[-1][0] == dtypes[place]:
+                first = self._launches.pop()[1]
+            self._launches.append((dtypes[place], first, num_chunks))
+        self._place_in_entries(items)
+        self._allocate(rows, chunks, num_rows)
+        self._set_cuts(items, tensors)
+        self._set_counts(items, tensors)
+
+    def _place_in_entries(self, items: Sequence[tuple[int, Item]]) -> None:
+        numbers: dict[int, list[int]] = {}
+        for number, (place, _) in enumerate(items):
+            numbers.setdefault(place, []).append(number)
+        for place, found in numbers.items():
+            entry, own = self.entries[place], [items[number][1] for number in found]
+            entry.items = slice(found[0], found[-1] + 1)
+            entry.starts = np.array([item.start for item in own], dtype=np.int64) * entry.grad_size
+            entry.keys = [(entry.group[GROUP_KEY], item.shard.index) for item in own if item.shard is not None]
+
+    def _allocate(self, rows: list[np.ndarray], chunks: list[np.ndarray], num_rows: int) -> None:
+        num_items, num_entries, device = len(rows), len(self.entries), self.device
+        ends = np.cumsum([NUM_COLUMNS * num_items, NUM_OPTIONS // 2 * len(self.groups), -(-num_entries // 2)])
+        self._host = np.zeros(ends[2], dtype=np.int64)
+        self._items = self._host[: ends[0]].reshape(num_items, NUM_COLUMNS)
+        self._options = self._host[ends[0] : ends[1]].view(np.float32).reshape(-1, NUM_OPTIONS)
+        self._steps = self._host[ends[1] :].view(np.float32)[:num_entries]
+        self._items[:] = rows
+        self._ends = [int(end) for end in ends]
+        self._is_dirty = True
+        self.table = torch.empty(len(self._host), dtype=torch.int64, device=device)
+        if self.is_adam:
+            for number, entry in enumerate(self.entries):
+                own = self.table.data_ptr() + 8 * self._ends[1] + 4 * number
+                self._items[entry.items, 4] = entry.step_pointer or own
+                self._steps[number] = entry.step or 0
+        cuts = np.concatenate(chunks)
+        self.chunks = torch.from_numpy(cuts).to(device)
+        self.sums = torch.zeros(len(cuts) or 1, NUM_SUMS, device=device)
+        self.row_values = torch.zeros(num_rows or 1, device=device)
+        self.layer_values = torch.zeros(num_items, device=device)
+        self.was_projected, self.modes = (torch.zeros(num_items, dtype=torch.int32, device=device) for _ in range(2))
+        self.is_anything_left = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _set_cuts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
+        """Room for what is added up, the weights of one process group side by side and in the order of the groups."""
+        found = [(place, number, item.shard) for number, (place, item) in enumerate(items) if item.shard]
+        found = [one for one in found if one[2].borders]
+        process_groups = list(dict.fromkeys(id(shard.process_group) for _, _, shard in found))
+        found.sort(key=lambda one: (process_groups.index(id(one[2].process_group)), one[0], one[1]))
+        size = 0
+        for place, number, shard in found:
+            row, cut_rows, length = self._items[number], shard.cut_rows, 5 + 4 * len(shard.cut_rows)
+            first_row = shard.offset // shard.row_size
+            row[16:18] = size, len(cut_rows)
+            row[18] = cut_rows.index(first_row) if row[10] else -1
+            row[19] = cut_rows.index(first_row + int(row[14]) - 1) if row[11] else -1
+            self.cut_weights.append(CutWeight(self, tensors[place].param, shard, size, size + length))
+            size += length
+        self.totals = torch.zeros(size or 1, device=self.device)
+
+    def _set_counts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
+        self.hits = torch.zeros(len(items), 2, device=self.device)
+        for number, (place, item) in enumerate(items):
+            if item.shard is not None:
+                key = (tensors[place].group[GROUP_KEY], item.shard.index)
+                if key in self.counts.hits:
+                    self.hits[number].copy_(self.counts.hits[key])
+                self.counts.hits[key] = self.hits[number]
+
+    # ------------------------------------------------------------------ each step
+
+    def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the plan was made for these groups."""
+        return len(groups) == len(self.groups) and all(
+            group is known and layout_key(group) == key
+            for group, known, key in zip(groups, self.groups, self.keys, strict=True)
+        )
+
+    def update(self) -> None:
+        """Writes into the table what has changed since the last step, and counts this one."""
+        options = np.array([options_row(group) for group in self.groups], dtype=np.float32)
+        if not np.array_equal(options, self._options):
+            self._options[:] = options
+            self._is_dirty = True
+        for number, entry in enumerate(self.entries):
+            if entry.grad != entry.grad_in_table:
+                self._items[entry.items, GRAD_COLUMN] = entry.grad + entry.starts if entry.grad else 0
+                entry.grad_in_table, self._is_dirty = entry.grad, True
+            if entry.step is not None and entry.state["step"] != entry.step:
+                entry.step = entry.state["step"]
+                self._steps[number] = entry.step
+                self._is_dirty = True
+        self._used_table = self._upload()
+        for number, entry in enumerate(self.entries):
+            if not entry.grad:
+                continue
+            for key in entry.keys:
+                self.counts.steps[key] = self.counts.steps.get(key, 0) + 1
+            # The kernels count as well, in the table or in the state's own tensor
+            if entry.step is not None:
+                entry.step += 1
+                entry.state["step"] = entry.step
+                self._steps[number] += 1
+
+    def _upload(self) -> torch.Tensor:
+        """The table on the device. One that a CUDA graph captures is its own, whose source stays as it is."""
+        if self.device.type != "cuda":
+            self.table.copy_(torch.from_numpy(self._host))
+            return self.table
+        if torch.cuda.is_current_stream_capturing():
+            source, target = self._spare or self._new_table()
+            self._spare = None
+            source.copy_(torch.from_numpy(self._host))
+            target.copy_(source, non_blocking=True)
+            self._captured += [source, target]
+            return target
+        if self._spare is None and self.can_be_captured:
+            self._spare = self._new_table()
+        if self._is_dirty:
+            # Pinned memory is not given out again before the copy is done
+            source = torch.empty(len(self._host), dtype=torch.int64, pin_memory=True)
+            source.copy_(torch.from_numpy(self._host))
+            self.table.copy_(source, non_blocking=True)
+            self._is_dirty = False
+        return self.table
+
+    def _new_table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(len(self._host), dtype=torch.int64, pin_memory=True), torch.empty_like(self.table)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            yield
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        table, ends = self._used_table, self._ends
+        return table[: ends[0]], table[ends[0] : ends[1]].view(torch.float32)
+
+    def measure(self) -> None:
+        """First kernel: moments, dot products, and the step of what is not expected to be projected."""
+        from . import triton as kernels
+
+        with self._on_device():
+            for dtypes, first, last in self._launches:
+                kernels.measure_kernel[self._grid(last - first)](
+                    *self._tables(), self.chunks, self.was_projected, self.row_values, self.sums,
+                    self.is_anything_left, first, last, **self._constants(dtypes),
+                )  # fmt: skip
+            if self.cut_weights:
+                self._decide(adds_up=True, decides=False)
+
+    def apply(self) -> None:
+        """The other two kernels; [`totals`] must have been added up over processes where borders cut weights."""
+        from . import triton as kernels
+
+        with self._on_device():
+            self._decide(adds_up=not self.cut_weights, decides=True)
+            for dtypes, first, last in self._launches:
+                kernels.apply_kernel[self._grid(last - first)](
+                    *self._tables(), self.chunks, self.modes, self.layer_values, self.row_values,
+                    self.is_anything_left, first, last, **self._constants(dtypes),
+                )  # fmt: skip
+        # Autograd is told, as by torch's own operations
+        increment_version([tensor for entry in self.entries if entry.grad for tensor in entry.memory])
+
+    def _decide(self, adds_up: bool, decides: bool) -> None:
+        from . import triton as kernels
+
+        kernels.decide_kernel[(len(self._items),)](
+            *self._tables(), self.was_projected, self.modes, self.layer_values, self.row_values, self.sums,
+            self.totals, self.hits, self.is_anything_left, SUM=adds_up, DECIDE=decides, ADAM=self.is_adam,
+            BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS,
+        )  # fmt: skip
+
+    def _grid(self, num_chunks: int) -> tuple[int]:
+        if self.device.type != "cuda":
+            return (min(num_chunks, 3),)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return (min(num_chunks, PROGRAMS_PER_PROCESSOR * processors),)
+
+    def _constants(self, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+        import triton.language as tl
+
+        names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+        return {
+            **dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True)), "ADAM": self.is_adam, "BLOCK": BLOCK,
+        }  # fmt: skip
