@@ -20,7 +20,7 @@ NUM_PARTS, ROW_SIZE, NUM_ROWS, ROW_VALUES = (tl.constexpr(column) for column in 
 SUMS, NUM_CUT, HEAD_CUT, TAIL_CUT = (tl.constexpr(column) for column in range(16, 20))
 NUMEL, COUNTS, WIDTH = (tl.constexpr(column) for column in range(20, 23))
 NUM_COLUMNS = tl.constexpr(24)
-# Of the options of a group
+# Of the group_options of a group
 NUM_OPTIONS = tl.constexpr(16)
 # Of a chunk (item, start, size, 2 * row + whether its rows are whole), and of its dot products and failing rows
 CHUNK_COLUMNS, NUM_SUMS = tl.constexpr(4), tl.constexpr(5)
@@ -39,9 +39,9 @@ def _minus_expm1(x):
 
 
 @triton.jit
-def _options(item, options, num_ahead, ADAM: tl.constexpr):
+def _options(item, group_options, num_ahead, ADAM: tl.constexpr):
     """Of an item's group, with the bias corrections of the step `num_ahead` of the one counted."""
-    row = options + tl.load(item + GROUP) * NUM_OPTIONS
+    row = group_options + tl.load(item + GROUP) * NUM_OPTIONS
     lr, pointer = tl.load(row), tl.load(item + LR)
     if pointer != 0:
         lr = tl.load(pointer.to(tl.pointer_type(tl.float32)))
@@ -214,7 +214,7 @@ def _waits(item, was_projected, decay):
 
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def measure_kernel(
-    items, options, chunks, was_projected, row_values, sums, is_anything_left, first_chunk, last_chunk,
+    items, group_options, chunks, was_projected, row_values, sums, is_anything_left, first_chunk, last_chunk,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Moments, dot products, and the step of what is not expected to be projected."""
@@ -227,8 +227,8 @@ def measure_kernel(
         item = items + index * NUM_COLUMNS
         if tl.load(item + GRAD) != 0:
             is_whole, at = (place & 1) != 0, _pointers(item, W, G, M)
-            settings = _options(item, options, 1, ADAM)
-            delta = tl.load(options + tl.load(item + GROUP) * NUM_OPTIONS + 8)
+            settings = _options(item, group_options, 1, ADAM)
+            delta = tl.load(group_options + tl.load(item + GROUP) * NUM_OPTIONS + 8)
             at_once = _waits(item, tl.load(was_projected + index), settings[1]) == 0
             row_size = tl.where(is_whole, tl.load(item + ROW_SIZE), size).to(tl.int32)
             num_rows = size // row_size
@@ -379,14 +379,14 @@ def _decide_item(
 
 @triton.jit
 def decide_kernel(
-    items, options, was_projected, modes, layer_values, row_values, sums, totals, counts, is_anything_left,
+    items, group_options, was_projected, modes, layer_values, row_values, sums, totals, counts, is_anything_left,
     SUM: tl.constexpr, DECIDE: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program for each item: `SUM` adds up what is here, `DECIDE` decides, and counts the step."""
     index = tl.program_id(0)
     item = items + index * NUM_COLUMNS
-    row = options + tl.load(item + GROUP) * NUM_OPTIONS
+    row = group_options + tl.load(item + GROUP) * NUM_OPTIONS
     eps, delta, level = tl.load(row + 7), tl.load(row + 8), tl.load(item + LEVEL)
     if level > 0:
         to = totals + tl.load(item + SUMS)
@@ -397,7 +397,7 @@ def decide_kernel(
         else:
             found = tl.load(to), tl.load(to + 1), tl.load(to + 2), tl.load(to + 3), tl.load(to + 4)
         if DECIDE:
-            decay = _options(item, options, 1, False)[1]
+            decay = _options(item, group_options, 1, False)[1]
             _decide_item(
                 item, index, found, decay, delta, eps, was_projected, modes, layer_values, row_values, to, counts,
                 is_anything_left, BLOCK,
@@ -444,7 +444,7 @@ def _apply_chunk(
 
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def apply_kernel(
-    items, options, chunks, modes, layer_values, row_values, is_anything_left, first_chunk, last_chunk,
+    items, group_options, chunks, modes, layer_values, row_values, is_anything_left, first_chunk, last_chunk,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decay and update of the items that the decision left something to do for."""
@@ -456,8 +456,8 @@ def apply_kernel(
             if mode != 0:
                 start, size, place = tl.load(record + 1), tl.load(record + 2).to(tl.int32), tl.load(record + 3)
                 item = items + index * NUM_COLUMNS
-                at, settings = _pointers(item, W, G, M), _options(item, options, 0, ADAM)
-                row = options + tl.load(item + GROUP) * NUM_OPTIONS
+                at, settings = _pointers(item, W, G, M), _options(item, group_options, 0, ADAM)
+                row = group_options + tl.load(item + GROUP) * NUM_OPTIONS
                 projects_momentum = (tl.load(row + 13) != 0) & ((mode & (AT_LAYER | AT_CHANNEL)) != 0)
                 row_size = tl.where((place & 1) != 0, tl.load(item + ROW_SIZE), size).to(tl.int32)
                 values = row_values + tl.load(item + ROW_VALUES) + (place >> 1)
