@@ -123,6 +123,6 @@ def test_every_setting_and_metric_of_proxy_points_and_search_is_explained():
         assert f"`{name}`" in text and f"{name} (`" in str(ThresholdSearchConfig.__doc__), name
     options = [option for action in make_parser()._actions for option in action.option_strings if option != "-h"]
     assert {option for option in options if f"`{option}`" not in text} == {"--help"}
-    source = (ROOT / "trl_ext" / "constrained_ppo" / "threshold_search_callback.py").read_text()
+    source = (ROOT / "trl_ext" / "constrained_ppo" / "threshold_search" / "callback.py").read_text()
     keys = set(re.findall(r'"(search/[a-z_]+)(?:/\{name\})?"', source))
     assert len(keys) == 8 and all(f"`{key}" in text for key in keys)

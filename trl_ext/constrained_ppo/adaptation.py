@@ -346,8 +346,8 @@ class RolloutController:
                 Metrics of the mode, added to.
             means (`dict[str, float]`):
                 Mean of each reward over the episodes of all processes.
-            divergences (`tuple[float, float]`, *optional*):
-                KL for each token and for each response, in nats, where there is a reference.
+            divergences (`tuple[float, float]` or `None`):
+                KL for each token and for each response, in nats; `None` without a reference.
             training (`bool`):
                 Whether this is a rollout that is trained on.
 
