@@ -55,7 +55,7 @@ def method_of(module):
 
 
 def test_methods_do_not_import_each_other():
-    """Only what docs/architecture.md names: critic and rewards may be equilibrium heads; configs know our optimizers."""
+    """Only what docs/architecture.md names: critic, rewards: equilibrium heads; configs: our optimizers."""
     allowed = (
         "trl_ext.optim.names", "trl_ext.optim.install", "trl_ext.equilibrium", "trl_ext.equilibrium.value_heads",
     )  # fmt: skip
