@@ -126,3 +126,14 @@ def test_every_setting_and_metric_of_proxy_points_and_search_is_explained():
     source = (ROOT / "trl_ext" / "constrained_ppo" / "threshold_search" / "callback.py").read_text()
     keys = set(re.findall(r'"(search/[a-z_]+)(?:/\{name\})?"', source))
     assert len(keys) == 8 and all(f"`{key}" in text for key in keys)
+
+
+def test_files_and_functions_that_the_architecture_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([a-z_/]+\.py)(?::(\w+))?`", text)
+    assert len(named) > 30
+    for file, name in named:
+        path = next((p for p in (ROOT / "trl_ext" / file, ROOT / file) if p.is_file()), None)
+        assert path, file
+        found = {node.name for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
+        assert not name or name in found, (file, name)

@@ -134,7 +134,7 @@ def forced_counts(step: Callable[[], object], nudged_sweeps: int) -> Callable[[]
         return relaxation.relax(dynamics, tolerance, nudged_sweeps // 2, start)
 
     def run() -> None:
-        never = mock.patch.object(relaxation, "absolute_tolerance", lambda *_: -1.0)
+        never = mock.patch.object(relaxation, "absolute_tolerance", return_value=-1.0)
         content = mock.patch.object(relaxation._MovingSamples, "stuck", lambda moving: moving.residuals < -1)
         with never, content, mock.patch.object(gradient, "relax", nudged):
             step()
@@ -241,7 +241,7 @@ def peak_memory(batch: int) -> list[str]:
     hidden = torch.randn(batch, 256)
     lines = []
     content = mock.patch.object(relaxation._MovingSamples, "stuck", lambda moving: moving.residuals < -1)
-    with mock.patch.object(relaxation, "absolute_tolerance", lambda *_: -1.0), content:
+    with mock.patch.object(relaxation, "absolute_tolerance", return_value=-1.0), content:
         for sweeps in (5, 20, 80):
             head = EPHead(256, [256, 256], 10, max_steps=sweeps)
             head._warned.add("unconverged")
@@ -276,7 +276,7 @@ def what_was_tried(rounds: int) -> list[str]:
             hidden = torch.randn(batch, 256) * torch.logspace(-0.5, 1, batch).unsqueeze(1)
 
             def all_rows(head=head, hidden=hidden):
-                with mock.patch.object(relaxation._MovingSamples, "narrow", lambda *_: None):
+                with mock.patch.object(relaxation._MovingSamples, "narrow"):
                     head(hidden)
 
             best = measure_cpu({"all": all_rows, "dropped": lambda: head(hidden)}, rounds)  # noqa: B023

@@ -31,7 +31,8 @@ MEASURES = ("accuracy", "loss", "angle", "symmetry", "cosine_1", "cosine_2", "in
 
 
 def read_idx(path: str) -> torch.Tensor:
-    data = gzip.open(path).read()
+    with gzip.open(path) as file:
+        data = file.read()
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3])]
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).copy()).view(*shape)
 

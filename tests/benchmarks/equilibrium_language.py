@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def pairs_task(name: str, rows: Dataset, tokenizer, max_length: int, sizes: tupl
     """Preference pairs, each as two texts."""
     texts = [row.get("prompt", "") + row[side] for row in rows for side in ("chosen", "rejected")]
     ids, ends = encode(tokenizer, texts, max_length), np.cumsum([0, *sizes]) * 2
-    train, validation, test = (ids[start:end] for start, end in zip(ends, ends[1:], strict=False))
+    train, validation, test = (ids[start:end] for start, end in pairwise(ends))
     return Task(name, 1, train, validation, test, {})
 
 
@@ -346,7 +347,16 @@ def main() -> None:
     parser.add_argument("--trained_learning_rates", type=float, nargs="+", default=[5e-4, 1e-3])
     options = parser.parse_args()
     if options.table:
-        print(tables([json.loads(line) for file in options.table for line in open(file) if line.startswith("{")]))
+        print(
+            tables(
+                [
+                    json.loads(line)
+                    for file in options.table
+                    for line in Path(file).read_text().splitlines()
+                    if line.startswith("{")
+                ]
+            )
+        )
         return
     torch.set_num_threads(1)
     path = options.model_name_or_path

@@ -62,7 +62,7 @@ def test_rollout_loss_gradients_and_multipliers_equal_the_trainer(minimal, tmp_p
         "mask": mask.float(),
         "rewards": trainer.rollout.rewards,
     }
-    assert 0 < (mask == 0).sum() and (batch["prompt_mask"] == 0).any()  # responses and prompts differ in length
+    assert (mask == 0).sum() > 0 and (batch["prompt_mask"] == 0).any()  # responses and prompts differ in length
     settings = minimal.Settings(torch.tensor([0.7, 0.5]))
     dual = minimal.Dual(torch.full((2,), 0.2))
     fixed = minimal.estimate(policy, reference, heads, own, dual, settings)

@@ -39,7 +39,7 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     found = launch(launcher, model, tmp_path)
     assert_same_training(found, alone, launcher)
 
-    saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     masks = load_file(tmp_path / "final" / "token_masks.safetensors")
     assert masks["common.layer_weight"].shape == (2, 32)

@@ -1,6 +1,7 @@
 """A training step of the equilibrium-propagation head against one of a perceptron of its size."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ ESTIMATORS = {"default": {}, "exact": {"estimator": "exact"}, "spectral cap 0.9"
 def perceptron(sizes: tuple[int, ...]) -> nn.Sequential:
     """Linear maps with tanh between them."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -44,7 +45,7 @@ def run(record: Record, device: torch.device, dry: bool) -> None:
                 if isinstance(head, EPHead):
                     sweeps = f"{head.statistics.free_sweeps} + {head.statistics.nudged_sweeps}"
                 record.row(
-                    "forward and backward", widths="-".join(map(str, shape)), batch=batch, head=key, ms=times[key].device,
-                    ratio=times[key].device / times["perceptron"].device, host_ms=times[key].host, sweeps=sweeps,
-                    **count_calls(steps[key]), peak_mib=peak_mib(steps[key]),
+                    "forward and backward", widths="-".join(map(str, shape)), batch=batch, head=key,
+                    ms=times[key].device, host_ms=times[key].host, ratio=times[key].device / times["perceptron"].device,
+                    sweeps=sweeps, **count_calls(steps[key]), peak_mib=peak_mib(steps[key]),
                 )  # fmt: skip

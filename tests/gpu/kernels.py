@@ -264,7 +264,7 @@ def interpreted_kernels() -> Iterator[None]:
         return adamp_triton if wanted and all(tensor.dtype == torch.float32 for tensor in tensors) else None
 
     for_optimizer = mock.patch.object(AdamP, "_kernels", kernels)
-    with for_optimizer, mock.patch.object(paired_log_probs, "_uses_kernels", lambda tile: True):
+    with for_optimizer, mock.patch.object(paired_log_probs, "_uses_kernels", return_value=True):
         yield
 
 

@@ -124,7 +124,8 @@ class Comparison:
             projected = sum(row["layer"] + row["channel"] for row in counted)
             self.record.row(
                 SPEED, **names, adamw_ms=adamw.device, adamp_ms=adamp.device, ratio=adamp.device / adamw.device,
-                adamw_host_ms=adamw.host, adamp_host_ms=adamp.host, projected="-" if graph else f"{projected:.0f} of {len(counted)}",
+                adamw_host_ms=adamw.host, adamp_host_ms=adamp.host,
+                projected="-" if graph else f"{projected:.0f} of {len(counted)}",
             )  # fmt: skip
             if not graph and (self.device.type == "cuda" or case == "generic"):
                 for optimizer, step in (("AdamW", base.step), ("AdamP", own.step)):

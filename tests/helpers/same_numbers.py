@@ -256,7 +256,7 @@ def sparse_po(
                 eval_dataset=pairs(6) if evaluate else None,
                 processing_class=tokenizer(),
                 peft_config=lora() if peft else None,
-            )  # fmt: skip
+            )
         )
         return trainers[-1]
 
@@ -338,7 +338,7 @@ def ppo(
                 processing_class=tokenizer(),
                 peft_config=lora() if peft else None,
                 **arguments,
-            )  # fmt: skip
+            )
         )
         return trainers[-1]
 

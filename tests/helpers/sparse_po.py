@@ -75,7 +75,7 @@ def head_inputs(num_tokens=11, hidden=6, ref_hidden=4, vocab=37, bias=True, dtyp
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    tensors = [
+    return [
         draw(num_tokens, hidden).requires_grad_(),
         draw(vocab, hidden).requires_grad_(),
         draw(vocab).requires_grad_() if bias else None,
@@ -84,7 +84,6 @@ def head_inputs(num_tokens=11, hidden=6, ref_hidden=4, vocab=37, bias=True, dtyp
         draw(vocab) if bias else None,
         torch.randint(0, vocab, (num_tokens,), generator=generator),
     ]
-    return tensors
 
 
 def paired(tensors, transforms=((1.0, None), (1.0, None)), **options):

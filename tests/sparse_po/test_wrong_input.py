@@ -70,9 +70,11 @@ def chosen_without_text():
         (lambda: replaced(1, chosen=" good", rejected=" good"), "row 1.*equals.*drop_invalid_pairs"),
         (
             lambda: Dataset.from_list(
-                tiny_pairs(2, conversational=True).to_list()
-                + [{"prompt": [{"role": "user", "content": "a"}]}
-                   | {side: [{"role": "assistant", "content": ""}] for side in ("chosen", "rejected")}]
+                [
+                    *tiny_pairs(2, conversational=True).to_list(),
+                    {"prompt": [{"role": "user", "content": "a"}]}
+                    | {side: [{"role": "assistant", "content": ""}] for side in ("chosen", "rejected")},
+                ]
             ),
             "row 2.*`chosen` is empty",
         ),

@@ -3,8 +3,7 @@
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from os.path import commonprefix
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
     for count in range(1, len(ids)):
         # Bytes of an unfinished character decode to something that is not in the whole text
         start = tokenizer.decode(ids[:count])
-        ends.append(max(ends[-1], len(start if text.startswith(start) else commonprefix([start, text]))))
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, text, strict=False)))
+        ends.append(max(ends[-1], common))
     return [text[start:end] for start, end in pairwise([*ends, len(text)])] if ids else []
 
 

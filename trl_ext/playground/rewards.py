@@ -1,4 +1,7 @@
-"""Exact scores of playground text, as TRL reward functions."""
+"""
+Exact scores of playground text, as TRL reward functions: each takes `completions`, plain (`list[str]`) or conversational
+(`list[list[dict]]`), and the data's columns by name, and returns one number for each completion (`list[float]`).
+"""
 
 from collections import Counter
 from typing import Any
@@ -42,16 +45,7 @@ def sentiment_reward(completions: list[Any], prompts: list[Any] | None = None, *
     """
     Exact sentiment of each completion ([`sentiment`]), whether grammatical or not.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]` in `(-1, 1)`.
+    Returns numbers in `(-1, 1)`.
     """
     return [sentiment(_text(completion)) for completion in completions]
 
@@ -60,16 +54,7 @@ def grammaticality(completions: list[Any], prompts: list[Any] | None = None, **c
     """
     Share of the sentences of each completion that the grammar accepts; an unfinished end counts as a sentence.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]` in `[0, 1]`; 0 for an empty completion.
+    Returns numbers in `[0, 1]`; 0 for an empty completion.
     """
     return [_share_of_sentences(_text(completion)) for completion in completions]
 
@@ -78,16 +63,7 @@ def count_positive_words(completions: list[Any], prompts: list[Any] | None = Non
     """
     A proxy that can be hacked: the number of positive words, whether negated or not.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]`, not negative.
+    Returns numbers of at least 0.
     """
     return [
         float(sum(SENTIMENT.get(word, 0.0) > 0 and word not in NEGATORS for word in split_words(_text(completion))))
@@ -99,16 +75,7 @@ def positive_word_share(completions: list[Any], prompts: list[Any] | None = None
     """
     A proxy that can be hacked: the share of positive words, whether negated or not, among all words and signs.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]` in `[0, 1]`; 0 for an empty completion. A review of the grammar has about 0.05.
+    Returns numbers in `[0, 1]`; 0 for an empty completion. A review of the grammar has about 0.05.
     """
     counts = count_positive_words(completions)
     lengths = [len(split_words(_text(completion))) for completion in completions]
@@ -125,18 +92,8 @@ def reference_similarity(
     once; other words don't count. This is BLEU's clipped precision of words without its penalty for brevity, so a
     single well-chosen word has the highest similarity.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        chosen (`list[str]` or `list[list[dict]]`):
-            Reference of each completion: the column `chosen` of the playground's pairs.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]` in `[0, 1]`; 0 for a completion without content words.
+    `chosen`: reference of each completion: the column `chosen` of the playground's pairs.
+    Returns numbers in `[0, 1]`; 0 for a completion without content words.
     """
     return [_similarity(_text(pair[0]), _text(pair[1])) for pair in zip(completions, chosen, strict=True)]
 
@@ -148,16 +105,7 @@ def playground_gold(completions: list[Any], prompts: list[Any] | None = None, **
     A neutral grammatical review has 0.5, a wholly positive one nearly 1. Positive words gain sentiment until the
     sentences that hold them break; words of the reference do so as well.
 
-    Args:
-        completions (`list[str]` or `list[list[dict]]`):
-            Plain or conversational completions.
-        prompts (`list`, *optional*):
-            Not used.
-        columns (`Any`):
-            Not used.
-
-    Returns:
-        `list[float]` in `[0, 1)`; 0 for a completion without a grammatical sentence.
+    Returns numbers in `[0, 1)`; 0 for a completion without a grammatical sentence.
     """
     texts = [_text(completion) for completion in completions]
     return [_share_of_sentences(text) * (1.0 + sentiment(text)) / 2.0 for text in texts]

@@ -168,4 +168,4 @@ def original_head(head: Any) -> Any:
     if not isinstance(head, ModulesToSaveWrapper):
         return head
     copies = head.modules_to_save
-    return copies[REFERENCE_ADAPTER] if REFERENCE_ADAPTER in copies else head.original_module
+    return copies[REFERENCE_ADAPTER] if REFERENCE_ADAPTER in copies else head.original_module  # noqa: SIM401, a ModuleDict has no `get`

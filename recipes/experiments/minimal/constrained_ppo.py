@@ -110,13 +110,9 @@ def loss_of(policy, heads, batch, fixed, s):
     mask = batch["mask"]
     log_probs, values = score(policy, heads, batch)
     ratio = (log_probs - fixed["log_probs"]).exp()
-    gain = torch.minimum(
-        ratio * fixed["advantages"], ratio.clamp(1 - s.epsilon, 1 + s.epsilon) * fixed["advantages"]
-    )
+    gain = torch.minimum(ratio * fixed["advantages"], ratio.clamp(1 - s.epsilon, 1 + s.epsilon) * fixed["advantages"])
     moved = (values - fixed["values"]).clamp(-s.cliprange_value, s.cliprange_value)
-    error = torch.maximum(
-        (values - fixed["returns"]).square(), (fixed["values"] + moved - fixed["returns"]).square()
-    )
+    error = torch.maximum((values - fixed["returns"]).square(), (fixed["values"] + moved - fixed["returns"]).square())
     coefs = torch.tensor([s.vf_coef] * (values.size(-1) - 1) + [s.kl_vf_coef])
     return ((0.5 * error @ coefs - gain) * mask).sum() / mask.sum()
 
