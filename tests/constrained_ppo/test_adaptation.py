@@ -238,9 +238,12 @@ def test_value_loss_weights():
     [
         ({"method": "xi"}, "`constraints` is empty and `method='xi'`"),
         ({"method": "ppo", "kl_target": 0.5, "kl_coef": 0.0}, "`kl_target` needs.*kl_coef"),
-        ({"method": "ppo", "kl_ceiling": -1.0}, "`kl_ceiling` must be positive, got -1"),
-        ({"method": "ppo", "gold_patience": 0}, "`gold_patience` must be positive, got 0"),
-        ({"method": "ppo", "gamma": 1.5}, r"`gamma` must lie in \[0, 1\], got 1.5"),
+        ({"method": "ppo", "kl_ceiling": -1.0}, "`kl_ceiling` must be a number greater than 0, got -1.*Leave it out"),
+        (
+            {"method": "ppo", "gold_patience": 0},
+            "`gold_patience` must be a number greater than 0, got 0.*Leave it out",
+        ),
+        ({"method": "ppo", "gamma": 1.5}, "`gamma` must be a number of at least 0 and of at most 1, got 1.5"),
         ({"method": "ppo", "kl_step": 0.0}, "`kl_step`.*got 0"),
         ({"method": "ppo", "critic_model_name_or_path": "x"}, "'x'.*needs `critic='separate'`"),
         (

@@ -283,7 +283,7 @@ def test_wrong_arguments(settings, message):
 
 
 def test_real_estimators_do_not_name_complex_points():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="got 'relu'") as error:
         EPHead(6, [8, 8], 1, activation="relu", estimator="symmetric")
     assert "complex" not in str(error.value)
 

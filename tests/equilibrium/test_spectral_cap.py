@@ -24,7 +24,7 @@ def test_caps_every_singular_value_above_and_leaves_the_others(above):
 
 
 def test_gradient_has_no_part_along_a_capped_direction():
-    weight, left, values, right = spectrum([2.0, 1.5])
+    weight, left, _, right = spectrum([2.0, 1.5])
     weight.requires_grad_()
     capped, _ = cap_singular_values(weight, right[:, :4].clone(), 0.9)
     incoming = torch.randn_like(weight)

@@ -21,47 +21,19 @@ from .multipliers import Constraint, LagrangeMultipliers
 
 Metrics = dict[str, list[float]]
 # Largest relative error of the KL that one step of the coefficient answers to (appendix B)
-CLIP = 0.2
+_CLIP = 0.2
 # A threshold nearer to zero than this makes a relative violation meaningless; it keeps the division finite
 _SMALLEST_THRESHOLD = 1e-8
 
 
 def adapted_coefficient(coefficient: float, divergence: float, target: float, step: float) -> float:
-    """
-    `coefficient * (1 + step * clip((divergence - target) / target, -0.2, 0.2))`.
-
-    Args:
-        coefficient (`float`):
-            Coefficient so far.
-        divergence (`float`):
-            KL for each token of the last rollout, in nats.
-        target (`float`):
-            Wanted KL for each token, in nats, positive.
-        step (`float`):
-            Step, in (0, 1).
-
-    Returns:
-        `float`
-    """
+    """The coefficient after a rollout whose KL for each token was `divergence`, in nats; `step` lies in (0, 1)."""
     error = (divergence - target) / target
-    return coefficient * (1 + step * max(-CLIP, min(CLIP, error)))
+    return coefficient * (1 + step * max(-_CLIP, min(_CLIP, error)))
 
 
 def mean_divergences(divergence: torch.Tensor, mask: torch.Tensor, gather: Callable) -> tuple[float, float]:
-    """
-    Means of the KL, for each token and for each response, over all processes.
-
-    Args:
-        divergence (`torch.Tensor` of shape `(B, T)`):
-            Estimate of the KL at each token, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Response tokens.
-        gather (`Callable`):
-            Gathers a tensor over processes along its first dimension.
-
-    Returns:
-        `tuple[float, float]`, in nats.
-    """
+    """Means of the KL `divergence` `(B, T)`, in nats: for each token and for each response, over all processes."""
     rows = mask.new_tensor(len(mask)).float()
     sums = torch.stack([(divergence * mask).sum().float(), mask.sum().float(), rows])
     total, tokens, responses = gather(sums.unsqueeze(0)).sum(dim=0).tolist()
@@ -70,12 +42,8 @@ def mean_divergences(divergence: torch.Tensor, mask: torch.Tensor, gather: Calla
 
 class RolloutAverages:
     """
-    Running means over all rollouts, which the theory of the saddle point speaks of, and how often violations change
-    their sign.
-
-    Args:
-        window (`int`, *optional*, defaults to `20`):
-            Number of last rollouts over which the changes of sign are counted.
+    Running means over all rollouts, of which the theory of the saddle point speaks, and how often violations turned
+    their sign over the last `window`.
     """
 
     def __init__(self, window: int = 20):
@@ -85,15 +53,7 @@ class RolloutAverages:
         self._window = window
 
     def add(self, means: Mapping[str, float], violations: Mapping[str, float]) -> None:
-        """
-        Takes one rollout in.
-
-        Args:
-            means (`Mapping[str, float]`):
-                Means over the rollout, such as those of the rewards.
-            violations (`Mapping[str, float]`):
-                Signed violation of each constraint.
-        """
+        """Takes in one rollout: its means, such as those of the rewards, and the signed violations, by name."""
         self._count += 1
         for name, mean in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean
@@ -125,15 +85,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class StoppingRules:
-    """
-    Ends a run on too large a divergence or a gold metric that no longer rises.
-
-    Args:
-        kl_ceiling (`float`, *optional*):
-            KL of a response from the reference, in nats, above which the run ends.
-        gold_patience (`int`, *optional*):
-            Evaluations without a better gold metric after which the run ends.
-    """
+    """Ends a run on too large a divergence, or after `gold_patience` evaluations without a better gold metric."""
 
     def __init__(self, kl_ceiling: float | None = None, gold_patience: int | None = None):
         self.kl_ceiling, self.gold_patience = kl_ceiling, gold_patience
@@ -142,16 +94,7 @@ class StoppingRules:
         self.num_gold_evaluations = 0
 
     def check_divergence(self, divergence: float) -> str | None:
-        """
-        Why to end after a rollout.
-
-        Args:
-            divergence (`float`):
-                Mean KL of a response of the last rollout, in nats.
-
-        Returns:
-            `str` or `None`
-        """
+        """Why to end after a rollout with this mean KL of a response, in nats; `None` to go on."""
         if self.kl_ceiling is None or divergence <= self.kl_ceiling:
             return None
         return (
@@ -160,16 +103,7 @@ class StoppingRules:
         )
 
     def check_gold(self, gold: float) -> str | None:
-        """
-        Why to end after an evaluation.
-
-        Args:
-            gold (`float`):
-                Its gold metric, higher is better.
-
-        Returns:
-            `str` or `None`
-        """
+        """Why to end after an evaluation with this gold metric, higher is better; `None` to go on."""
         self.num_gold_evaluations += 1
         if gold > self.best_gold:
             self.best_gold, self.evaluations_since_best = gold, 0
@@ -198,30 +132,13 @@ class StoppingRules:
 
 
 class RolloutController:
-    """
-    Holds the state of the dual problem and what else changes once for each rollout.
-
-    Args:
-        args ([`ConstrainedPPOConfig`]):
-            Configuration.
-        reward_names (`Sequence[str]`):
-            Names of the rewards.
-
-    Attributes:
-        constrained (`list[int]`): Index of the reward of each constraint.
-        constraints (`list[Constraint]`): Constraints; their thresholds are open until they are calibrated.
-        multipliers ([`LagrangeMultipliers`] or `None`): Multipliers, where constraints act through them.
-        statistics ([`RolloutAverages`]): Averages over the rollouts.
-        stopping ([`StoppingRules`]): When the run ends.
-        kl_coef (`float`): Coefficient of the KL as it is now.
-
-    Raises:
-        ValueError: If a constraint names no reward.
-    """
+    """Holds the state of the dual problem and what else changes once for each rollout."""
 
     def __init__(self, args: ConstrainedPPOConfig, reward_names: Sequence[str]):
         self.args, self.reward_names = args, list(reward_names)
+        # Their thresholds are open until they are calibrated
         self.constraints = args.parsed_constraints()
+        # Index of the reward of each constraint
         self.constrained = [self._reward_index(constraint) for constraint in self.constraints]
         self.multipliers = self._build_multipliers() if args.learns_multipliers else None
         self.statistics = RolloutAverages()
@@ -268,13 +185,7 @@ class RolloutController:
         ]
 
     def set_constraints(self, constraints: Sequence[Constraint]) -> None:
-        """
-        Sets the constraints with their thresholds as values.
-
-        Args:
-            constraints (`Sequence[Constraint]`):
-                One for each constraint, in their order.
-        """
+        """Sets the constraints with their thresholds as values, in the order of those before."""
         self.constraints = list(constraints)
         if self.multipliers is not None:
             self.multipliers.set_thresholds(self._thresholds())
@@ -283,16 +194,7 @@ class RolloutController:
         return [float(cast(float, constraint.threshold)) for constraint in self.constraints]
 
     def trained_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        """
-        What the policy is trained on in place of the rewards: for `"sat"` the distance to the thresholds.
-
-        Args:
-            rewards (`torch.Tensor` of shape `(N, K)`):
-                Rewards of a rollout, of all processes.
-
-        Returns:
-            `torch.Tensor` of shape `(N, K)`.
-        """
+        """What stands for the rewards `(N, K)` of a rollout in training: for `"sat"` distances to the thresholds."""
         if self.args.method != "sat":
             return rewards
         own = rewards[:, self.constrained]
@@ -304,22 +206,7 @@ class RolloutController:
     def mix(
         self, advantages: torch.Tensor, mask: torch.Tensor, reward_weights: torch.Tensor, reduce: Reduce
     ) -> torch.Tensor:
-        """
-        [`policy_advantages`] with the settings of the run and the multipliers as they are now.
-
-        Args:
-            advantages (`torch.Tensor` of shape `(K+1, B, T)`):
-                Advantages of the K rewards and, last, of the KL.
-            mask (`torch.Tensor` of shape `(B, T)`):
-                Response tokens.
-            reward_weights (`torch.Tensor` of shape `(K,)`):
-                Fixed weight of each reward in the objective.
-            reduce (`Callable`):
-                Sum of a tensor over processes.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, zero outside the mask.
-        """
+        """[`policy_advantages`], `(B, T)`, of streams `(K+1, B, T)`, with the multipliers as they are now."""
         kinds = [constraint.kind for constraint in self.constraints]
         return policy_advantages(
             advantages,
@@ -339,20 +226,8 @@ class RolloutController:
     ) -> str | None:
         """
         Takes the dual step of a training rollout and adapts the KL coefficient; records both, and for an evaluation
-        batch the violations.
-
-        Args:
-            metrics (`dict[str, list[float]]`):
-                Metrics of the mode, added to.
-            means (`dict[str, float]`):
-                Mean of each reward over the episodes of all processes.
-            divergences (`tuple[float, float]` or `None`):
-                KL for each token and for each response, in nats; `None` without a reference.
-            training (`bool`):
-                Whether this is a rollout that is trained on.
-
-        Returns:
-            `str` or `None`: why the run is to end.
+        batch the violations. `means` are those of the rewards over all processes, `divergences` the KL for each token
+        and for each response. Returns why the run is to end, or `None`.
         """
         reason = self._take_divergences(metrics, divergences, training) if divergences is not None else None
         multipliers, names = self.multipliers, self.constrained_names()
@@ -418,12 +293,7 @@ class RolloutController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Restores [`state_dict`].
-
-        Raises:
-            ValueError: If it is of another number of constraints.
-        """
+        """Restores [`state_dict`], of as many constraints."""
         thresholds = state["thresholds"]
         if len(thresholds) != len(self.constraints):
             raise ValueError(

@@ -73,25 +73,8 @@ def mix_normalized(
     stream enters with the sign turned, this is safe-rlhf's `(A_R - lambda A_C) / (1 + lambda)`. The KL does not belong
     into `A_0`, where it would count less with every multiplier: add its advantage to the result.
 
-    Args:
-        objective_advantages (`torch.Tensor` of shape `(B, T)`):
-            Advantages of the objective.
-        reward_advantages (`torch.Tensor` of shape `(K, B, T)`):
-            Advantages of the constrained rewards, with the sign turned where the constraint is an upper bound.
-        weights (`torch.Tensor` of shape `(K,)`):
-            Multipliers, not negative.
-        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
-            Response tokens.
-        whiten_streams (`bool`, *optional*, defaults to `False`):
-            Whether to whiten every stream first.
-        reduce (`Callable`, *optional*):
-            Sum of a tensor over processes, for the moments of the whitening.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, zero outside the mask.
-
-    Raises:
-        ValueError: If there is not one weight for each reward, or shapes differ.
+    Arguments, shapes, result and errors are those of [`mix_advantages`]. The sign of a constrained reward is turned
+    where its constraint is an upper bound, `weights` are not negative, and streams are whitened only on request.
     """
     objective, constrained, weights = _prepared(
         objective_advantages, reward_advantages, weights, mask, whiten_streams, reduce

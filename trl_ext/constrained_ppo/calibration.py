@@ -11,7 +11,7 @@ from .multipliers import Constraint
 _ROUNDING = 1e-12
 # A mean within this share of the spread of an equality's threshold is at it, as far as some 64 samples can tell
 _AT_THRESHOLD = 0.05
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def calibrate(constraint: Constraint, name: str, samples: torch.Tensor) -> Calib
         spread=spread,
         lowest=lowest,
         highest=highest,
-        quantiles=tuple(samples.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()),
+        quantiles=tuple(samples.quantile(torch.tensor(_QUANTILES, dtype=torch.float64)).tolist()),
         rank=float((samples <= threshold).double().mean()),
         deviations=(threshold - mean) / spread if spread > 0 else 0.0,
         warnings=tuple(_warnings(constraint, name, mean, spread, lowest, highest, len(samples))),

@@ -67,12 +67,7 @@ def write_json(folder: Path, name: str, content: Any) -> None:
 
 
 def read_json(folder: str | Path, name: str, remedy: str) -> Any:
-    """
-    Reads a file of a checkpoint.
-
-    Raises:
-        ValueError: If it is missing or no JSON; `remedy` says what to do.
-    """
+    """Reads a file of a checkpoint; refuses one that is missing, with the remedy given, or no JSON."""
     path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"The checkpoint {folder} has no {name}. {remedy}")
@@ -91,20 +86,7 @@ def save_rollout(folder: Path, rank: int, batches: list[dict[str, Any]]) -> None
 
 
 def load_rollout(folder: str | Path, rank: int, device: torch.device) -> list[dict[str, Any]] | None:
-    """
-    Restores [`save_rollout`].
-
-    Args:
-        folder (`str` or `Path`):
-            Checkpoint.
-        rank (`int`):
-            Rank of the process.
-        device (`torch.device`):
-            Where the tensors go.
-
-    Returns:
-        `list[dict]` or `None`: `None` where the checkpoint was written between two rollouts.
-    """
+    """What [`save_rollout`] wrote, on `device`; `None` where the checkpoint was written between two rollouts."""
     path = Path(folder) / ROLLOUT_FILE.format(rank=rank)
     if not path.is_file():
         return None

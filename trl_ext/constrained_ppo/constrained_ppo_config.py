@@ -6,6 +6,7 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
+from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .multipliers import Constraint, check_constraints
@@ -32,9 +33,9 @@ PRESETS: dict[str, Preset] = {
     "all": Preset("rewards", "<=", "sigmoid"),
     "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
 }
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
+_CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
 _FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
@@ -309,12 +310,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         return None if self.search is None else ThresholdSearchConfig.from_dict(self.search)
 
     def vf_coefs(self, num_rewards: int) -> list[float]:
-        """
-        The weight of the value loss of each reward.
-
-        Raises:
-            ValueError: If `vf_coef` is neither one number nor one for each reward.
-        """
+        """The weight of the value loss of each reward: `vf_coef` is one number for all, or one for each."""
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         coefficients = [float(coefficient) for coefficient in given]
         if len(coefficients) not in (1, num_rewards):
@@ -340,18 +336,12 @@ class ConstrainedPPOConfig(GRPOConfig):
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         if not all(float(coefficient) >= 0 for coefficient in given):
             raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
-        for name in ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive, got {value}. Leave it out to go without.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.kl_step < 1:
-            raise ValueError(f"`kl_step` must lie in (0, 1), got {self.kl_step}.")
+        not_negative = ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples")
+        check_number(self, *not_negative, at_least=0)
+        positive = ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience")
+        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
+        check_number(self, "gamma", "gae_lambda", at_least=0, at_most=1)
+        check_number(self, "kl_step", above=0, below=1)
         needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
@@ -360,10 +350,10 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
+        if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` reads one advantage for each response; here every token has its own. "
-                f"Use one of {LOSS_TYPES}; 'dapo' is the mean over tokens."
+                f"Use one of {_LOSS_TYPES}; 'dapo' is the mean over tokens."
             )
         if self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
@@ -393,8 +383,7 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: value "
                 "heads on the policy have no backbone of their own."
             )
-        if self.critic_head not in ("linear", "equilibrium"):
-            raise ValueError(f"`critic_head` must be 'linear' or 'equilibrium', got {self.critic_head!r}.")
+        check_choice(self, "critic_head", choices=("linear", "equilibrium"))
         if self.critic_head == "linear":
             for name, unused in _FEEDBACK.items():
                 if getattr(self, name) != unused:
@@ -424,15 +413,10 @@ class ConstrainedPPOConfig(GRPOConfig):
         search.keep_best_policy(self)
 
     def parsed_constraints(self) -> list[Constraint]:
-        """
-        The constraints as objects.
-
-        Raises:
-            ValueError: If one lacks a key or has one too many.
-        """
+        """The constraints as objects; refuses one that lacks a key or has one too many."""
         parsed = []
         for constraint in self.constraints:
-            unknown, missing = set(constraint) - CONSTRAINT_KEYS, {"reward"} - set(constraint)
+            unknown, missing = set(constraint) - _CONSTRAINT_KEYS, {"reward"} - set(constraint)
             if unknown or missing:
                 raise ValueError(
                     f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "
@@ -451,23 +435,6 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
     """
     The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
     checkpoint by, unless another is named.
-
-    Args:
-        args ([`ConstrainedPPOConfig`] or `None`):
-            What the user gave.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Policy, for the name of the output folder.
-        gold_reward (`Callable` or `None`):
-            Gold metric.
-        eval_dataset (`Any`):
-            Data that the gold metric is measured on.
-
-    Returns:
-        [`ConstrainedPPOConfig`]
-
-    Raises:
-        TypeError: If `args` is of another class.
-        ValueError: If a setting needs a gold metric, or the metric has no data.
     """
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path

@@ -31,15 +31,7 @@ from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
-from .checkpoint import (
-    MULTIPLIERS_FILE,
-    STATE_FILE,
-    STOP_FILE,
-    load_rollout,
-    read_json,
-    save_rollout,
-    write_json,
-)
+from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
     VALUE_HEADS,
@@ -59,7 +51,7 @@ from .threshold_search.callback import ThresholdSearchCallback
 
 logger = get_logger(__name__)
 # Keyword of the policy's forward that asks for values too
-WITH_VALUES = {"with_values": True}
+_WITH_VALUES = {"with_values": True}
 # What `_get_per_token_logps_and_entropies` takes beside tokens, for models that read more than text
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -269,7 +261,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
         if model is self.model and self.rollout.scored is None and self.rollout.purpose != "calibration":
-            model = self.rollout.scored = ForwardRecorder(model, WITH_VALUES)
+            model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _estimate(self, rollout: Rollout, output: dict[str, Any]) -> None:
@@ -297,7 +289,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _score(self, output: dict[str, Any]) -> ForwardRecorder:
         """Log-probabilities and values of the completions, before any step on them."""
-        recorder = ForwardRecorder(self.model, WITH_VALUES)
+        recorder = ForwardRecorder(self.model, _WITH_VALUES)
         input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         others = {name: output[name] for name in _MULTIMODAL if name in output}
@@ -354,7 +346,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
             inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
-        recorder = ForwardRecorder(model, WITH_VALUES)
+        recorder = ForwardRecorder(model, _WITH_VALUES)
         with self._without_kl_loss():
             policy_loss = super()._compute_loss(recorder, inputs)
         values = recorder.last_tokens("state_values", mask.size(1))
@@ -443,14 +435,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def sample_rewards(self, num_samples: int) -> torch.Tensor:
         """
-        Rewards of responses of the policy as it is to training prompts. Random states and logs stay as they were.
-
-        Args:
-            num_samples (`int`):
-                Fewest responses, over all processes.
-
-        Returns:
-            `torch.Tensor` of shape `(N, K)`: those of all processes.
+        Rewards `(N, K)` of the policy as it is on training prompts, over all processes, N at least `num_samples`.
+        Random states and logs stay as they were.
         """
         local, world, rank = (
             self.args.per_device_train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
@@ -489,13 +475,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return output
 
     def end_training(self, reason: str) -> None:
-        """
-        Ends training after the step under way.
-
-        Args:
-            reason (`str`):
-                Why; logged, and written to `stop_reason.json`.
-        """
+        """Ends training after the step under way; the reason is logged, and written to `stop_reason.json`."""
         self.stop_reason = reason
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)

@@ -34,21 +34,8 @@ def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float
 ) -> torch.Tensor:
     """
-    Squared error of values against returns; where a value has moved by more than `cliprange` since generation, the
-    larger of the errors of the value and of the clipped value.
-
-    Args:
-        values (`torch.Tensor` of any shape):
-            Values now.
-        old_values (`torch.Tensor` of the same shape):
-            Values at generation.
-        returns (`torch.Tensor` of the same shape):
-            Targets.
-        cliprange (`float`):
-            Range; 0 leaves the loss unclipped.
-
-    Returns:
-        `torch.Tensor` of the same shape: half the squared error.
+    Half the squared error of values against returns, element by element; where a value has moved by more than
+    `cliprange` since generation (0 for no bound), the larger of the errors of the value and of the clipped value.
     """
     error = (values - returns).square()
     if cliprange > 0:
@@ -59,17 +46,11 @@ def clipped_value_loss(
 
 @dataclass
 class ValuedCausalLMOutput(FusedCausalLMOutput):
-    """
-    TRL's output with the values.
+    """TRL's output with the values."""
 
-    Attributes:
-        state_values (`torch.Tensor` of shape `(B, T-1, K+1)`, float32):
-            Value of the state before each next token, for each reward and, last, the KL.
-        homeostasis_loss (`torch.Tensor` of shape `(1,)`, float32, *optional*):
-            Homeostasis objective of equilibrium heads, in training and where it has a weight.
-    """
-
+    # (B, T-1, K+1), float32: value of the state before each next token, for each reward and, last, the KL
     state_values: torch.Tensor | None = None
+    # (1,), float32: objective of equilibrium heads, in training and where it has a weight
     homeostasis_loss: torch.Tensor | None = None
 
 
@@ -90,14 +71,7 @@ class ValueHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden (`torch.Tensor` of shape `(B, T, H)`, any floating dtype):
-                Hidden states.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T, num_heads)`, float32.
-        """
+        """Values `(B, T, num_heads)`, float32, of hidden states `(B, T, H)` of any floating dtype."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
@@ -121,16 +95,7 @@ class SeparateCritic(nn.Module):
         self.heads = heads or ValueHeads(backbone.config.get_text_config().hidden_size, num_heads)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`):
-                Tokens.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
-                Tokens that are not padding.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T, num_heads)`, float32.
-        """
+        """Values `(B, T, num_heads)`, float32, of tokens `(B, T)` and the mask of those that are not padding."""
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self.heads(output.last_hidden_state)
 
@@ -140,12 +105,9 @@ class RelaxingHeads(Protocol):
     """
     What value heads that relax to a fixed point offer beside `forward`, as [`EPHead`] does. A critic of any class that
     has it is asked for its objective and its metrics.
-
-    Attributes:
-        feedback (`str`): `"symmetric"`, or `"asymmetric"`, which has an objective and an asymmetry.
     """
 
-    feedback: str
+    feedback: str  # "symmetric", or "asymmetric", which has an objective and an asymmetry
 
     def homeostasis_loss(self) -> torch.Tensor:
         """Objective that straightens the feedback, scalar."""
@@ -162,22 +124,10 @@ class RelaxingHeads(Protocol):
 
 class CriticCompanion(Companion):
     """
-    The critic inside a policy (see [`Companion`]), whose values come with the output of TRL's fused head in the same
-    forward, when that is called with `with_values=True`.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy with TRL's fused head; under PEFT, the base model.
-        critic (`torch.nn.Module`):
-            [`SeparateCritic`], or a module from hidden states `(B, T, H)` to values `(B, T, K+1)`.
-        reward_names (`Sequence[str]`):
-            Names of the K rewards, in the order of the value heads.
-        learning_rate (`float`, *optional*):
-            Its learning rate. Defaults to the policy's.
-        detach (`bool`, *optional*, defaults to `False`):
-            Whether the critic's gradient stops at the policy's backbone.
-        homeostasis (`bool`, *optional*, defaults to `False`):
-            Whether the output has the objective of [`RelaxingHeads`], in training.
+    The critic inside a policy with TRL's fused head (see [`Companion`]): its values come in the forward of that head,
+    when it is called with `with_values=True`. `critic` is a [`SeparateCritic`], or a module from hidden states to
+    values, `(B, T, H)` to `(B, T, K+1)`; `detach` stops its gradient at the policy's backbone, and `homeostasis` adds
+    the objective of [`RelaxingHeads`] to the output in training.
     """
 
     def __init__(
@@ -242,7 +192,7 @@ def kind_of(critic: nn.Module) -> str:
     return kinds.get(type(critic), "module")
 
 
-def build_value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
+def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -> nn.Module:
     """The heads that `critic_head` names, for hidden states of a width; the same on all processes."""
     if args.critic_head == "linear":
         return ValueHeads(hidden_size, num_heads)
@@ -258,39 +208,24 @@ def build_critic(
     policy: PreTrainedModel, num_heads: int, args: ConstrainedPPOConfig, critic_model: str | nn.Module | None = None
 ) -> nn.Module:
     """
-    The critic that a configuration and the argument `critic_model` of the trainer ask for.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy.
-        num_heads (`int`):
-            Number of streams: rewards, and one for the KL.
-        args ([`ConstrainedPPOConfig`]):
-            Configuration.
-        critic_model (`str`, [`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
-            See [`ConstrainedPPOTrainer`].
-
-    Returns:
-        `torch.nn.Module`
-
-    Raises:
-        ValueError: If the critic does not fit the policy or the number of streams, or `critic` is the other kind.
+    The critic that a configuration and the argument `critic_model` of the trainer ask for; refuses one that does not
+    fit the policy or the number of streams.
     """
     if args.critic == "separate":
         if critic_model is None or isinstance(critic_model, str):
-            critic = build_separate_critic(policy, num_heads, critic_model or args.critic_model_name_or_path)
-            critic.heads = build_value_heads(critic.backbone.config.get_text_config().hidden_size, num_heads, args)
-            return critic
-        if isinstance(critic_model, PreTrainedModel):
-            heads = build_value_heads(critic_model.config.get_text_config().hidden_size, num_heads, args)
-            return SeparateCritic(critic_model.base_model, num_heads, heads)
-        raise ValueError(
-            f"`critic='separate'` takes a model or its name as `critic_model`, got `{type(critic_model).__name__}`. "
-            "For a module on the policy's hidden states set `critic='shared'`."
-        )
+            backbone = _backbone(policy, critic_model or args.critic_model_name_or_path)
+        elif isinstance(critic_model, PreTrainedModel):
+            backbone = critic_model.base_model
+        else:
+            raise ValueError(
+                "`critic='separate'` takes a model or its name as `critic_model`, got "
+                f"`{type(critic_model).__name__}`. For a module on the policy's hidden states set `critic='shared'`."
+            )
+        width = backbone.config.get_text_config().hidden_size
+        return SeparateCritic(backbone, num_heads, _value_heads(width, num_heads, args))
     hidden_size = policy.config.get_text_config().hidden_size
     if critic_model is None:
-        return build_value_heads(hidden_size, num_heads, args)
+        return _value_heads(hidden_size, num_heads, args)
     if isinstance(critic_model, (str, PreTrainedModel)):
         raise ValueError(
             "`critic_model` is a model and `critic='shared'` takes a module from hidden states "
@@ -326,25 +261,8 @@ def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int,
         )
 
 
-def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path: str | None = None) -> SeparateCritic:
-    """
-    A separate critic that starts from a model, such as a reward model, or from the policy.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy.
-        num_heads (`int`):
-            Number of streams: rewards, and one for the KL.
-        name_or_path (`str`, *optional*):
-            Model to start from; of a classifier or language model, its backbone. Defaults to a copy of the policy's
-            backbone.
-
-    Returns:
-        [`SeparateCritic`]
-
-    Raises:
-        ValueError: If the model has a smaller vocabulary than the policy, whose token ids it is given.
-    """
+def _backbone(policy: PreTrainedModel, name_or_path: str | None) -> PreTrainedModel:
+    """The backbone of a model, such as a reward model, or a copy of the policy's, whose token ids it is given."""
     if name_or_path is None and is_deepspeed_zero3_enabled():
         name_or_path = policy.config.name_or_path or None
     if name_or_path is None:
@@ -357,58 +275,24 @@ def build_separate_critic(policy: PreTrainedModel, num_heads: int, name_or_path:
             f"`critic_model_name_or_path={name_or_path!r}` has a vocabulary of {size} tokens and the policy one of "
             f"{needed}; the critic reads the policy's token ids. Choose a model with the policy's tokenizer."
         )
-    backbone.requires_grad_(True)
-    return SeparateCritic(backbone, num_heads)
+    return backbone.requires_grad_(True)
 
 
 def critic_sums(values: torch.Tensor, returns: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Sums over the tokens of a minibatch of the value loss, the values and the returns.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, T, K+1)`):
-            Values.
-        returns (`torch.Tensor` of shape `(B, T, K+1)`):
-            Their targets.
-        errors (`torch.Tensor` of shape `(K+1,)`):
-            Sum of the value loss.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Response tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(3, K+1)`.
-    """
+    """Sums over a minibatch's tokens, `(3, K+1)`: of the value loss, which are `errors`, the values and returns."""
     inside = mask.unsqueeze(-1)
     return torch.stack([errors, (values * inside).sum((0, 1)), (returns * inside).sum((0, 1))])
 
 
 def record_critic(metrics: Metrics, names: Sequence[str], means: torch.Tensor) -> None:
-    """
-    Records the value loss, mean value and mean return of each stream.
-
-    Args:
-        metrics (`dict[str, list[float]]`):
-            Metrics of the mode, added to.
-        names (`Sequence[str]`):
-            Names of the K+1 streams.
-        means (`torch.Tensor` of shape `(3, K+1)`):
-            [`critic_sums`] of all processes by the number of their tokens.
-    """
+    """Records the value loss, mean value and mean return of each stream: [`critic_sums`] by the number of tokens."""
     for name, column in zip(names, means.t().tolist(), strict=True):
         for metric, value in zip(("loss", "value", "return"), column, strict=True):
             metrics[f"critic/{name}/{metric}"].append(value)
 
 
 def record_heads(metrics: Metrics, heads: nn.Module) -> None:
-    """
-    Records what [`RelaxingHeads`] say of themselves; nothing for other heads. All processes must call it.
-
-    Args:
-        metrics (`dict[str, list[float]]`):
-            Metrics of the mode, added to.
-        heads (`torch.nn.Module`):
-            Value heads, sharded or not.
-    """
+    """Records what [`RelaxingHeads`] say of themselves, nothing for others. All processes must call it."""
     if not isinstance(heads, RelaxingHeads):
         return
     for name, value in heads.metrics().items():

@@ -18,29 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-OBJECTIVE_COLOR = "#444444"
-THRESHOLD_COLOR = "#c1272d"
-GOLD_COLOR = "#b8860b"
-COLUMNS = 3
+_OBJECTIVE_COLOR = "#444444"
+_THRESHOLD_COLOR = "#c1272d"
+_GOLD_COLOR = "#b8860b"
+_COLUMNS = 3
 # More points than pixels of a panel only cost time and space
 MAX_POINTS = 1000
 
 
 def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
-    """
-    The newest values of a run, one row for each reward and one for the objective.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            The trainer's log.
-        constraints (`Sequence[Constraint]`, *optional*):
-            Constraints, by name of their reward.
-        title (`str`, *optional*):
-            Title of the table.
-
-    Returns:
-        [`~rich.table.Table`]
-    """
+    """The newest values of a run, one row for each reward and one for the objective."""
     constrained = bool(constraints)
     columns = ["reward", "mean ± std", "average"]
     if constrained:
@@ -147,8 +134,8 @@ def draw_dashboard(
             KL, in nats per response, that ends training.
     """
     panels = _panels(log_history, constraints, kl_ceiling)
-    rows = max(1, math.ceil(len(panels) / COLUMNS))
-    columns = min(COLUMNS, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / _COLUMNS))
+    columns = min(_COLUMNS, max(1, len(panels)))
     figure = new_figure(4.6 * columns, 2.9 * rows + 0.5, dpi=110)
     steps = [step for _, lines in panels for line in lines for step in line.points[0]]
     figure.suptitle(
@@ -208,13 +195,13 @@ def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceili
     weights = _per_reward(log_history, colors, "weight")
     objective = series(log_history, "weight/objective")
     if objective[0]:
-        weights.append(_Line(objective, "objective", OBJECTIVE_COLOR, linestyle="--"))
+        weights.append(_Line(objective, "objective", _OBJECTIVE_COLOR, linestyle="--"))
     panels.append(("effective weight", weights))
     panels.append(_kl_panel(log_history, kl_ceiling))
     panels.append(_gold_panel(log_history))
     critics = [
         _Line(series(log_history, f"critic/{name}/loss"), _shortened(name, 26), color, yscale="log")
-        for name, color in {**colors, "kl": OBJECTIVE_COLOR}.items()
+        for name, color in {**colors, "kl": _OBJECTIVE_COLOR}.items()
     ]
     panels.append(("critic loss", [line for line in critics if line.points[0]]))
     return [panel for panel in panels if panel[1]]
@@ -240,10 +227,10 @@ def _reward_panel(log_history: LogHistory, name: str, constraints: list[Constrai
         logged = series(log_history, f"threshold/{name}") if len(constraints) == 1 else ([], [])
         if len(set(logged[1])) > 1:
             label = f"threshold ({constraint.kind})"
-            lines.append(_Line(logged, label, THRESHOLD_COLOR, drawstyle="steps-post", **style))
+            lines.append(_Line(logged, label, _THRESHOLD_COLOR, drawstyle="steps-post", **style))
         elif constraint.threshold is not None:
             label = f"threshold ({constraint.kind} {constraint.threshold:.3g})"
-            lines.append(_Line(([], [constraint.threshold]), label, THRESHOLD_COLOR, **style))
+            lines.append(_Line(([], [constraint.threshold]), label, _THRESHOLD_COLOR, **style))
     return f"reward: {_shortened(name, 40)}", lines
 
 
@@ -251,10 +238,10 @@ def _kl_panel(log_history: LogHistory, kl_ceiling: float | None) -> Panel:
     per_response = series(log_history, "kl/per_response")
     if not per_response[0]:
         return "", []
-    lines = [_Line(per_response, "per response", OBJECTIVE_COLOR)]
+    lines = [_Line(per_response, "per response", _OBJECTIVE_COLOR)]
     if kl_ceiling is not None:
         lines.append(
-            _Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", THRESHOLD_COLOR, linewidth=1.2, linestyle="-.")
+            _Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", _THRESHOLD_COLOR, linewidth=1.2, linestyle="-.")
         )
     return "KL to the reference, nats per response", lines
 
@@ -263,10 +250,10 @@ def _gold_panel(log_history: LogHistory) -> Panel:
     points, best = series(log_history, "eval_gold"), best_value(log_history, "eval_gold")
     if not points[0]:
         return "", []
-    lines = [_Line(points, "gold", GOLD_COLOR, marker="o", markersize=3.5)]
+    lines = [_Line(points, "gold", _GOLD_COLOR, marker="o", markersize=3.5)]
     if best is not None:
         label = f"best: {best[1]:.3g} at step {best[0]}"
-        lines.append(_Line(([best[0]], [best[1]]), label, GOLD_COLOR, marker="*", markersize=13, linestyle="none"))
+        lines.append(_Line(([best[0]], [best[1]]), label, _GOLD_COLOR, marker="*", markersize=13, linestyle="none"))
     return "gold metric, validation", lines
 
 

@@ -332,12 +332,7 @@ class LagrangeMultipliers:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Restores [`state_dict`].
-
-        Raises:
-            ValueError: If it is of another number of constraints.
-        """
+        """Restores [`state_dict`], of as many constraints."""
         if len(state["values"]) != len(self.constraints):
             raise ValueError(
                 f"The saved state has {len(state['values'])} multipliers and this run {len(self.constraints)} "
@@ -354,12 +349,7 @@ class LagrangeMultipliers:
 
 
 def check_constraints(constraints: Sequence[Constraint]) -> None:
-    """
-    Refuses an empty list and constraints on one reward that no policy can meet together.
-
-    Raises:
-        ValueError: Naming the reward and both constraints.
-    """
+    """Refuses an empty list, and constraints on one reward that no policy can meet together."""
     if not constraints:
         raise ValueError("`constraints` is empty. Give at least one, or use `method='ppo'`.")
     for reward in {constraint.reward for constraint in constraints}:

@@ -26,9 +26,9 @@ logger = get_logger(__name__)
 CALIBRATION_FILE = "calibration.json"
 DASHBOARD_FILE = "dashboard.png"
 # Share of the training time that drawing may take
-DRAWING_SHARE = 0.02
+_DRAWING_SHARE = 0.02
 # Columns of characters that the table of rewards takes
-CONSOLE_WIDTH = 110
+_CONSOLE_WIDTH = 110
 CITATION = """@inproceedings{moskovitz2024confronting,
     title     = {Confronting Reward Model Overoptimization with Constrained {RLHF}},
     author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan
@@ -43,24 +43,13 @@ PAPER = {
     "citation": CITATION,
 }
 _SETTINGS = (
-    "method",
-    "objective",
-    "mixing",
-    "whitening",
-    "critic",
-    "gamma",
-    "gae_lambda",
-    "num_iterations",
-    "kl_coef",
-)
+    "method", "objective", "mixing", "whitening", "critic", "gamma", "gae_lambda", "num_iterations", "kl_coef",
+)  # fmt: skip
 _OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
 _EQUILIBRIUM = (
-    "critic_head",
-    "critic_hidden_features",
-    "critic_feedback",
-    "critic_feedback_angle",
-    "critic_homeostasis_coef",
-)
+    "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
+)  # fmt: skip
+_MULTIPLIERS = ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
 
 
 def run_section(trainer: Any, model_id: str) -> str:
@@ -83,35 +72,13 @@ def method_section(
     stop_reason: str | None = None,
     critic: str = "shared",
 ) -> str:
-    """
-    Markdown of the method's section.
-
-    Args:
-        config ([`ConstrainedPPOConfig`]):
-            Configuration of the run.
-        log_history (`Sequence[dict]`):
-            The trainer's log; its newest values are shown.
-        model_id (`str`):
-            Hub id or folder of the model.
-        constraints (`Sequence[Constraint]`, *optional*):
-            Constraints, by name of their reward.
-        stop_reason (`str`, *optional*):
-            Why training ended before its last step.
-        critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`, `"separate"` or `"module"`, a module of the user's own.
-
-    Returns:
-        `str`
-    """
+    """Markdown of the method's section, with the newest values of the log; `critic` is its [`kind_of`]."""
     settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
     settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
     if config.critic_head == "equilibrium":
         settings |= {name: getattr(config, name) for name in _EQUILIBRIUM}
     if config.learns_multipliers:
-        settings |= {
-            name: getattr(config, name)
-            for name in ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
-        }
+        settings |= {name: getattr(config, name) for name in _MULTIPLIERS}
     parts = ["### Rewards and constraints", settings_table(settings)]
     results = _results(log_history, constraints)
     if results:
@@ -217,7 +184,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
     return table
 
 
-def save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
+def _save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
     """Writes `calibration.json`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     rows = [asdict(calibration) for calibration in calibrations]
@@ -228,10 +195,6 @@ class CalibrationCallback(TrainerCallback):
     """
     Compares the constraints of a run with the policy before its first step, and resolves thresholds stated relative to
     it. A resumed run keeps the thresholds of its checkpoint.
-
-    Args:
-        trainer ([`ConstrainedPPOTrainer`]):
-            Trainer.
     """
 
     def __init__(self, trainer: Any):
@@ -251,7 +214,7 @@ class CalibrationCallback(TrainerCallback):
         if trainer.is_world_process_zero():
             if not args.disable_tqdm:
                 Console().print(calibration_table(found))
-            save_calibration(found, args.output_dir)
+            _save_calibration(found, args.output_dir)
         for calibration in found:
             for warning in calibration.warnings:
                 logger.warning(warning, main_process_only=True)
@@ -345,10 +308,10 @@ class ConstraintDashboardCallback(TrainerCallback):
             state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
         )
         end = time.monotonic()
-        self._next_drawing = end + max(self.png_seconds, (end - start) / DRAWING_SHARE)
+        self._next_drawing = end + max(self.png_seconds, (end - start) / _DRAWING_SHARE)
 
 
 def _wide_console() -> Console:
     """A console as wide as the table, also where the terminal's width is not known, as in log files."""
     console = Console()
-    return console if console.width >= CONSOLE_WIDTH or console.is_terminal else Console(width=CONSOLE_WIDTH)
+    return console if console.width >= _CONSOLE_WIDTH or console.is_terminal else Console(width=_CONSOLE_WIDTH)

@@ -19,8 +19,9 @@ class EPConfig(PreTrainedConfig):
     Parameters:
         text_config (`PreTrainedConfig` or `dict`):
             Configuration of the backbone.
-        hidden_features, feedback, feedback_angle, activation, estimator, num_points, rotated, radius, correction,
-        tolerance, max_steps, spectral_cap:
+        hidden_features, feedback, feedback_angle, activation, estimator, num_points (*optional*):
+            Settings of the head; see [`HeadSettings`].
+        rotated, radius, correction, tolerance, max_steps, spectral_cap (*optional*):
             Settings of the head; see [`HeadSettings`].
         pooling (`str`, *optional*):
             State that the head reads: `"last"` or `"first"`, of the last or first token that is not padding; `"mean"`,

@@ -174,7 +174,7 @@ class PointsDynamics:
         activation, constants = self.network.activation, self.constants[layer]
         blocks = current.view(len(self.mixer), self.num_samples, current.shape[-1])
         num_complex = (len(blocks) - self.num_real) // 2
-        real, a, b = blocks.split([self.num_real, num_complex, num_complex])
+        real, a, b = torch.split(blocks, [self.num_real, num_complex, num_complex])
         parts = [activation.difference(constants, real)] if self.num_real else []
         if num_complex:
             parts += activation.complex_difference(constants, a, b)
@@ -203,8 +203,10 @@ def principal_mode(
     Mean over the [`Estimator.points`] `z_k` of `(phi(u + z_k v) - phi(u)) / z_k`, the mode that they have in common.
 
     Args:
-        activation ([`Activation`]), constants (`tuple[torch.Tensor]`):
-            `phi`, and what it needs of `u`.
+        activation ([`Activation`]):
+            `phi`.
+        constants (`tuple[torch.Tensor]`):
+            What it needs of `u`.
         current (`torch.Tensor` of shape `(rows, n)`):
             Real `v`.
         points (`list[tuple[complex, float]]`):
@@ -301,13 +303,13 @@ def error_vectors(
     dynamics = PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
     relaxation = relax(dynamics, tolerance, max_steps)
     principal, relaxations = relaxation.activities, [relaxation]
-    largest = torch.stack(dynamics.largest_currents).max()
-    higher_modes = network.activation.max_curvature * largest.square()
-    if len(points) > 1 or points[0][0].imag != 0:
-        if not higher_modes <= absolute_tolerance(tolerance, nudge.dtype):
-            completed = relax_points(network, constants, drive, principal, points, tolerance, max_steps)
-            principal = completed.layers
-            relaxations += completed.relaxations
+    # A single real point has one mode; else the others stay at zero where the curvature of `phi` cannot raise them
+    higher_modes = network.activation.max_curvature * torch.stack(dynamics.largest_currents).max().square()
+    has_others = len(points) > 1 or points[0][0].imag != 0
+    if has_others and not higher_modes <= absolute_tolerance(tolerance, nudge.dtype):
+        completed = relax_points(network, constants, drive, principal, points, tolerance, max_steps)
+        principal = completed.layers
+        relaxations += completed.relaxations
     return ErrorVectors([mode / estimator.radius for mode in principal], relaxations)
 
 

@@ -7,6 +7,7 @@ One forward: [`EPHead.forward`] casts and maps the input, [`equilibrium`] (funct
 function.py, [`error_vectors`] (gradient.py), and the same [`relax`] on the differences of activations.py.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -59,8 +60,9 @@ class EPHead(nn.Module):
             Widths of the layers; see [`HeadSettings`].
         out_features (`int`):
             Size of the output.
-        feedback, feedback_angle, activation, estimator, num_points, rotated, radius, correction, tolerance, max_steps,
-        spectral_cap:
+        feedback, feedback_angle, activation, estimator, num_points, rotated (*optional*):
+            See [`HeadSettings`].
+        radius, correction, tolerance, max_steps, spectral_cap (*optional*):
             See [`HeadSettings`].
 
     Attributes:
@@ -127,7 +129,7 @@ class EPHead(nn.Module):
         widths = self.hidden_features
         self.input_weight = nn.Parameter(torch.empty(widths[0], self.in_features))
         self.input_bias = nn.Parameter(torch.empty(widths[0]))
-        for layer, (below, above) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for layer, (below, above) in enumerate(itertools.pairwise(widths), start=1):
             self.register_parameter(f"forward_weight_{layer}", nn.Parameter(torch.empty(above, below)))
             if self.feedback == "asymmetric":
                 self.register_parameter(f"backward_weight_{layer}", nn.Parameter(torch.empty(below, above)))
@@ -176,7 +178,7 @@ class EPHead(nn.Module):
             return torch.randn(rows, columns, generator=generator, device="cpu") * (gain / math.sqrt(columns))
 
         values = {"input_weight": draw(widths[0], self.in_features), "input_bias": torch.zeros(widths[0])}
-        for layer, (below, above) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for layer, (below, above) in enumerate(itertools.pairwise(widths), start=1):
             forward = draw(above, below, INITIAL_GAIN / chain)
             values[f"forward_weight_{layer}"] = forward
             if self.feedback == "asymmetric":
@@ -440,7 +442,7 @@ def refuse_behind_lm_head(module: nn.Module, name: str, submodule: nn.Module | N
             Module that gets a submodule.
         name (`str`):
             Name of the submodule in it.
-        submodule (`torch.nn.Module`, *optional*):
+        submodule (`torch.nn.Module` or `None`):
             The submodule.
 
     Raises:

@@ -129,10 +129,10 @@ class EPModelForSequenceClassification(PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str`):
                 Model id or folder.
-            model_args (`Any`):
-                Handed on.
             config (`PreTrainedConfig`, *optional*):
                 Configuration. Defaults to the saved one.
+            model_args (`Any`):
+                Handed on.
             kwargs (`Any`):
                 Those of transformers' `from_pretrained`, and fields of [`EPConfig`].
 

@@ -82,7 +82,7 @@ class LayeredNetwork:
                 Index from 0.
             activities (`list[torch.Tensor]` of shapes `(rows, n_l)`):
                 State; `None` for a layer that is silent. The layer's own activity is not used.
-            drive (`torch.Tensor` of shape `(rows, n_layer)` or `(n_layer,)`, *optional*):
+            drive (`torch.Tensor` of shape `(rows, n_layer)` or `(n_layer,)`, or `None`):
                 Constant current.
 
         Returns:

@@ -16,10 +16,6 @@ EstimatorName = Literal["holomorphic", "symmetric", "one_sided", "tangent", "exa
 CorrectionName = Literal["none", "asymep"]
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class HeadSettings:
     """
@@ -64,18 +60,28 @@ class HeadSettings:
         ValueError: If a setting is not one of those above.
     """
 
-    hidden_features: int | tuple[int, ...] = _setting((256, 256), "Widths of the head's relaxing layers.")
-    feedback: FeedbackName = _setting("symmetric", "Feedback weights: the forward ones transposed, or their own.")
-    feedback_angle: float = _setting(0.0, "Degrees between feedback and transposed forward weights at the start.")
-    activation: ActivationName = _setting("tanh", "Activation of the relaxing layers.")
-    estimator: EstimatorName = _setting("holomorphic", "Estimator of the gradient.")
-    num_points: int = _setting(2, "Points of the holomorphic estimator.")
-    rotated: bool = _setting(True, "Points half a step from the real axis.")
-    radius: float = _setting(1e-3, "Size of the nudge.")
-    correction: CorrectionName = _setting("none", "'asymep' removes the bias of asymmetric feedback.")
-    tolerance: float = _setting(1e-4, "Residual of a fixed point.")
-    max_steps: int = _setting(100, "Sweeps at most.")
-    spectral_cap: float | None = _setting(None, "Bound on the spectral norm of every recurrent block.")
+    hidden_features: int | tuple[int, ...] = field(
+        default=(256, 256), metadata={"help": "Widths of the head's relaxing layers."}
+    )
+    feedback: FeedbackName = field(
+        default="symmetric", metadata={"help": "Feedback weights: the forward ones transposed, or their own."}
+    )
+    feedback_angle: float = field(
+        default=0.0, metadata={"help": "Degrees between feedback and transposed forward weights at the start."}
+    )
+    activation: ActivationName = field(default="tanh", metadata={"help": "Activation of the relaxing layers."})
+    estimator: EstimatorName = field(default="holomorphic", metadata={"help": "Estimator of the gradient."})
+    num_points: int = field(default=2, metadata={"help": "Points of the holomorphic estimator."})
+    rotated: bool = field(default=True, metadata={"help": "Points half a step from the real axis."})
+    radius: float = field(default=1e-3, metadata={"help": "Size of the nudge."})
+    correction: CorrectionName = field(
+        default="none", metadata={"help": "'asymep' removes the bias of asymmetric feedback."}
+    )
+    tolerance: float = field(default=1e-4, metadata={"help": "Residual of a fixed point."})
+    max_steps: int = field(default=100, metadata={"help": "Sweeps at most."})
+    spectral_cap: float | None = field(
+        default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
+    )
 
     def __post_init__(self) -> None:
         check_head(self)

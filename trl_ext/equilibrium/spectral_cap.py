@@ -49,8 +49,12 @@ def leading_singular_vectors(
     them are above it than the subspace has dimensions.
 
     Args:
-        weight, start, cap:
-            See [`cap_singular_values`].
+        weight (`torch.Tensor`):
+            See [`cap_singular_values`], as of the others.
+        start (`torch.Tensor`):
+            Right vectors to start from.
+        cap (`float`):
+            Bound.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: left vectors of shape `(m, k')` and right vectors of shape `(n, k')`,

@@ -63,7 +63,9 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more.
 
     Parameters:
-        homeostasis_coef (`float`, *optional*), head_learning_rate (`float`, *optional*):
+        homeostasis_coef (`float`, *optional*):
+            As in [`EPTrainingArguments`].
+        head_learning_rate (`float`, *optional*):
             As in [`EPTrainingArguments`].
     """
 
@@ -228,7 +230,7 @@ def use_head_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, l
             Optimizer without state.
         model (`nn.Module`):
             Model that it steps, whatever wraps it.
-        learning_rate (`float`, *optional*):
+        learning_rate (`float` or `None`):
             Their learning rate.
     """
     if learning_rate is None:

@@ -26,7 +26,7 @@ class EPValueHeads(EPHead):
             Number of streams: rewards, and one for the KL.
         hidden_features (`int` or `list[int]`, *optional*, defaults to `(64, 64)`):
             Widths of the relaxing layers; the spectral norm of the weights between them is bounded by 0.9.
-        feedback, feedback_angle:
+        feedback, feedback_angle (*optional*):
             See [`HeadSettings`].
 
     Raises:

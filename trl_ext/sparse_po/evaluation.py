@@ -69,7 +69,7 @@ def reward_and_divergence(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Policy, without gradient.
-        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+        ref_model ([`~transformers.PreTrainedModel`] or `None`):
             Reference model; `None` for a PEFT policy against itself with the adapter switched off.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of both.

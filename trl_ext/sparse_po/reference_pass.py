@@ -167,5 +167,6 @@ def original_head(head: Any) -> Any:
 
     if not isinstance(head, ModulesToSaveWrapper):
         return head
-    copies = head.modules_to_save
-    return copies[REFERENCE_ADAPTER] if REFERENCE_ADAPTER in copies else head.original_module  # noqa: SIM401, a ModuleDict has no `get`
+    if REFERENCE_ADAPTER in head.modules_to_save:
+        return head.modules_to_save[REFERENCE_ADAPTER]
+    return head.original_module

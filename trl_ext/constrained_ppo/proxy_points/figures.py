@@ -17,23 +17,7 @@ BLUE, RED, GREY = "#3b7dd8", "#c1272d", "#6b6b6b"
 def draw_curve(
     x: np.ndarray, measurements: Measurements, peak: Peak, label: str, path: Path, gold_label: str = "gold metric"
 ) -> None:
-    """
-    The gold metric over one reward, or over the KL, with its fitted curve and peak.
-
-    Args:
-        x (`np.ndarray` of shape `(M,)`):
-            Reward of each measurement.
-        measurements ([`Measurements`]):
-            Measurements.
-        peak ([`Peak`]):
-            Peak of a curve.
-        label (`str`):
-            Label of the horizontal axis.
-        path (`Path`):
-            PNG file to write.
-        gold_label (`str`, *optional*, defaults to `"gold metric"`):
-            Label of the vertical axis.
-    """
+    """Draws the gold metric over `x` `(M,)`, one reward or the KL, with its fitted curve and peak."""
     figure, (axes,) = new_axes()
     axes.plot(x, measurements.gold, ".", color=GREY, alpha=0.6, markersize=5, label="measured")
     at = peak.candidates[:, 0]
@@ -52,19 +36,8 @@ def draw_joint(
     measurements: Measurements, peak: Peak, independent: Sequence[float], path: Path, gold_label: str
 ) -> None:
     """
-    The fitted surface of each pair of rewards, the highest over the others, with the joint and independent peaks.
-
-    Args:
-        measurements ([`Measurements`]):
-            Measurements.
-        peak ([`Peak`]):
-            Peak of the joint surface.
-        independent (`Sequence[float]`):
-            Peak of each reward's own curve.
-        path (`Path`):
-            PNG file to write.
-        gold_label (`str`):
-            Label of the colours.
+    Draws the fitted surface of each pair of rewards, the highest over the others, with the joint peak and
+    `independent`, the peak of each reward's own curve.
     """
     names = measurements.names
     pairs = list(itertools.combinations(range(len(names)), 2))

@@ -1,7 +1,4 @@
-"""
-Proxy points: the values of rewards beyond which a gold metric falls
-(https://huggingface.co/papers/2310.04373, section 3 and appendix A.3).
-"""
+"""Proxy points: rewards beyond which a gold metric falls (https://huggingface.co/papers/2310.04373, section 3)."""
 
 import itertools
 import math
@@ -17,15 +14,15 @@ from .surrogates import Surrogate
 
 
 # Points of the grid along each reward, by the number of rewards: at most 29,791 in all
-GRID_SIZES = {1: 501, 2: 101, 3: 31}
+_GRID_SIZES = {1: 501, 2: 101, 3: 31}
 # Beyond three rewards a grid grows out of hand: so many random combinations of measured points in its place
-NUM_COMBINATIONS = 20_000
+_NUM_COMBINATIONS = 20_000
 # Of the Dirichlet weights of a combination: below 1, they favour few of the points and come near the hull's edge
 _CONCENTRATION = 0.5
 # The number of facets of a convex hull grows with the power of half the dimension: beyond this the range stands in
-HULL_DIMENSIONS = 4
+_HULL_DIMENSIONS = 4
 # A point this near to the edge of the data, as a share of its range, is at it
-EDGE = 0.02
+_EDGE = 0.02
 # Rounding: of a spread that means none, of directions that span no volume, of a point on the hull's own faces
 _NO_SPREAD, _NO_VOLUME, _ON_HULL = 1e-9, 1e-6, 1e-9
 # Above the smallest float: a reward that is zero throughout has no spread either
@@ -38,21 +35,9 @@ class NoJointSurface(ValueError):
 
 class DensityMask:
     """
-    Where there are measurements enough to believe a surface: within their convex hull (their range, beyond four
-    rewards) and where a Gaussian kernel density estimate is high enough.
-
-    Args:
-        points (`np.ndarray` of shape `(M, K)`):
-            Mean rewards.
-        relative_density (`float`, *optional*, defaults to `0.05`):
-            Least density, as a fraction of the highest at a point.
-        density (`float`, *optional*):
-            Least density in points for each unit of volume of the rewards, in place of `relative_density`; the
-            paper's is 50 for two rewards.
-
-    Raises:
-        NoJointSurface: If the points are too few or lie in a plane.
-        ValueError: If a density is out of range, or reached nowhere.
+    Where there are measurements enough to believe a surface: within the convex hull of the points `(M, K)` (their
+    range, beyond four rewards) and where a Gaussian kernel density estimate is at least `relative_density` of its
+    highest at a point, or `density` points for each unit of volume of the rewards (the paper's is 50 for two).
     """
 
     def __init__(self, points: np.ndarray, relative_density: float = 0.05, density: float | None = None):
@@ -72,7 +57,7 @@ class DensityMask:
                 "can be told from them. Add runs that maximise each reward on its own."
             )
         self._density = gaussian_kde(scaled.T)
-        self._hull = Delaunay(scaled) if 1 < points.shape[1] <= HULL_DIMENSIONS else None
+        self._hull = Delaunay(scaled) if 1 < points.shape[1] <= _HULL_DIMENSIONS else None
         volume = float(np.prod(self.highest - self.lowest))
         at_points = self._density(scaled.T)
         self._least = relative_density * at_points.max() if density is None else density * volume / len(points)
@@ -92,17 +77,8 @@ class DensityMask:
         return inside
 
     def at_edge(self, points: np.ndarray) -> np.ndarray:
-        """
-        Whether a step of 2% of the range in some reward leaves the mask, so that the true peak may lie beyond.
-
-        Args:
-            points (`np.ndarray` of shape `(P, K)`):
-                Points inside.
-
-        Returns:
-            `np.ndarray` of shape `(P,)`, bool
-        """
-        steps = EDGE * np.diag(self.highest - self.lowest)
+        """Whether a step of 2% of the range leaves the mask, so that the true peak may lie beyond; `(P,)`, bool."""
+        steps = _EDGE * np.diag(self.highest - self.lowest)
         around = points[:, None] + np.concatenate([steps, -steps])
         inside = self(around.reshape(-1, points.shape[1])).reshape(len(points), -1)
         return np.logical_not(np.all(inside, axis=1))
@@ -110,39 +86,17 @@ class DensityMask:
 
 @dataclass(frozen=True)
 class Peak:
-    """
-    The highest point of a fitted surface within the data.
+    """The highest point of a fitted surface within the data."""
 
-    Args:
-        point (`np.ndarray` of shape `(K,)`):
-            Rewards at the peak.
-        gold (`float`):
-            Fitted gold metric there.
-        interval (`np.ndarray` of shape `(2, K)`):
-            Lowest and highest rewards of the bootstrap interval of the peak.
-        at_edge (`bool`):
-            Whether the peak lies at the edge of the data.
-        edge_share (`float`):
-            Share of the resamples whose peak does.
-        num_resamples (`int`):
-            Resamples that a surface could be fitted to.
-        candidates (`np.ndarray` of shape `(P, K)`):
-            Points at which the surface was looked at.
-        fitted (`np.ndarray` of shape `(P,)`):
-            Its values there, NaN outside the mask.
-        band (`np.ndarray` of shape `(2, P)`):
-            Bootstrap interval of the values, NaN outside the mask.
-    """
-
-    point: np.ndarray
-    gold: float
-    interval: np.ndarray
-    at_edge: bool
-    edge_share: float
-    num_resamples: int
-    candidates: np.ndarray
-    fitted: np.ndarray
-    band: np.ndarray
+    point: np.ndarray  # (K,), rewards at the peak
+    gold: float  # Fitted gold metric there
+    interval: np.ndarray  # (2, K), lowest and highest rewards of the bootstrap interval of the peak
+    at_edge: bool  # Whether the peak lies at the edge of the data
+    edge_share: float  # Share of the resamples whose peak does
+    num_resamples: int  # Those that a surface could be fitted to
+    candidates: np.ndarray  # (P, K), points at which the surface was looked at
+    fitted: np.ndarray  # (P,), its values there, NaN outside the mask
+    band: np.ndarray  # (2, P), bootstrap interval of the values, NaN outside the mask
 
 
 def find_peak(
@@ -156,33 +110,9 @@ def find_peak(
     seed: int = 0,
 ) -> Peak:
     """
-    Fits a surface and finds its peak within the mask, with a bootstrap interval.
-
-    A resample draws runs with replacement, then points of each drawn run with replacement; the mask stays.
-
-    Args:
-        points (`np.ndarray` of shape `(M, K)`):
-            Mean rewards.
-        gold (`np.ndarray` of shape `(M,)`):
-            Gold metric.
-        run (`np.ndarray` of shape `(M,)`):
-            Number of the run of each point.
-        surrogate ([`Surrogate`]):
-            Family of surfaces.
-        mask ([`DensityMask`]):
-            Where the surface is looked at.
-        num_resamples (`int`, *optional*, defaults to `200`):
-            Resamples. Those with too few distinct points for the surface are left out.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Coverage of the interval.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resamples.
-
-    Returns:
-        [`Peak`]
-
-    Raises:
-        ValueError: If there are too few points for the surface, or `confidence` is not in (0, 1).
+    Fits a surface to the gold metric over points `(M, K)` and finds its peak within the mask, with a bootstrap
+    interval. A resample draws runs with replacement, then points of each drawn run with replacement; the mask stays,
+    and resamples with too few distinct points for the surface are left out.
     """
     if not 0 < confidence < 1 or num_resamples < 0:
         raise ValueError(
@@ -190,7 +120,7 @@ def find_peak(
             f"{num_resamples}."
         )
     generator = np.random.default_rng(seed)
-    candidates = candidate_points(points, generator)
+    candidates = _candidate_points(points, generator)
     inside = mask(candidates)
     allowed = candidates[inside]
     fitted = surrogate.fit(points, gold)(allowed)
@@ -221,54 +151,26 @@ def find_peak(
     )
 
 
-def candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """
-    Points at which a surface is looked at: a grid over the range of up to three rewards, else the measured points and
-    random convex combinations of them.
-
-    Args:
-        points (`np.ndarray` of shape `(M, K)`):
-            Mean rewards.
-        generator (`np.random.Generator`):
-            Source of the combinations.
-
-    Returns:
-        `np.ndarray` of shape `(P, K)`
-    """
+def _candidate_points(points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Where a surface is looked at, `(P, K)`: a grid for up to three rewards, else points and combinations of them."""
     num_rewards = points.shape[1]
-    if num_rewards in GRID_SIZES:
-        axes = np.linspace(points.min(axis=0), points.max(axis=0), GRID_SIZES[num_rewards]).T
+    if num_rewards in _GRID_SIZES:
+        axes = np.linspace(points.min(axis=0), points.max(axis=0), _GRID_SIZES[num_rewards]).T
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, num_rewards)
-    chosen = generator.integers(len(points), size=(NUM_COMBINATIONS, num_rewards + 1))
-    weights = generator.dirichlet(np.full(num_rewards + 1, _CONCENTRATION), size=NUM_COMBINATIONS)
+    chosen = generator.integers(len(points), size=(_NUM_COMBINATIONS, num_rewards + 1))
+    weights = generator.dirichlet(np.full(num_rewards + 1, _CONCENTRATION), size=_NUM_COMBINATIONS)
     return np.vstack([points, np.einsum("pc,pck->pk", weights, points[chosen])])
 
 
 def resample(run: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """
-    Rows of one bootstrap resample.
-
-    Args:
-        run (`np.ndarray` of shape `(M,)`):
-            Number of the run of each point.
-        generator (`np.random.Generator`):
-            Source of the draws.
-
-    Returns:
-        `np.ndarray` of row numbers; as many as there are points only on average, for runs differ in length.
-    """
+    """Rows of one bootstrap resample; as many as there are points only on average, for runs differ in length."""
     runs = np.unique(run)
     drawn = generator.choice(runs, size=len(runs))
     return np.concatenate([generator.choice(rows := np.flatnonzero(run == one), size=len(rows)) for one in drawn])
 
 
 def check_variation(names: Sequence[str], points: np.ndarray) -> None:
-    """
-    Refuses rewards that do not vary.
-
-    Raises:
-        ValueError: Naming them.
-    """
+    """Refuses rewards that do not vary over the points `(M, K)`."""
     spread, size = np.ptp(points, axis=0), np.abs(points).max(axis=0)
     constant = [name for name, s, m in zip(names, spread, size, strict=True) if s <= _NO_SPREAD * max(m, _TINY)]
     if constant:
@@ -279,29 +181,13 @@ def check_variation(names: Sequence[str], points: np.ndarray) -> None:
 
 
 def check_joint(names: Sequence[str]) -> None:
-    """
-    Refuses a joint surface of one reward.
-
-    Raises:
-        NoJointSurface: Naming it.
-    """
+    """Refuses a joint surface of one reward."""
     if len(names) < 2:
         raise NoJointSurface(f"A joint surface takes at least two rewards, and the runs have {list(names)}.")
 
 
 def correlations(names: Sequence[str], points: np.ndarray) -> dict[tuple[str, str], tuple[float, float]]:
-    """
-    Correlation of each pair of rewards over the measurements.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of the K rewards.
-        points (`np.ndarray` of shape `(M, K)`):
-            Mean rewards.
-
-    Returns:
-        `dict` from pairs of names to Pearson's and Spearman's coefficients.
-    """
+    """Pearson's and Spearman's coefficients of each pair of rewards over the points `(M, K)`, by its names."""
     pairs = itertools.combinations(range(len(names)), 2)
     return {
         (names[i], names[j]): (
@@ -315,22 +201,7 @@ def correlations(names: Sequence[str], points: np.ndarray) -> dict[tuple[str, st
 def constraints_block(
     names: Sequence[str], thresholds: Sequence[float], kind: str | None = None, comments: Sequence[str] = ()
 ) -> str:
-    """
-    The `constraints:` block of a recipe.
-
-    Args:
-        names (`Sequence[str]`):
-            Rewards.
-        thresholds (`Sequence[float]`):
-            Their thresholds, written with four significant digits.
-        kind (`str`, *optional*):
-            Kind of every constraint. Left out, a preset of `method` gives it.
-        comments (`Sequence[str]`, *optional*):
-            Lines above the block.
-
-    Returns:
-        `str`
-    """
+    """The `constraints:` block of a recipe, with comments above it; `kind` left out, a preset of `method` gives it."""
     entries = [
         {"reward": name, "threshold": float(f"{threshold:.4g}"), **({"kind": kind} if kind else {})}
         for name, threshold in zip(names, thresholds, strict=True)

@@ -13,30 +13,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Measurements:
-    """
-    Rewards and the gold metric, measured together on the policies of several runs.
+    """Rewards and the gold metric, measured together in M evaluations of the policies of several runs."""
 
-    Args:
-        names (`list[str]`):
-            Names of the K rewards.
-        rewards (`np.ndarray` of shape `(M, K)`):
-            Mean rewards of each of the M evaluations.
-        gold (`np.ndarray` of shape `(M,)`):
-            Gold metric.
-        kl (`np.ndarray` of shape `(M,)`):
-            KL of a response from the reference in nats, NaN where it was not logged.
-        run (`np.ndarray` of shape `(M,)`, int64):
-            Number of the run.
-        step (`np.ndarray` of shape `(M,)`, int64):
-            Optimizer step.
-    """
-
-    names: list[str]
-    rewards: np.ndarray
-    gold: np.ndarray
-    kl: np.ndarray
-    run: np.ndarray
-    step: np.ndarray
+    names: list[str]  # Of the K rewards
+    rewards: np.ndarray  # (M, K), means
+    gold: np.ndarray  # (M,)
+    kl: np.ndarray  # (M,), of a response from the reference in nats, NaN where it was not logged
+    run: np.ndarray  # (M,), int64, number of the run
+    step: np.ndarray  # (M,), int64, optimizer step
 
     def of_runs(self, runs: Sequence[int]) -> "Measurements":
         """The measurements of some runs."""
@@ -52,26 +36,8 @@ def read_runs(
     kl_key: str = "eval_kl/per_response",
 ) -> Measurements:
     """
-    Reads the evaluations of runs.
-
-    Args:
-        folders (`Sequence[str]` or `Sequence[Path]`):
-            Output folder of each run, or one of its checkpoints.
-        rewards (`Sequence[str]`, *optional*):
-            Rewards to read. Defaults to all that every run has.
-        gold_key (`str`, *optional*, defaults to `"eval_gold"`):
-            Key of the gold metric in the log.
-        reward_key (`str`, *optional*, defaults to `"eval_rewards/{}/mean"`):
-            Key of a reward, its name in place of the braces.
-        kl_key (`str`, *optional*, defaults to `"eval_kl/per_response"`):
-            Key of the KL.
-
-    Returns:
-        [`Measurements`]
-
-    Raises:
-        FileNotFoundError: If a folder has no trainer state.
-        ValueError: If there is no run, one is given twice, has no evaluation with the gold metric, or lacks a reward.
+    Reads the evaluations of runs, given the output folder of each or one of its checkpoints. `rewards` defaults to all
+    that every run has; `reward_key` has a pair of braces in place of a reward's name.
     """
     if not folders:
         raise ValueError("`runs` is empty. Name the output folders of at least one run.")

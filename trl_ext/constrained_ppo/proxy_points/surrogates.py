@@ -30,16 +30,7 @@ class Surrogate(Protocol):
 
 @dataclass(frozen=True)
 class Polynomial:
-    """
-    Polynomials of all rewards together, fitted by least squares.
-
-    Args:
-        degree (`int`, *optional*, defaults to `3`):
-            Total degree; the paper's is 10, with 66 coefficients for two rewards.
-
-    Raises:
-        ValueError: If the degree is below 2, which has no peak.
-    """
+    """Polynomials of all rewards together, fitted by least squares; the paper's total degree is 10."""
 
     degree: int = 3
 
@@ -52,12 +43,7 @@ class Polynomial:
         return math.comb(self.degree + num_rewards, num_rewards)
 
     def fit(self, points: np.ndarray, values: np.ndarray) -> Predictor:
-        """
-        The least-squares polynomial.
-
-        Raises:
-            ValueError: If there are fewer distinct points than coefficients.
-        """
+        """The least-squares polynomial; refuses fewer distinct points than it has coefficients."""
         needed, given = self.num_coefficients(points.shape[1]), len(np.unique(points, axis=0))
         if given < needed:
             raise ValueError(
@@ -90,14 +76,8 @@ class Polynomial:
 @dataclass(frozen=True)
 class GaussianProcess:
     """
-    Gaussian processes with a squared-exponential kernel, one length for each reward, and noise.
-
-    Args:
-        kernel (`sklearn.gaussian_process.kernels.Kernel`, *optional*):
-            Kernel to keep. Defaults to one fitted by maximum likelihood.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
+    Gaussian processes with a squared-exponential kernel, one length for each reward, and noise. The kernel is fitted
+    by maximum likelihood, where none is given to keep.
     """
 
     kernel: Any = None

@@ -14,8 +14,8 @@ from .search import ThresholdSearch, Trial
 
 
 SEARCH_FILE = "threshold_search.json"
-REMEDY = "Resume from a checkpoint of a run with `search` and the same constraints."
-ENDS = {
+_REMEDY = "Resume from a checkpoint of a run with `search` and the same constraints."
+_ENDS = {
     "budget": "`max_gold_evaluations` is spent",
     "converged": "the simplex is within `cache_tolerance` of its best vertex",
     "steps": "the run has no more steps",
@@ -26,21 +26,10 @@ logger = get_logger(__name__)
 
 class ThresholdSearchCallback(TrainerCallback):
     """
-    Moves the thresholds of a [`ConstrainedPPOTrainer`] by Nelder-Mead while it trains (NM-PPO).
-
-    Only the trainer's own evaluation, on its `eval_dataset`, is used; metrics of another prefix are ignored. At the
-    end the trainer loads the policy of highest gold metric (`load_best_model_at_end`, which `search` turns on), and
-    this callback the multipliers and thresholds that belong to it.
-
-    Args:
-        trainer ([`ConstrainedPPOTrainer`]):
-            Trainer that the callback is added to.
-        config ([`ThresholdSearchConfig`]):
-            Settings.
-
-    Raises:
-        ValueError: If the settings do not fit the constraints, or there is no constraint, gold metric or evaluation
-            data.
+    Moves the thresholds of a [`ConstrainedPPOTrainer`] by Nelder-Mead while it trains (NM-PPO). Only the trainer's own
+    evaluation is used; metrics of another prefix are ignored. At the end the trainer loads the policy of highest gold
+    metric (`load_best_model_at_end`, which `search` turns on), and this callback the multipliers and thresholds that
+    belong to it.
     """
 
     def __init__(self, trainer: Any, config: ThresholdSearchConfig):
@@ -104,7 +93,7 @@ class ThresholdSearchCallback(TrainerCallback):
     def _stop_where_finished(self, control: Any) -> None:
         assert self.search is not None
         if self.search.finished and self.config.after_search == "stop":
-            self.trainer.end_training(f"The threshold search has ended: {ENDS[self.search.finished]}.")
+            self.trainer.end_training(f"The threshold search has ended: {_ENDS[self.search.finished]}.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.search is not None
@@ -113,7 +102,7 @@ class ThresholdSearchCallback(TrainerCallback):
         if best is not None:
             checkpoint = state.best_model_checkpoint
             if checkpoint is not None and self.trainer.multipliers is not None:
-                self.trainer.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, REMEDY))
+                self.trainer.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, _REMEDY))
             self._set_thresholds(best.thresholds)
             if best.gold <= self.search.initial_gold:
                 logger.warning(
@@ -167,7 +156,7 @@ class ThresholdSearchCallback(TrainerCallback):
 
     def _refuse_to_overwrite(self, folder: Path) -> None:
         checkpoints = sorted(path.parent.name for path in folder.glob(f"checkpoint-*/{SEARCH_FILE}"))
-        finished = (folder / SEARCH_FILE).is_file() and read_json(folder, SEARCH_FILE, REMEDY)["finished"]
+        finished = (folder / SEARCH_FILE).is_file() and read_json(folder, SEARCH_FILE, _REMEDY)["finished"]
         if not checkpoints or finished:
             return
         raise ValueError(
@@ -209,10 +198,5 @@ class ThresholdSearchCallback(TrainerCallback):
             write_json(Path(folder), SEARCH_FILE, self.search.state_dict())
 
     def load(self, folder: str | Path) -> None:
-        """
-        Reads the state that the next [`~transformers.Trainer.train`] goes on from.
-
-        Raises:
-            ValueError: If there is none, or it is cut off.
-        """
-        self._loaded = Path(folder) / SEARCH_FILE, read_json(folder, SEARCH_FILE, REMEDY)
+        """Reads the state that the next [`~transformers.Trainer.train`] goes on from."""
+        self._loaded = Path(folder) / SEARCH_FILE, read_json(folder, SEARCH_FILE, _REMEDY)

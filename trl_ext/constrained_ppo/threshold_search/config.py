@@ -82,12 +82,7 @@ class ThresholdSearchConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | str) -> "ThresholdSearchConfig":
-        """
-        The settings of a recipe's `search`, or of the same on a command line, as JSON.
-
-        Raises:
-            ValueError: If it is no mapping, or a key or value is wrong.
-        """
+        """The settings of a recipe's `search`, or of the same on a command line, as JSON."""
         if isinstance(settings, str):
             try:
                 settings = json.loads(settings)
@@ -104,13 +99,14 @@ class ThresholdSearchConfig:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_gold_evaluations", 1),
-            ("cache_lifetime", 1),
-            ("reevaluate_every", 0),
-            ("rollout_window", 1),
-            ("seed", 0),
-        ):
+        lowest = {
+            "max_gold_evaluations": 1,
+            "cache_lifetime": 1,
+            "reevaluate_every": 0,
+            "rollout_window": 1,
+            "seed": 0,
+        }
+        for name, least in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`search.{name}` must be a whole number of at least {least}, got {value!r}.")
@@ -151,17 +147,7 @@ class ThresholdSearchConfig:
             _check_mapping("initial", vertex)
 
     def check_rewards(self, names: list[str]) -> None:
-        """
-        Checks the settings against the constrained rewards.
-
-        Args:
-            names (`list[str]`):
-                Reward of each constraint.
-
-        Raises:
-            ValueError: If a reward is unknown or constrained twice, a vertex is incomplete, or the budget ends before
-                the first simplex is measured.
-        """
+        """Checks the settings against the reward of each constraint, and the budget against their number."""
         if len(set(names)) < len(names):
             raise ValueError(
                 f"`search` moves one threshold for each reward, and the constraints are on {names}. Leave one "
@@ -185,16 +171,7 @@ class ThresholdSearchConfig:
         self.check_budget(len(names))
 
     def check_budget(self, num_constraints: int) -> None:
-        """
-        Checks that the first simplex can be measured.
-
-        Args:
-            num_constraints (`int`):
-                Number of constraints.
-
-        Raises:
-            ValueError: If the budget is smaller.
-        """
+        """Refuses a budget that ends before the first simplex is measured."""
         needed = num_constraints + 2 + (self.after_search == "train")
         if self.max_gold_evaluations < needed:
             raise ValueError(
@@ -203,16 +180,7 @@ class ThresholdSearchConfig:
             )
 
     def keep_best_policy(self, args: Any) -> None:
-        """
-        Turns on what applies the best policy again at the end.
-
-        Args:
-            args ([`~transformers.TrainingArguments`]):
-                Arguments, changed in place.
-
-        Raises:
-            ValueError: If no checkpoint is kept, or the best is chosen by another metric.
-        """
+        """Turns on, in place, what applies the best policy again at the end; refuses arguments that keep another."""
         if args.save_strategy == SaveStrategy.NO:
             raise ValueError(
                 "`search` applies the best policy again at the end, from its checkpoint, and `save_strategy='no'` "

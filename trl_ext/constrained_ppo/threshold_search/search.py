@@ -13,85 +13,38 @@ from .nelder_mead import NelderMead
 
 
 # Random first simplices, of which the one of largest volume is taken: a flat one would search a line only
-NUM_DRAWS = 16
+_NUM_DRAWS = 16
 
 
 @dataclass
 class Trial:
-    """
-    One proposal of thresholds.
+    """One proposal of thresholds."""
 
-    Args:
-        thresholds (`list[float]`):
-            Proposed thresholds, in the order of the constraints.
-        source (`str`):
-            `"initial"` (the policy before training), `"measured"`, `"reevaluated"` or `"cached"`.
-        start_step (`int`):
-            Step at which it was proposed.
-        measured_at (`int`):
-            Number of proposals measured before the one whose score this is.
-        step (`int`, *optional*):
-            Step at which it was scored.
-        means (`list[float]`, *optional*):
-            Mean rewards on the validation split when it was scored.
-        gold (`float`, *optional*):
-            Score, higher is better.
-        reached (`bool`):
-            Whether the means were at the thresholds.
-    """
-
-    thresholds: list[float]
-    source: str
-    start_step: int
-    measured_at: int
-    step: int | None = None
-    means: list[float] | None = None
-    gold: float | None = None
-    reached: bool = False
+    thresholds: list[float]  # In the order of the constraints
+    source: str  # "initial" (the policy before training), "measured", "reevaluated" or "cached"
+    start_step: int  # When it was proposed
+    measured_at: int  # Number of proposals measured before the one whose score this is
+    step: int | None = None  # When it was scored
+    means: list[float] | None = None  # Rewards on the validation split then
+    gold: float | None = None  # Score, higher is better
+    reached: bool = False  # Whether the means were at the thresholds
 
 
 @dataclass
 class BestPolicy:
-    """
-    The policy of highest gold metric among those evaluated in training.
+    """The policy of highest gold metric among those evaluated in training."""
 
-    Args:
-        step (`int`):
-            Step of its checkpoint.
-        gold (`float`):
-            Its gold metric.
-        thresholds (`list[float]`):
-            Thresholds to hold it: those it was trained at where it had reached them, else its own mean rewards.
-        means (`list[float]`):
-            Its mean rewards on the validation split.
-        reached (`bool`):
-            Whether it had reached the thresholds it was trained at.
-    """
-
-    step: int
+    step: int  # Of its checkpoint
     gold: float
-    thresholds: list[float]
-    means: list[float]
-    reached: bool
+    thresholds: list[float]  # Those it was trained at where it had reached them, else its own mean rewards
+    means: list[float]  # Rewards on the validation split
+    reached: bool  # Whether it had reached the thresholds it was trained at
 
 
 class ThresholdSearch:
     """
     The search without its trainer: it is told of rollouts and evaluations, and says which thresholds to train at and
-    when to evaluate.
-
-    Args:
-        config ([`ThresholdSearchConfig`]):
-            Settings.
-        names (`Sequence[str]`):
-            Reward of each constraint. All lists of numbers are in this order.
-        kinds (`Sequence[str]`):
-            Kind of each constraint: `">="`, `"<="` or `"=="`.
-        total_steps (`int`):
-            Optimizer steps of the run.
-
-    Raises:
-        ValueError: If the settings do not fit the rewards, or a proposal is left no step.
+    when to evaluate. `names` and `kinds` are those of the constraints; all lists of numbers are in their order.
     """
 
     def __init__(self, config: ThresholdSearchConfig, names: Sequence[str], kinds: Sequence[str], total_steps: int):
@@ -125,12 +78,7 @@ class ThresholdSearch:
 
     @property
     def thresholds(self) -> list[float]:
-        """
-        Thresholds to train at: the proposal's, and after the search those of the best vertex.
-
-        Raises:
-            RuntimeError: If the search has not started.
-        """
+        """Thresholds to train at: the proposal's, and after the search those of the best vertex."""
         if self.trial is not None:
             return list(self.trial.thresholds)
         if self.optimizer is None:
@@ -143,18 +91,7 @@ class ThresholdSearch:
         return sum(trial.source in ("measured", "reevaluated") for trial in self.history)
 
     def start(self, means: Sequence[float], gold: float) -> None:
-        """
-        Builds the first simplex around the policy before training.
-
-        Args:
-            means (`Sequence[float]`):
-                Its mean rewards on the validation split.
-            gold (`float`):
-                Its gold metric there.
-
-        Raises:
-            ValueError: If a mean or the metric is not finite, or a mean is zero, of which no fraction can be taken.
-        """
+        """Builds the first simplex around the policy before training, from its means and gold metric in validation."""
         self._check_numbers(means, gold)
         centre = np.array(means, dtype=np.float64)
         self.optimizer = NelderMead(*self._first_simplex(centre))
@@ -196,28 +133,16 @@ class ThresholdSearch:
     def _perturbed(self, centre: np.ndarray, highest: np.ndarray) -> np.ndarray:
         """The centre and random points above it; of several draws, the one of largest volume."""
         generator, count = np.random.default_rng(self.config.seed), len(centre)
-        offsets = generator.random((NUM_DRAWS, count, count))
+        offsets = generator.random((_NUM_DRAWS, count, count))
         fullest = offsets[np.argmax(np.abs(np.linalg.det(offsets)))]
         return np.vstack([centre, centre + fullest * (highest - centre)])
 
     def observe_rollout(self, means: Sequence[float]) -> None:
-        """
-        Takes the mean rewards of one training rollout.
-
-        Args:
-            means (`Sequence[float]`):
-                Mean of each constrained reward over the episodes of all processes.
-        """
+        """Takes the mean of each constrained reward over one training rollout, of all processes."""
         self._rollouts.append([float(mean) for mean in means])
 
     def wants_evaluation(self, step: int) -> bool:
-        """
-        Whether an evaluation is due after a step: the proposal seems reached, or its steps are spent.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-        """
+        """Whether an evaluation is due after a step: the proposal seems reached, or its steps are spent."""
         if self.trial is None:
             kept = self.config.after_search == "train" and step >= self.total_steps
             return kept and self.num_gold_evaluations < self.config.max_gold_evaluations
@@ -228,21 +153,9 @@ class ThresholdSearch:
 
     def observe_evaluation(self, step: int, means: Sequence[float], gold: float) -> list[Trial]:
         """
-        Takes an evaluation on the validation split and moves on to the next proposal where this one is done.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-            means (`Sequence[float]`):
-                Mean of each constrained reward.
-            gold (`float`):
-                Gold metric.
-
-        Returns:
-            `list[Trial]`: the proposals scored by it, cached ones included; none where the proposal goes on.
-
-        Raises:
-            ValueError: If a mean or the metric is not finite. The search is left as it was.
+        Takes the mean of each constrained reward and the gold metric on the validation split, and moves on where the
+        proposal is done. Returns the proposals scored by it, cached ones included; none where the proposal goes on.
+        Numbers that are not finite are refused, and leave the search as it was.
         """
         self._check_numbers(means, gold)
         self.num_gold_evaluations += 1
@@ -286,13 +199,7 @@ class ThresholdSearch:
             self.optimizer.tell(-known.gold)
 
     def reopen(self, step: int) -> None:
-        """
-        Goes on with a search that had ended, where the run now has more steps or a larger budget.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-        """
+        """Goes on with a search that had ended, where the run now has more steps or a larger budget."""
         if self.finished is None or self._end(step) is not None:
             return
         self.finished = None
@@ -384,14 +291,7 @@ class ThresholdSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Restores [`state_dict`]. The search is left as it was where the state is refused.
-
-        Raises:
-            KeyError: If a part is missing.
-            TypeError: If a part has another form.
-            ValueError: If it is of other rewards.
-        """
+        """Restores [`state_dict`]. The search is left as it was where the state is refused."""
         if state["names"] != self.names:
             raise ValueError(
                 f"The saved search is over the thresholds of {state['names']}, and the constraints of this run are on "

@@ -60,7 +60,7 @@ def check_head_arguments(head_args: EPHeadArguments, homeostasis_coef: float | N
     Args:
         head_args ([`EPHeadArguments`]):
             The head.
-        homeostasis_coef (`float`, *optional*):
+        homeostasis_coef (`float` or `None`):
             Weight of the homeostasis objective.
 
     Raises:
