@@ -37,10 +37,14 @@ def arguments(function):
     positional = [*spec.posonlyargs, *spec.args]
     defaults = [None] * (len(positional) - len(spec.defaults)) + spec.defaults
     pairs = [*zip(positional, defaults, strict=True), *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
-    if pairs and pairs[0][0].arg in ("self", "cls"):
+    if pairs and pairs[0][0].arg in ("self", "cls") and positional:
         pairs = pairs[1:]
-    found = {a.arg: None if d is None else ast.unparse(d) for a, d in pairs}
-    return found | {extra.arg: None for extra in (spec.vararg, spec.kwarg) if extra is not None}
+    return {a.arg: None if d is None else ast.unparse(d) for a, d in pairs}
+
+
+def rest(function):
+    """The names of `*args` and `**kwargs`, which a docstring may list anywhere."""
+    return {extra.arg for extra in (function.args.vararg, function.args.kwarg) if extra is not None}
 
 
 def definitions(tree):
@@ -64,10 +68,11 @@ def faults(source):
             continue
         own = arguments(function)
         names = [name for name in own if not name.startswith("_")]
-        if list(listed) != names:
+        more = rest(function)
+        if [name for name in listed if name not in more] != names or not more <= listed.keys() | {"_"}:
             found.append(f"{owner.name}: lists {list(listed)}, takes {names}")
             continue
-        for name, text in listed.items():
+        for name, text in listed.items() - {(name, listed.get(name)) for name in more}:
             default, stated = own[name], re.search(r"defaults to `(.*)`", text)
             optional = "*optional*" in text
             if default is not None and not optional:

@@ -23,6 +23,8 @@ from trl_ext import (
     EPTrainingArguments,
 )
 from trl_ext.equilibrium.modeling import active_head, equilibrium_model
+from trl_ext.optim import AdamP
+from trl_ext.optim.callbacks import bottom_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,15 @@ def test_bf16_mixed_precision_and_weights(folder, tmp_path):
         trainer.train()
         assert trainer.model.score.forward_weight_1.dtype == torch.float32
         assert losses(trainer) == pytest.approx(losses(expected), rel=0.1)
+
+
+def test_our_optimizers_need_no_registering(folder, tmp_path):
+    args = EPTrainingArguments(str(tmp_path), optim="sgdp", use_cpu=True, report_to="none")
+    assert args.optim == "sgdp"
+    trainer = trainer_of(EPRewardTrainer, folder, tmp_path / "out", optim="adamp", optim_args="delta=0.2")
+    trainer.train()
+    optimizer = bottom_optimizer(trainer.optimizer)
+    assert type(optimizer) is AdamP and {group["delta"] for group in optimizer.param_groups} == {0.2}
 
 
 def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):

@@ -46,6 +46,7 @@ def run(record: Record, device: torch.device, dry: bool) -> None:
                     sweeps = f"{head.statistics.free_sweeps} + {head.statistics.nudged_sweeps}"
                 record.row(
                     "forward and backward", widths="-".join(map(str, shape)), batch=batch, head=key,
-                    ms=times[key].device, host_ms=times[key].host, ratio=times[key].device / times["perceptron"].device,
-                    sweeps=sweeps, **count_calls(steps[key]), peak_mib=peak_mib(steps[key]),
+                    ms=times[key].device, host_ms=times[key].host,
+                    ratio=times[key].device / times["perceptron"].device, sweeps=sweeps,
+                    **count_calls(steps[key]), peak_mib=peak_mib(steps[key]),
                 )  # fmt: skip

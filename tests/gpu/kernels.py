@@ -255,13 +255,13 @@ def check_head(record: Record, device: torch.device, dry: bool) -> None:
 @contextmanager
 def interpreted_kernels() -> Iterator[None]:
     """Sends tensors on the CPU through the Triton kernels, which the interpreter runs."""
-    from trl_ext.optim import adamp_triton
+    from trl_ext.optim.kernels import triton
     from trl_ext.sparse_po.lm_head import paired_log_probs
 
     def kernels(self: AdamP, local: Any) -> Any:
         group, tensors = local.group, (local.flat, local.grad, *local.moments)
         wanted = group["fused"] is not False and not group["foreach"]
-        return adamp_triton if wanted and all(tensor.dtype == torch.float32 for tensor in tensors) else None
+        return triton if wanted and all(tensor.dtype == torch.float32 for tensor in tensors) else None
 
     for_optimizer = mock.patch.object(AdamP, "_kernels", kernels)
     with for_optimizer, mock.patch.object(paired_log_probs, "_uses_kernels", return_value=True):

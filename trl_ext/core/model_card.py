@@ -31,7 +31,7 @@ def finish_model_card(content: str, *, model_id: str, base_model: str | None, me
             Text of TRL's card, metadata included.
         model_id (`str`):
             Hub id of the model, or the folder it is saved in.
-        base_model (`str`, *optional*):
+        base_model (`str` or `None`):
             Name of the base model to show; `None` where it has no name on the Hub.
         method_section (`str`):
             Markdown put into the training procedure.
@@ -66,9 +66,9 @@ def write_method_card(
     Args:
         folder (`str` or `Path`):
             Folder with TRL's card.
-        model_id (`str`, *optional*):
-            Hub id of the model. Defaults to the folder.
-        base_model (`str`, *optional*):
+        model_id (`str` or `None`):
+            Hub id of the model; `None` is the folder.
+        base_model (`str` or `None`):
             Name of the base model, or `None`.
         method_section (`str`):
             Markdown of the method.

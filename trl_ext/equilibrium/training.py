@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from ..core.parameter_groups import move_to_own_groups
+from ..optim.install import OwnOptimizerMixin
+from ..optim.names import post_init_with_own_optimizer
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
 from .report import CITATION, gathered_asymmetry, method_section, write_card
 from .settings import check_homeostasis
@@ -32,7 +34,7 @@ class _HeadTrainingArguments:
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
+        post_init_with_own_optimizer(self, super().__post_init__)  # type: ignore[misc]
         if self.homeostasis_coef is not None:
             check_homeostasis(self.homeostasis_coef, "asymmetric")
         if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
@@ -70,7 +72,7 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     """
 
 
-class _HeadTrainer(Trainer):
+class _HeadTrainer(OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
     def _attach_head(self) -> None:

@@ -1,6 +1,7 @@
-"""
-Exact scores of playground text, as TRL reward functions: each takes `completions`, plain (`list[str]`) or
-conversational (`list[list[dict]]`), and the data's columns by name, and returns one number for each completion (`list[float]`).
+"""Exact scores of playground text, as TRL reward functions.
+
+Each takes `completions`, plain (`list[str]`) or conversational (`list[list[dict]]`), and the data's columns by name, and
+returns one number for each completion (`list[float]`).
 """
 
 from collections import Counter
