@@ -125,6 +125,33 @@ def test_critics_that_do_not_fit(settings, critic_model, message, tmp_path, path
         make(tmp_path, path, trainer_arguments={"critic_model": critic_model}, **settings)
 
 
+class Straightening(torch.nn.Linear):
+    """No head of ours, with all that value heads may offer beside their values."""
+
+    feedback = "asymmetric"
+
+    def homeostasis_loss(self):
+        return self.weight.square().sum()
+
+    def metrics(self):
+        return {"own/num_forwards": 7.0}
+
+    def asymmetry(self):
+        return {"own/size": float(self.weight.abs().max())}
+
+
+def test_any_heads_that_offer_an_objective_and_metrics_are_asked(tmp_path, path):
+    critic = Straightening(32, 3)
+    size = critic.asymmetry()["own/size"]
+    settings = {"critic_head": "equilibrium", "critic_feedback": "asymmetric", "critic_homeostasis_coef": 5.0}
+    trainer = make(tmp_path, path, max_steps=3, trainer_arguments={"critic_model": critic}, **settings)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "own/size" in entry]
+    assert len(entries) == 3 and entries[0]["own/size"] == pytest.approx(size) and entries[0]["own/num_forwards"] == 7
+    objective = [entry["ep/homeostasis_loss"] for entry in entries]
+    assert objective == sorted(objective, reverse=True) and objective[-1] < objective[0]
+
+
 SHARDED = """
     import collections, itertools, torch, torch.distributed as dist
     from torch.distributed.fsdp import fully_shard

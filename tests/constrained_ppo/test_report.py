@@ -88,6 +88,14 @@ def test_code_of_the_card_loads_a_separate_critic(tmp_path, path):
     assert not loaded["critic"].training and f"(batch, tokens, {expected.size(-1)})" in text
 
 
+def test_imports_of_published_cards_still_work():
+    with pytest.warns(DeprecationWarning, match="import `critic_from_pretrained` from `trl_ext`"):
+        from trl_ext.constrained_ppo.run_state import critic_from_pretrained as old
+    assert old is trl_ext.critic_from_pretrained is critic_from_pretrained
+    with pytest.raises(ImportError, match="save_critic"):
+        from trl_ext.constrained_ppo.run_state import save_critic  # noqa: F401
+
+
 def test_a_critic_of_the_authors_own_is_refused_with_the_way_out(tmp_path, path):
     critic = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 3))
     trainer = make(tmp_path, path, trainer_arguments={"critic_model": critic})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers.constrained_ppo import XI, make, prompts
+from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts
 
 
 def run(folder, path, checkpoint=None, num_prompts=64, arguments=None, **settings):
@@ -79,6 +79,10 @@ def test_quantile_is_resolved_once(tmp_path, path):
     assert_same(whole, resumed)
 
 
+def gold(completion_ids, **columns):
+    return [1.0 - value for value in low_ids(completion_ids)]
+
+
 def test_damaged_checkpoints_are_refused(tmp_path, path):
     run(tmp_path / "a", path, max_steps=2)
     checkpoint = tmp_path / "a" / "checkpoint-1"
@@ -86,6 +90,9 @@ def test_damaged_checkpoints_are_refused(tmp_path, path):
         run(tmp_path / "b", path, str(checkpoint), constraints=[{"reward": "low_ids", "threshold": 0.7}])
     with pytest.raises(ValueError, match="other value heads.*Resume with the settings"):
         run(tmp_path / "c", path, str(checkpoint), critic="separate")
+    constraints = [{"reward": "low_ids", "threshold": 0.7}, {"reward": 1, "threshold": 0.5}]
+    with pytest.raises(ValueError, match=r"for the rewards \['low_ids', 'length'\], and this run has .*'gold'"):
+        run(tmp_path / "f", path, str(checkpoint), rewards=[low_ids, length, gold], constraints=constraints)
     (checkpoint / "multipliers.json").write_text(json.dumps({"values": [0.0]})[:-3])
     with pytest.raises(ValueError, match="multipliers.json is not valid JSON.*another"):
         run(tmp_path / "d", path, str(checkpoint))

@@ -35,6 +35,7 @@ USED = {
     "GRPOTrainer._generate_and_score_completions": GRPOTrainer._generate_and_score_completions,
     "GRPOTrainer._get_per_token_logps_and_entropies": GRPOTrainer._get_per_token_logps_and_entropies,
     "GRPOTrainer._compute_loss": GRPOTrainer._compute_loss,
+    "GRPOTrainer.compute_loss": GRPOTrainer.compute_loss,
     "GRPOTrainer._load_optimizer_and_scheduler": GRPOTrainer._load_optimizer_and_scheduler,
     "GRPOTrainer._get_train_sampler": GRPOTrainer._get_train_sampler,
     "GRPOTrainer.log": GRPOTrainer.log,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 from tests.helpers.launching import CHAINS, LAUNCHERS, ROOT, free_port
 from tests.helpers.launching import run as run_launcher
+from trl_ext import EPModelForSequenceClassification
 
 
 pytestmark = pytest.mark.distributed
@@ -50,7 +50,7 @@ def test_two_processes_equal_one(launcher, model, alone, tmp_path, monkeypatch):
     assert found["angles"] == pytest.approx(expected["angles"], abs=0.1)
     assert found["angles"][-1] < found["angles"][0] < 60
     assert_same_weights(tmp_path / "final", single / "final")
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
+    loaded, info = EPModelForSequenceClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info.values()) and loaded.score.forward_weight_1.shape == (8, 8)
     if everything:
         assert found["resumed"] == pytest.approx(found["losses"], abs=1e-6)

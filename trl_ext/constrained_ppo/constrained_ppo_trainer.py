@@ -137,9 +137,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         **kwargs: Any,
     ):
         args = checked_config(args, model, gold_reward, eval_dataset)
-        if any(
-            isinstance(reward, str) for reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])
-        ):
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if any(isinstance(reward, str) for reward in rewards):
             # TRL loads rewards given by name with an auto class; they may have an equilibrium head
             from ..equilibrium import register_auto_classes
 

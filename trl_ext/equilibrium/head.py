@@ -194,9 +194,7 @@ class EPHead(nn.Module):
 
     def _recurrent_weights(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Forward and backward weights, capped in `dtype` if there is a cap; the parameters themselves if not."""
-        forward: list[torch.Tensor]
-        backward: list[torch.Tensor]
-        forward, backward = map(list, self.recurrent_parameters()[1:])
+        forward, backward = (list[torch.Tensor](weights) for weights in self.recurrent_parameters()[1:])
         if self.spectral_cap is None:
             return forward, backward
         for name, weights in (("forward_weight", forward), ("backward_weight", backward)):

@@ -4,7 +4,7 @@ Constrained PPO (https://huggingface.co/papers/2310.04373, xi-PPO) in plain torc
 B responses of T tokens have K rewards each. Of the K+1 streams with a value head and an advantage of their own, the
 last is the KL. `tests/constrained_ppo/test_minimal.py` holds all of it equal to `ConstrainedPPOTrainer` on one batch.
 
-python recipes/experiments/minimal/constrained_ppo.py
+python -m recipes.experiments.minimal.constrained_ppo
 """
 
 import copy
@@ -118,7 +118,7 @@ def loss_of(policy, heads, batch, fixed, s):
 
 
 def main(num_rollouts=60):
-    """Holds the share of low token ids of a small random policy at 0.7, from 0.5."""
+    """Brings the share of low token ids of a small random policy from 0.5 to 0.7."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
