@@ -62,10 +62,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     """
     Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project.
 
-    On a GPU a step takes three launches of kernels, and the host waits for none. Where these kernels don't take a tensor,
-    the host is read at most once, for all tensors together: weights that pass at no level, most of them, then go through
-    one fused kernel. The others take two passes: their moments and dot products, and the projected update. Weights that
-    shard borders cut always do, with one all-reduce of their dot products in between.
+    On a GPU a step takes three launches of kernels, and the host waits for none. What these kernels don't take reads the
+    host at most once, for all tensors together: weights that pass at no level, most of them, then go through one fused
+    kernel. The others take two passes: their moments and dot products, and the projected update. Weights that shard
+    borders cut always do, with one all-reduce of their dot products in between.
     """
 
     # Options that checkpoints of other implementations lack, with the values that stand for their behaviour
@@ -320,7 +320,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             local = self._local_tensor(param, group, shards, flatten=True)
             by_device.setdefault(local.flat.device, []).append(local)
         self._plans = [
-            Plan(tensors, [self.state[t.param] for t in tensors], self.param_groups, self.MOMENTS, self.projection_counts)
+            Plan(
+                tensors,
+                [self.state[t.param] for t in tensors],
+                self.param_groups,
+                self.MOMENTS,
+                self.projection_counts,
+            )
             for tensors in by_device.values()
         ]
 
@@ -490,7 +496,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         exchanges = []
         for members in by_group.values():
             members = plans.side_by_side(members)
-            exchanges.append((members, Exchange([weight.sums() for weight in members], members[0].shard.process_group)))
+            exchanges.append(
+                (members, Exchange([weight.sums() for weight in members], members[0].shard.process_group))
+            )
         return exchanges
 
     def _apply_whole(self, weight: Weight) -> None:

@@ -3,6 +3,8 @@ The table that the Triton kernels of a step work on: where the tensors of one de
 and the groups' options. It is kept on the device and copied there only where a tensor or an option changed.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,13 +27,23 @@ LEVELS = {"test": 1, "channel": 2, "layer": 3}
 CHUNK, MAX_ROW = 4096, 16384
 # Widths of the tiles for narrow rows, as the kernels have them
 WIDTHS = (4, 16, 64, 256)
-BLOCK, SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 256, 32, 32
-PROGRAMS_PER_PROCESSOR = 8
+# Of the two large kernels: elements at a time, warps, registers of a thread, programs of a processor
+BLOCK, NUM_WARPS, MAX_REGISTERS, NUM_PROGRAMS = 1024, 8, 80, 6
+# Of the small one
+SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 256, 32, 32
 # Columns of an item, of the options of a group, and of a chunk, as triton.py names them
 NUM_COLUMNS, NUM_OPTIONS, NUM_SUMS = 24, 16, 5
 GRAD_COLUMN = 1
 # Options that decide which tensors are in the table, or how
-LAYOUT_OPTIONS = ("projection", "capturable", "foreach", "fused", "differentiable", "stochastic_rounding", "state_dtype")
+LAYOUT_OPTIONS = (
+    "projection",
+    "capturable",
+    "foreach",
+    "fused",
+    "differentiable",
+    "stochastic_rounding",
+    "state_dtype",
+)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,12 +81,9 @@ def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], mom
     )
 
 
+@functools.cache
 def _triton_is_here() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("triton") is not None
 
 
 def _allows(group: dict[str, Any], device: torch.device) -> bool:
@@ -208,7 +217,10 @@ def cut(item: Item) -> Cut:
         num_parts = -(-row_size // CHUNK)
         part = np.arange(num_parts, dtype=np.int64) * CHUNK
         rows = np.arange(num_rows, dtype=np.int64)[:, None]
-        starts, sizes = head + rows * row_size + part, np.broadcast_to(np.minimum(CHUNK, row_size - part), (num_rows, num_parts))
+        starts, sizes = (
+            head + rows * row_size + part,
+            np.broadcast_to(np.minimum(CHUNK, row_size - part), (num_rows, num_parts)),
+        )
         body = np.stack([starts, sizes, np.broadcast_to(2 * (first_row + rows), starts.shape)], axis=2).reshape(-1, 3)
     else:
         per_chunk = max(1, CHUNK // row_size)
@@ -286,11 +298,11 @@ def side_by_side(weights: Sequence[Any]) -> list[Any]:
     found: list[Any] = []
     for weight in weights:
         last = found[-1] if found else None
-        if isinstance(weight, CutWeight) and isinstance(last, CutWeight):
-            if last.plan is weight.plan and last.last == weight.first:
-                found[-1] = last._replace(last=weight.last)
-                continue
-        found.append(weight)
+        is_next = isinstance(weight, CutWeight) and isinstance(last, CutWeight) and last.plan is weight.plan
+        if is_next and last.last == weight.first:
+            found[-1] = last._replace(last=weight.last)
+        else:
+            found.append(weight)
     return found
 
 
@@ -389,12 +401,15 @@ class Plan:
 
     def _set_cuts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
         """Room for what is added up, the weights of one process group side by side and in the order of the groups."""
-        found = [(place, number, item.shard) for number, (place, item) in enumerate(items) if item.shard]
-        found = [one for one in found if one[2].borders]
-        process_groups = list(dict.fromkeys(id(shard.process_group) for _, _, shard in found))
-        found.sort(key=lambda one: (process_groups.index(id(one[2].process_group)), one[0], one[1]))
+        found = [
+            (place, tensors[place].shards.index(item.shard), number, item.shard)
+            for number, (place, item) in enumerate(items)
+            if item.shard and item.shard.borders
+        ]
+        process_groups = list(dict.fromkeys(id(shard.process_group) for *_, shard in found))
+        found.sort(key=lambda one: (process_groups.index(id(one[3].process_group)), *one[:2]))
         size = 0
-        for place, number, shard in found:
+        for place, _, number, shard in found:
             row, cut_rows, length = self._items[number], shard.cut_rows, 5 + 4 * len(shard.cut_rows)
             first_row = shard.offset // shard.row_size
             row[16:18] = size, len(cut_rows)
@@ -402,6 +417,11 @@ class Plan:
             row[19] = cut_rows.index(first_row + int(row[14]) - 1) if row[11] else -1
             self.cut_weights.append(CutWeight(self, tensors[place].param, shard, size, size + length))
             size += length
+        # Behind them those that are whole here
+        for number, (_, item) in enumerate(items):
+            if item.shard and not item.shard.borders:
+                self._items[number, 16] = size
+                size += 5
         self.totals = torch.zeros(size or 1, device=self.device)
 
     def _set_counts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
@@ -521,13 +541,18 @@ class Plan:
     def _grid(self, num_chunks: int) -> tuple[int]:
         if self.device.type != "cuda":
             return (min(num_chunks, 3),)
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return (min(num_chunks, PROGRAMS_PER_PROCESSOR * processors),)
+        processors = _num_processors(self.device)
+        return (min(num_chunks, NUM_PROGRAMS * processors),)
 
     def _constants(self, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
         import triton.language as tl
 
         names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-        return {
-            **dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True)), "ADAM": self.is_adam, "BLOCK": BLOCK,
-        }  # fmt: skip
+        found = dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True))
+        found |= {"ADAM": self.is_adam, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+        return {**found, "maxnreg": MAX_REGISTERS} if MAX_REGISTERS and self.device.type == "cuda" else found
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -61,9 +61,10 @@ def _update(g, first, second, settings, ADAM: tl.constexpr):
     _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2 = settings
     if ADAM:
         momentum = tl.where(nesterov, beta1 * first + rest1 * g, first)
-        return momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
+        found = momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
     else:
-        return tl.where(nesterov, g + beta1 * first, first)
+        found = tl.where(nesterov, g + beta1 * first, first)
+    return found
 
 
 @triton.jit
@@ -318,9 +319,7 @@ def _sum_item(item, row_values, sums, totals, delta, eps, BLOCK, ROWS: tl.conste
     num_parts = tl.load(item + NUM_PARTS).to(tl.int32)
     if is_active & (num_parts > 0):
         num_rows, first_row = (num_chunks - num_head - num_tail) // num_parts, (num_head > 0).to(tl.int32)
-        failing += _split_rows(
-            item, row_values, sums, first + num_head, num_rows, first_row, delta, eps, ROWS, PARTS
-        )
+        failing += _split_rows(item, row_values, sums, first + num_head, num_rows, first_row, delta, eps, ROWS, PARTS)
     num_cut = tl.load(item + NUM_CUT).to(tl.int32)
     if num_cut > 0:
         head_cut, tail_cut = tl.load(item + HEAD_CUT).to(tl.int32), tl.load(item + TAIL_CUT).to(tl.int32)
