@@ -74,7 +74,7 @@ def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shape
     reference_options = {name: value for name, value in options.items() if name != "state_dtype"}
     second = {"lr": 2e-2, "weight_decay": 0.0, "delta": 0.2}  # Of a second group
     groups = [[{"params": ps[::2]}, {"params": ps[1::2], **second}] for ps in (ours, exact)]
-    optimizer = optimizer_class(groups[0], **common, **options)
+    optimizer = optimizer_class(groups[0], **{**common, **options})
     reference = optimizer_class(groups[1], **{**common, **reference_options}, foreach=False, fused=False)
     for step in range(steps):
         kind = KINDS[(step // 2 + 1) % 3]
@@ -111,7 +111,9 @@ def sharded_plans(weights, num_processes, **options):
     """A plan for each of some processes, which hold equal pieces of all weights one after the other."""
     sizes = [weight.numel() for weight in weights]
     starts, piece = [sum(sizes[:place]) for place in range(len(sizes))], -(-sum(sizes) // num_processes)
-    everything = torch.cat([*(weight.flatten() for weight in weights), torch.zeros(piece * num_processes - sum(sizes))])
+    everything = torch.cat(
+        [*(weight.flatten() for weight in weights), torch.zeros(piece * num_processes - sum(sizes))]
+    )
     found = []
     for rank in range(num_processes):
         param = torch.nn.Parameter(everything[rank * piece : (rank + 1) * piece].clone())

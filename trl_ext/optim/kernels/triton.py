@@ -5,7 +5,7 @@ Triton kernels of a step over the table of plan.py, whatever the number of tenso
 2. [`decide_kernel`]: where to project, from the dot products of each weight;
 3. [`apply_kernel`]: the projected update, and what the first kernel expected wrongly; the rest is skipped.
 
-They execute the equations of adamp.py, sgdp.py and projection.py; `tests/optim/test_plan.py` holds both equal.
+They execute the equations of adamp.py, sgdp.py and projection.py; tests/optim/plan_cases.py holds both equal.
 """
 
 import triton
