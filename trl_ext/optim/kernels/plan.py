@@ -30,7 +30,7 @@ WIDTHS = (4, 16, 64, 256)
 # Of the two large kernels: elements at a time, warps, registers of a thread, programs of a processor
 BLOCK, NUM_WARPS, MAX_REGISTERS, NUM_PROGRAMS = 1024, 8, 80, 6
 # Of the small one
-SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 256, 32, 32
+SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 32, 32
 # Columns of an item, of the options of a group, and of a chunk, as triton.py names them
 NUM_COLUMNS, NUM_OPTIONS, NUM_SUMS = 24, 16, 5
 GRAD_COLUMN = 1
@@ -535,7 +535,7 @@ class Plan:
         kernels.decide_kernel[(len(self._items),)](
             *self._tables(), self.was_projected, self.modes, self.layer_values, self.row_values, self.sums,
             self.totals, self.hits, self.is_anything_left, SUM=adds_up, DECIDE=decides, ADAM=self.is_adam,
-            BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS,
+            BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS, num_warps=8,
         )  # fmt: skip
 
     def _grid(self, num_chunks: int) -> tuple[int]:

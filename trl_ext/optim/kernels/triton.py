@@ -264,21 +264,21 @@ def measure_kernel(
 
 
 @triton.jit
-def _column_sum(sums, first, last, column: tl.constexpr, BLOCK: tl.constexpr):
-    found = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, last, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        found += tl.load(sums + places * NUM_SUMS + column, mask=places < last, other=0.0)
-    return tl.sum(found, axis=0)
-
-
-@triton.jit
 def _chunk_sums(sums, first, last, BLOCK: tl.constexpr):
     """Four dot products of some chunks, and their failing rows."""
+    gw, gg = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    ww, uw = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    failing = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        valid, at = places < last, sums + places * NUM_SUMS
+        gw += tl.load(at, mask=valid, other=0.0)
+        gg += tl.load(at + 1, mask=valid, other=0.0)
+        ww += tl.load(at + 2, mask=valid, other=0.0)
+        uw += tl.load(at + 3, mask=valid, other=0.0)
+        failing += tl.load(at + 4, mask=valid, other=0.0)
     return (
-        _column_sum(sums, first, last, 0, BLOCK), _column_sum(sums, first, last, 1, BLOCK),
-        _column_sum(sums, first, last, 2, BLOCK), _column_sum(sums, first, last, 3, BLOCK),
-        _column_sum(sums, first, last, 4, BLOCK),
+        tl.sum(gw, axis=0), tl.sum(gg, axis=0), tl.sum(ww, axis=0), tl.sum(uw, axis=0), tl.sum(failing, axis=0)
     )  # fmt: skip
 
 
