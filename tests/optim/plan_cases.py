@@ -149,7 +149,7 @@ def compare_shards(num_processes, steps=3, **options):
                 entry = plan.entries[0]
                 piece = grads[rank * entry.param.numel() : (rank + 1) * entry.param.numel()]
                 entry.param.grad.zero_()[: len(piece)] = piece
-                assert entry.is_current(entry.state)
+                assert plan.watch.is_current({entry.param: plan.watch.states[0]})
                 plan.update()
                 plan.measure()
             cuts = [plans.side_by_side(plan.cut_weights) for plan in processes]
