@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     param: torch.Tensor
     group: dict[str, Any]
-    index: int
+    number: int
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -278,11 +278,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._step_without_projection(self._ranges_between(tensors, candidates))
         # Apply
         for weights, exchange in exchanges:
-            for weight, sums in zip(weights, exchange.results(), strict=True):
-                if isinstance(weight, Weight):
-                    self._apply(weight, *weight.choose(*weight.split_sums(sums)))
+            for cut, sums in zip(weights, exchange.results(), strict=True):
+                if isinstance(cut, Weight):
+                    self._apply(cut, *cut.choose(*cut.split_sums(sums)))
                 else:
-                    weight.sums().copy_(sums)
+                    cut.sums().copy_(sums)
         for plan in self._plans:
             plan.apply()
 
@@ -329,8 +329,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Tensors outside the plans at this step, and those of them that the single-tensor path takes."""
         found: list[LocalTensor] = []
         single: list[LocalTensor] = []
-        for param, group, index in places:
-            shards = self._shards(param, index, group)
+        for param, group, number in places:
+            shards = self._shards(param, number, group)
             if param.grad is None:
                 if any(shard.borders for shard in shards):  # The other processes wait for this one
                     found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))

@@ -321,13 +321,13 @@ class CutWeight(NamedTuple):
 
 
 def side_by_side(weights: Sequence[Any]) -> list[Any]:
-    """Joins cut weights whose sums follow each other in one plan, so that they are added up and copied together."""
+    """Joins cut weights whose sums follow each other in a plan, so that they are added up and copied together."""
     found: list[Any] = []
     for weight in weights:
         last = found[-1] if found else None
-        is_next = isinstance(weight, CutWeight) and isinstance(last, CutWeight) and last.plan is weight.plan
-        if is_next and last.last == weight.first:
-            found[-1] = last._replace(last=weight.last)
+        both = isinstance(weight, CutWeight) and isinstance(last, CutWeight)
+        if both and last.plan is weight.plan and last.last == weight.first:  # type: ignore[union-attr]
+            found[-1] = weight._replace(first=last.first)  # type: ignore[union-attr]
         else:
             found.append(weight)
     return found
@@ -371,7 +371,9 @@ class Plan:
 
     def _set_up(self, tensors: Sequence[LocalTensor]) -> None:
         # Tensors of the same dtypes share a launch
-        dtypes = [(local.flat.dtype, local.grad.dtype, local.moments[0].dtype) for local in tensors]
+        dtypes = [
+            tuple(t.dtype for t in (local.flat, local.grad, local.moments[0]) if t is not None) for local in tensors
+        ]
         order = sorted(range(len(tensors)), key=lambda place: str(dtypes[place]))
         items = [(place, item) for place in order for item in items_of(tensors[place])]
         places = {id(group): number for number, group in enumerate(self.groups)}
@@ -418,9 +420,10 @@ class Plan:
         if self.is_adam:
             for number, entry in enumerate(self.entries):
                 own = self.table.data_ptr() + 8 * self._ends[1] + 4 * number
-                is_tensor = isinstance(entry.step, torch.Tensor)
-                self._items[entry.items, 4] = entry.step.data_ptr() if is_tensor else own
-                self._steps[number] = 0 if is_tensor else entry.step
+                if isinstance(entry.step, torch.Tensor):
+                    self._items[entry.items, 4] = entry.step.data_ptr()
+                else:
+                    self._items[entry.items, 4], self._steps[number] = own, entry.step
         cuts = np.concatenate(chunks)
         self.chunks = torch.from_numpy(cuts).to(device)
         self.sums = torch.zeros(len(cuts) or 1, NUM_SUMS, device=device)
