@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tests.benchmarks.optimizers import gpt2_shapes, llama_1b_shapes, share_state
 from trl_ext.optim import AdamP, scale_invariant_weights
+from trl_ext.optim.kernels import plan
 
 from .measuring import Record, count_calls, peak_mib, release, time_in_turn
 
@@ -134,6 +136,30 @@ class Comparison:
                 self.record.row("memory that a step adds", list=self.name, case=case, adamp_mib=added)
 
 
+# Elements at a time, warps, registers of a thread (0: as many as it takes), programs of a processor
+SETTINGS = [
+    (1024, 8, 80, 6), (1024, 8, 64, 8), (1024, 8, 0, 4), (1024, 4, 0, 6), (1024, 4, 128, 8), (512, 4, 0, 8),
+    (512, 4, 80, 12), (2048, 8, 0, 4),
+]  # fmt: skip
+
+
+def compare_settings(record: Record, comparison: Comparison) -> None:
+    """Graph replays of a step in the kernels' possible settings."""
+    for orthogonal in (False, True):
+        set_gradients(comparison.named, orthogonal)
+        for block, warps, registers, programs in SETTINGS:
+            names = {"list": comparison.name, "projected": str(orthogonal), "block": block, "warps": warps}
+            names |= {"registers": registers, "programs": programs}
+            sizes = {"BLOCK": block, "NUM_WARPS": warps, "MAX_REGISTERS": registers, "NUM_PROGRAMS": programs}
+            with record.attempt("settings", **names), mock.patch.multiple(plan, **sizes):
+                own = AdamP(comparison.named, **COMMON, capturable=True)
+                share_state(own, comparison.base)
+                own.step()
+                step = captured(own) if comparison.device.type == "cuda" else own.step
+                times = time_in_turn({"own": step}, comparison.rounds, comparison.device)
+                record.row("settings", **names, adamp_ms=times["own"].device)
+
+
 def run(record: Record, device: torch.device, dry: bool) -> None:
     rounds = 2 if dry else 20
     for name, (shapes, known) in lists(dry).items():
@@ -149,9 +175,12 @@ def run(record: Record, device: torch.device, dry: bool) -> None:
                     comparison.run("named", graph, projection=known)
         if not dry and device.type == "cuda":
             comparison.run("generic, no kernels of its own", False, foreach=True)
+        if name == "GPT-2 small":
+            compare_settings(record, comparison)
         del comparison
         release()
     shapes, _ = lists(dry)["GPT-2 small"]
     comparison = Comparison(record, "GPT-2 small, bf16", make_params(shapes, device, torch.bfloat16), rounds)
     set_gradients(comparison.named, False)
     comparison.run("generic", False)
+    comparison.run("generic", True)

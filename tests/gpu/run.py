@@ -32,7 +32,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "environment": Section("environment", 60),
     "kernels": Section("kernels", 120),
-    "optimizers": Section("optimizers", 150),
+    "optimizers": Section("optimizers", 180),
     "paired_head": Section("sparse_po", 90, "run_head"),
     "sparse_po": Section("sparse_po", 120),
     "equilibrium": Section("equilibrium", 60),

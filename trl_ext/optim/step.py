@@ -12,6 +12,7 @@ in blocks of torch operations around the update that a subclass writes; what is 
 torch's fused kernels.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -55,16 +56,16 @@ class Place(NamedTuple):
 
     param: torch.Tensor
     group: dict[str, Any]
-    index: int
+    number: int
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
     """
     Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project.
 
-    On a GPU a step takes three launches of kernels, and the host waits for none. Where these kernels don't take a tensor,
-    the host is read at most once, for all tensors together: weights that pass at no level, most of them, then go through
-    one fused kernel. The others take two passes: their moments and dot products, and the projected update. Weights that
+    On a GPU a step takes three launches of kernels, and the host waits for none. What these kernels don't take reads
+    the host at most once, for all tensors together: weights that pass at no level, most of them, then go through one
+    fused kernel. The others take two passes: their moments and dot products, and the projected update. Weights that
     shard borders cut always do, with one all-reduce of their dot products in between.
     """
 
@@ -95,6 +96,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
         self._noise = RoundingNoise()
         self._plans: list[Plan] = []
+        # What the plans were made from, and what is not in them
+        self._planned_params: list[torch.Tensor] = []
+        self._outside: list[Place] = []
         # Weights that the last step projected: no more than a guess at which way is the faster one
         self._projected: set[tuple[int, int]] = set()
         self.projection_counts = ProjectionCounts()
@@ -274,11 +278,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._step_without_projection(self._ranges_between(tensors, candidates))
         # Apply
         for weights, exchange in exchanges:
-            for weight, sums in zip(weights, exchange.results(), strict=True):
-                if isinstance(weight, Weight):
-                    self._apply(weight, *weight.choose(*weight.split_sums(sums)))
+            for cut, sums in zip(weights, exchange.results(), strict=True):
+                if isinstance(cut, Weight):
+                    self._apply(cut, *cut.choose(*cut.split_sums(sums)))
                 else:
-                    weight.sums().copy_(sums)
+                    cut.sums().copy_(sums)
         for plan in self._plans:
             plan.apply()
 
@@ -286,50 +290,47 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _places_outside_plans(self) -> list[Place]:
         """Brings the plans up to date, and returns what is not in them."""
-        places = [Place(p, group, index) for group in self.param_groups for index, p in enumerate(group["params"])]
-        outside = self._check_plans(places)
-        if outside is None:
-            self._make_plans(places)
-            planned = {id(entry.param) for plan in self._plans for entry in plan.entries}
-            outside = [place for place in places if id(place.param) not in planned]
-        return outside
+        params = [param for group in self.param_groups for param in group["params"]]
+        is_known = len(params) == len(self._planned_params) and all(map(operator.is_, params, self._planned_params))
+        if not (is_known and self._plans and self._plans_are_current()):
+            self._make_plans()
+            self._planned_params = params if self._plans else []
+        return self._outside
 
-    def _check_plans(self, places: Sequence[Place]) -> list[Place] | None:
-        """What is not in a plan; `None` where plans have to be made."""
-        if not all(plan.fits(self.param_groups) for plan in self._plans):
-            return None
-        entries = {id(entry.param): entry for plan in self._plans for entry in plan.entries}
-        outside = []
-        for place in places:
-            entry = entries.get(id(place.param))
-            if entry is None:
-                if plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS):
-                    return None
-                outside.append(place)
-            elif not entry.is_current(self.state[place.param]):
-                return None
-        return outside if len(places) - len(outside) == len(entries) else None
+    def _plans_are_current(self) -> bool:
+        return (
+            all(plan.fits(self.param_groups) and plan.watch.is_current(self.state) for plan in self._plans)
+            and not any(self._is_planned(place) for place in self._outside)
+        )  # fmt: skip
 
-    def _make_plans(self, places: Sequence[Place]) -> None:
+    def _is_planned(self, place: Place) -> bool:
+        return plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS)
+
+    def _make_plans(self) -> None:
         by_device: dict[torch.device, list[LocalTensor]] = {}
-        for param, group, index in places:
-            if not plans.takes(param, group, self.state.get(param, {}), self.MOMENTS):
-                continue
-            shards = self._shards(param, index, group)
-            check_param(type(self).__name__, param)
-            local = self._local_tensor(param, group, shards, flatten=True)
-            by_device.setdefault(local.flat.device, []).append(local)
-        self._plans = [
-            Plan(tensors, [self.state[t.param] for t in tensors], self.param_groups, self.MOMENTS, self.projection_counts)
-            for tensors in by_device.values()
-        ]
+        self._outside = []
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                place = Place(param, group, index)
+                if not self._is_planned(place):
+                    self._outside.append(place)
+                    continue
+                shards = self._shards(param, index, group)
+                check_param(type(self).__name__, param)
+                local = self._local_tensor(param, group, shards, flatten=True)
+                by_device.setdefault(local.flat.device, []).append(local)
+        self._plans = []
+        for tensors in by_device.values():
+            states = [self.state[local.param] for local in tensors]
+            self._plans.append(Plan(tensors, states, self.param_groups, self.MOMENTS, self.projection_counts))
+            self._plans[-1].watch.is_current(self.state)
 
     def _local_tensors(self, places: Sequence[Place]) -> tuple[list[LocalTensor], list[LocalTensor]]:
         """Tensors outside the plans at this step, and those of them that the single-tensor path takes."""
         found: list[LocalTensor] = []
         single: list[LocalTensor] = []
-        for param, group, index in places:
-            shards = self._shards(param, index, group)
+        for param, group, number in places:
+            shards = self._shards(param, number, group)
             if param.grad is None:
                 if any(shard.borders for shard in shards):  # The other processes wait for this one
                     found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
@@ -482,7 +483,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _exchanges(self, weights: Sequence[Weight | CutWeight]) -> list[tuple[list[Weight | CutWeight], Exchange]]:
         """Starts one all-reduce for each process group among cut weights, in the same order on each process."""
-        params = (param for group in self.param_groups for param in group["params"]) if self._plans else ()
+        params = (param for group in self.param_groups for param in group["params"]) if self._plans and weights else ()
         order = {id(param): place for place, param in enumerate(params)}
         by_group: dict[int, list[Weight | CutWeight]] = {}
         for weight in sorted(weights, key=lambda weight: order.get(id(weight.param), 0)):
@@ -490,7 +491,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         exchanges = []
         for members in by_group.values():
             members = plans.side_by_side(members)
-            exchanges.append((members, Exchange([weight.sums() for weight in members], members[0].shard.process_group)))
+            exchanges.append(
+                (members, Exchange([weight.sums() for weight in members], members[0].shard.process_group))
+            )
         return exchanges
 
     def _apply_whole(self, weight: Weight) -> None:

@@ -3,7 +3,10 @@ The table that the Triton kernels of a step work on: where the tensors of one de
 and the groups' options. It is kept on the device and copied there only where a tensor or an option changed.
 """
 
+import functools
+import importlib.util
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -25,13 +28,24 @@ LEVELS = {"test": 1, "channel": 2, "layer": 3}
 CHUNK, MAX_ROW = 4096, 16384
 # Widths of the tiles for narrow rows, as the kernels have them
 WIDTHS = (4, 16, 64, 256)
-BLOCK, SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 256, 32, 32
-PROGRAMS_PER_PROCESSOR = 8
+# Of the two large kernels: elements at a time, warps, registers of a thread (0 leaves them to the compiler), programs of
+# a processor; as they ran on an H200 (docs/results/gpu.md), where tests/gpu times others too
+BLOCK, NUM_WARPS, MAX_REGISTERS, NUM_PROGRAMS = 1024, 4, 0, 8
+# Of the small one
+SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 32, 32
 # Columns of an item, of the options of a group, and of a chunk, as triton.py names them
 NUM_COLUMNS, NUM_OPTIONS, NUM_SUMS = 24, 16, 5
 GRAD_COLUMN = 1
 # Options that decide which tensors are in the table, or how
-LAYOUT_OPTIONS = ("projection", "capturable", "foreach", "fused", "differentiable", "stochastic_rounding", "state_dtype")
+LAYOUT_OPTIONS = (
+    "projection",
+    "capturable",
+    "foreach",
+    "fused",
+    "differentiable",
+    "stochastic_rounding",
+    "state_dtype",
+)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,6 +71,9 @@ def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], mom
     tensors = [weight, local_tensor(grad), *map(local_tensor, kept)]
     if not all(is_plain(t) and t.dtype in DTYPES and t.device == weight.device for t in tensors):
         return False
+    step = state.get("step")
+    if isinstance(step, torch.Tensor) and (step.dtype != torch.float32 or step.device != weight.device):
+        return False
     state_dtypes = {tensor.dtype for tensor in kept} or {group["state_dtype"] or weight.dtype}
     return (
         len(state_dtypes) == 1
@@ -69,12 +86,9 @@ def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], mom
     )
 
 
+@functools.cache
 def _triton_is_here() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("triton") is not None
 
 
 def _allows(group: dict[str, Any], device: torch.device) -> bool:
@@ -90,68 +104,91 @@ def _allows(group: dict[str, Any], device: torch.device) -> bool:
     )
 
 
-class Signature(NamedTuple):
-    """What must not change in a tensor that the table points to."""
-
-    pointer: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Signature":
-        return cls(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-
-
 class Entry:
-    """A parameter in a plan, and what is compared at each step."""
+    """A parameter in a plan, and where its items are."""
 
-    def __init__(self, local: LocalTensor, state: dict[str, Any], moments: Sequence[str]):
-        self.param, self.group, self.state = local.param, local.group, state
-        self.is_distributed = isinstance(local.param, DTensor)
-        self.weight = Signature.of(local_tensor(local.param))
-        self.moments = {name: Signature.of(local_tensor(state[name])) for name in moments}
-        self.memory = [local_tensor(local.param).detach(), *(local_tensor(state[name]) for name in moments)]
+    def __init__(self, local: LocalTensor, state: dict[str, Any]):
         assert local.param.grad is not None
-        grad = local_tensor(local.param.grad)
-        self.grad_like = (type(grad), grad.shape, grad.stride(), grad.dtype)
-        self.grad_size = grad.element_size()
-        # Pointer to the gradient, or 0 without one; as found, and as the table has it
-        self.grad, self.grad_in_table = grad.data_ptr(), 0
-        # Number of steps as the table has it, where the state holds a number
+        self.param, self.group = local.param, local.group
+        self.grad_size = local_tensor(local.param.grad).element_size()
         step = state.get("step")
-        self.step: int | None = None if isinstance(step, torch.Tensor) or step is None else int(step)
-        self.step_pointer = step.data_ptr() if isinstance(step, torch.Tensor) else 0
+        self.step = step if isinstance(step, torch.Tensor) else int(step or 0)
         # Filled in by the plan
         self.items = slice(0, 0)
         self.starts = np.zeros(0, dtype=np.int64)
         self.keys: list[tuple[int, int]] = []
 
-    def is_current(self, state: dict[str, Any]) -> bool:
-        """Whether the table's pointers are right but for the gradient's, which is looked up."""
-        self.state = state
-        weight = local_tensor(self.param) if self.is_distributed else self.param
-        if (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) != self.weight:
+
+class Watch:
+    """
+    Compares the tensors of a plan at each step with those that its table points to.
+
+    Args:
+        params (`Sequence[torch.Tensor]`):
+            The parameters, with gradients.
+        states (`Sequence[dict]`):
+            Their states.
+        moments (`Sequence[str]`):
+            Names of the running averages.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], moments: Sequence[str]):
+        self.params, self.states, self._names = list(params), list(states), tuple(moments)
+        self._is_distributed = any(isinstance(param, DTensor) for param in params)
+        self._all_states: list[dict[str, Any]] = []
+        self._kept = self._kept_tensors()
+        self.memory = [*self._locals(self.params), *self._locals(self._kept)]
+        self._found = self._describe(self.memory)
+        # Gradients' addresses, 0 where there is none
+        self.grads: list[int] = []
+        self._grads_found = [self._describe_grad(grad) for grad in self._locals([p.grad for p in params])]
+        self._steps = [state.get("step") for state in states]
+
+    def stepped_memory(self) -> list[torch.Tensor]:
+        """The weights and running averages that a step changes."""
+        if all(self.grads):
+            return self.memory
+        owners = [*range(len(self.params)), *(n for n in range(len(self.params)) for _ in self._names)]
+        return [tensor for tensor, owner in zip(self.memory, owners, strict=True) if self.grads[owner]]
+
+    def _kept_tensors(self) -> list[Any]:
+        return [state.get(name) for state in self.states for name in self._names]
+
+    def _locals(self, tensors: list[Any]) -> list[Any]:
+        return [local_tensor(tensor) for tensor in tensors] if self._is_distributed else tensors
+
+    @staticmethod
+    def _describe(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+        return (
+            [tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors],
+            [tensor.stride() for tensor in tensors], [tensor.dtype for tensor in tensors],
+        )  # fmt: skip
+
+    @staticmethod
+    def _describe_grad(grad: torch.Tensor) -> tuple[Any, ...]:
+        return type(grad), grad.shape, grad.stride(), grad.dtype, grad.device, grad.is_neg()
+
+    def is_current(self, state: dict[torch.Tensor, dict[str, Any]]) -> bool:
+        """Whether the table's pointers are right but for the gradients', which are looked up."""
+        # Looking a tensor up takes longer than all the rest
+        if len(state) != len(self._all_states) or not all(map(operator.is_, state.values(), self._all_states)):
+            self.states = [state.get(param, {}) for param in self.params]
+            self._all_states = list(state.values())
+        kept, params = self._kept_tensors(), self._locals(self.params)
+        if not all(map(operator.is_, kept, self._kept)):
             return False
-        for name, signature in self.moments.items():
-            moment = state.get(name)
-            if moment is None:
+        if self._describe([*params, *self._locals(kept)]) != self._found:
+            return False
+        for found, before in zip(self.states, self._steps, strict=True):
+            step = found.get("step")
+            if step is not before and (isinstance(step, torch.Tensor) or isinstance(before, torch.Tensor)):
                 return False
-            moment = local_tensor(moment) if self.is_distributed else moment
-            if (moment.data_ptr(), moment.shape, moment.stride(), moment.dtype) != signature:
+        grads = self._locals([param.grad for param in self.params])
+        for grad, expected in zip(grads, self._grads_found, strict=True):
+            if grad is not None and (grad.layout is not torch.strided or self._describe_grad(grad) != expected):
                 return False
-        step = state.get("step")
-        if (step.data_ptr() if isinstance(step, torch.Tensor) else 0) != self.step_pointer:
-            return False
-        grad = self.param.grad
-        if grad is None:
-            self.grad = 0
-            return True
-        grad = local_tensor(grad) if self.is_distributed else grad
-        if grad.layout is not torch.strided or grad.device != weight.device or grad.is_neg():
-            return False
-        self.grad = grad.data_ptr()
-        return (type(grad), grad.shape, grad.stride(), grad.dtype) == self.grad_like
+        self.grads = [0 if grad is None else grad.data_ptr() for grad in grads]
+        return True
 
 
 class Item(NamedTuple):
@@ -208,7 +245,10 @@ def cut(item: Item) -> Cut:
         num_parts = -(-row_size // CHUNK)
         part = np.arange(num_parts, dtype=np.int64) * CHUNK
         rows = np.arange(num_rows, dtype=np.int64)[:, None]
-        starts, sizes = head + rows * row_size + part, np.broadcast_to(np.minimum(CHUNK, row_size - part), (num_rows, num_parts))
+        starts, sizes = (
+            head + rows * row_size + part,
+            np.broadcast_to(np.minimum(CHUNK, row_size - part), (num_rows, num_parts)),
+        )
         body = np.stack([starts, sizes, np.broadcast_to(2 * (first_row + rows), starts.shape)], axis=2).reshape(-1, 3)
     else:
         per_chunk = max(1, CHUNK // row_size)
@@ -262,7 +302,7 @@ def layout_key(group: dict[str, Any]) -> list[Any]:
     names, projection = group.get("param_names"), group["projection"]
     kept = dict(projection) if isinstance(projection, dict) else projection
     return [
-        kept, _lr_pointer(group), None if names is None else list(names),
+        kept, len(group["params"]), _lr_pointer(group), None if names is None else list(names),
         *(group[name] for name in LAYOUT_OPTIONS[1:]),
     ]  # fmt: skip
 
@@ -282,15 +322,15 @@ class CutWeight(NamedTuple):
 
 
 def side_by_side(weights: Sequence[Any]) -> list[Any]:
-    """Joins cut weights whose sums follow each other in one plan, so that they are added up and copied together."""
+    """Joins cut weights whose sums follow each other in a plan, so that they are added up and copied together."""
     found: list[Any] = []
     for weight in weights:
         last = found[-1] if found else None
-        if isinstance(weight, CutWeight) and isinstance(last, CutWeight):
-            if last.plan is weight.plan and last.last == weight.first:
-                found[-1] = last._replace(last=weight.last)
-                continue
-        found.append(weight)
+        both = isinstance(weight, CutWeight) and isinstance(last, CutWeight)
+        if both and last.plan is weight.plan and last.last == weight.first:  # type: ignore[union-attr]
+            found[-1] = weight._replace(first=last.first)  # type: ignore[union-attr]
+        else:
+            found.append(weight)
     return found
 
 
@@ -319,7 +359,9 @@ class Plan:
         self.is_adam = len(moments) > 1
         self.groups, self.counts = list(groups), counts
         self.keys = [layout_key(group) for group in groups]
-        self.entries = [Entry(local, state, moments) for local, state in zip(tensors, states, strict=True)]
+        self.entries = [Entry(local, state) for local, state in zip(tensors, states, strict=True)]
+        self.watch = Watch([local.param for local in tensors], states, moments)
+        self._grads_in_table = [0] * len(tensors)
         self.cut_weights: list[CutWeight] = []
         self.can_be_captured = any(group["capturable"] for group in groups)
         self._captured: list[torch.Tensor] = []
@@ -330,7 +372,9 @@ class Plan:
 
     def _set_up(self, tensors: Sequence[LocalTensor]) -> None:
         # Tensors of the same dtypes share a launch
-        dtypes = [(local.flat.dtype, local.grad.dtype, local.moments[0].dtype) for local in tensors]
+        dtypes = [
+            tuple(t.dtype for t in (local.flat, local.grad, local.moments[0]) if t is not None) for local in tensors
+        ]
         order = sorted(range(len(tensors)), key=lambda place: str(dtypes[place]))
         items = [(place, item) for place in order for item in items_of(tensors[place])]
         places = {id(group): number for number, group in enumerate(self.groups)}
@@ -377,8 +421,10 @@ class Plan:
         if self.is_adam:
             for number, entry in enumerate(self.entries):
                 own = self.table.data_ptr() + 8 * self._ends[1] + 4 * number
-                self._items[entry.items, 4] = entry.step_pointer or own
-                self._steps[number] = entry.step or 0
+                if isinstance(entry.step, torch.Tensor):
+                    self._items[entry.items, 4] = entry.step.data_ptr()
+                else:
+                    self._items[entry.items, 4], self._steps[number] = own, entry.step
         cuts = np.concatenate(chunks)
         self.chunks = torch.from_numpy(cuts).to(device)
         self.sums = torch.zeros(len(cuts) or 1, NUM_SUMS, device=device)
@@ -389,12 +435,15 @@ class Plan:
 
     def _set_cuts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
         """Room for what is added up, the weights of one process group side by side and in the order of the groups."""
-        found = [(place, number, item.shard) for number, (place, item) in enumerate(items) if item.shard]
-        found = [one for one in found if one[2].borders]
-        process_groups = list(dict.fromkeys(id(shard.process_group) for _, _, shard in found))
-        found.sort(key=lambda one: (process_groups.index(id(one[2].process_group)), one[0], one[1]))
+        found = [
+            (place, tensors[place].shards.index(item.shard), number, item.shard)
+            for number, (place, item) in enumerate(items)
+            if item.shard and item.shard.borders
+        ]
+        process_groups = list(dict.fromkeys(id(shard.process_group) for *_, shard in found))
+        found.sort(key=lambda one: (process_groups.index(id(one[3].process_group)), *one[:2]))
         size = 0
-        for place, number, shard in found:
+        for place, _, number, shard in found:
             row, cut_rows, length = self._items[number], shard.cut_rows, 5 + 4 * len(shard.cut_rows)
             first_row = shard.offset // shard.row_size
             row[16:18] = size, len(cut_rows)
@@ -402,6 +451,11 @@ class Plan:
             row[19] = cut_rows.index(first_row + int(row[14]) - 1) if row[11] else -1
             self.cut_weights.append(CutWeight(self, tensors[place].param, shard, size, size + length))
             size += length
+        # Behind them those that are whole here
+        for number, (_, item) in enumerate(items):
+            if item.shard and not item.shard.borders:
+                self._items[number, 16] = size
+                size += 5
         self.totals = torch.zeros(size or 1, device=self.device)
 
     def _set_counts(self, items: Sequence[tuple[int, Item]], tensors: Sequence[LocalTensor]) -> None:
@@ -428,25 +482,30 @@ class Plan:
         if not np.array_equal(options, self._options):
             self._options[:] = options
             self._is_dirty = True
-        for number, entry in enumerate(self.entries):
-            if entry.grad != entry.grad_in_table:
-                self._items[entry.items, GRAD_COLUMN] = entry.grad + entry.starts if entry.grad else 0
-                entry.grad_in_table, self._is_dirty = entry.grad, True
-            if entry.step is not None and entry.state["step"] != entry.step:
-                entry.step = entry.state["step"]
-                self._steps[number] = entry.step
+        grads = self.watch.grads
+        if grads != self._grads_in_table:
+            for entry, grad, before in zip(self.entries, grads, self._grads_in_table, strict=True):
+                if grad != before:
+                    self._items[entry.items, GRAD_COLUMN] = grad + entry.starts if grad else 0
+            self._grads_in_table, self._is_dirty = grads, True
+        if self.is_adam:
+            numbers = [0 if isinstance(step, torch.Tensor) else step for step in self._counted()]
+            if not np.array_equal(self._steps, numbers):
+                self._steps[:] = numbers
                 self._is_dirty = True
         self._used_table = self._upload()
-        for number, entry in enumerate(self.entries):
-            if not entry.grad:
-                continue
-            for key in entry.keys:
-                self.counts.steps[key] = self.counts.steps.get(key, 0) + 1
-            # The kernels count as well, in the table or in the state's own tensor
-            if entry.step is not None:
-                entry.step += 1
-                entry.state["step"] = entry.step
-                self._steps[number] += 1
+        # The kernels count as well, in the table or in the state's own tensor
+        for entry, state, grad in zip(self.entries, self.watch.states, grads, strict=True):
+            if grad:
+                for key in entry.keys:
+                    self.counts.steps[key] = self.counts.steps.get(key, 0) + 1
+                if self.is_adam and not isinstance(state["step"], torch.Tensor):
+                    state["step"] += 1
+        if self.is_adam:
+            self._steps[:] = [0 if isinstance(step, torch.Tensor) else step for step in self._counted()]
+
+    def _counted(self) -> list[Any]:
+        return [state["step"] for state in self.watch.states]
 
     def _upload(self) -> torch.Tensor:
         """The table on the device. One that a CUDA graph captures is its own, whose source stays as it is."""
@@ -507,7 +566,7 @@ class Plan:
                     self.is_anything_left, first, last, **self._constants(dtypes),
                 )  # fmt: skip
         # Autograd is told, as by torch's own operations
-        increment_version([tensor for entry in self.entries if entry.grad for tensor in entry.memory])
+        increment_version(self.watch.stepped_memory())
 
     def _decide(self, adds_up: bool, decides: bool) -> None:
         from . import triton as kernels
@@ -515,19 +574,24 @@ class Plan:
         kernels.decide_kernel[(len(self._items),)](
             *self._tables(), self.was_projected, self.modes, self.layer_values, self.row_values, self.sums,
             self.totals, self.hits, self.is_anything_left, SUM=adds_up, DECIDE=decides, ADAM=self.is_adam,
-            BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS,
+            BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS, num_warps=8,
         )  # fmt: skip
 
     def _grid(self, num_chunks: int) -> tuple[int]:
         if self.device.type != "cuda":
             return (min(num_chunks, 3),)
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return (min(num_chunks, PROGRAMS_PER_PROCESSOR * processors),)
+        processors = _num_processors(self.device)
+        return (min(num_chunks, NUM_PROGRAMS * processors),)
 
     def _constants(self, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
         import triton.language as tl
 
         names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-        return {
-            **dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True)), "ADAM": self.is_adam, "BLOCK": BLOCK,
-        }  # fmt: skip
+        found = dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True))
+        found |= {"ADAM": self.is_adam, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+        return {**found, "maxnreg": MAX_REGISTERS} if MAX_REGISTERS and self.device.type == "cuda" else found
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,7 +5,7 @@ Triton kernels of a step over the table of plan.py, whatever the number of tenso
 2. [`decide_kernel`]: where to project, from the dot products of each weight;
 3. [`apply_kernel`]: the projected update, and what the first kernel expected wrongly; the rest is skipped.
 
-They execute the equations of adamp.py, sgdp.py and projection.py; `tests/optim/test_plan.py` holds both equal.
+They execute the equations of adamp.py, sgdp.py and projection.py; tests/optim/plan_cases.py holds both equal.
 """
 
 import triton
@@ -61,9 +61,10 @@ def _update(g, first, second, settings, ADAM: tl.constexpr):
     _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2 = settings
     if ADAM:
         momentum = tl.where(nesterov, beta1 * first + rest1 * g, first)
-        return momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
+        found = momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
     else:
-        return tl.where(nesterov, g + beta1 * first, first)
+        found = tl.where(nesterov, g + beta1 * first, first)
+    return found
 
 
 @triton.jit
@@ -263,21 +264,21 @@ def measure_kernel(
 
 
 @triton.jit
-def _column_sum(sums, first, last, column: tl.constexpr, BLOCK: tl.constexpr):
-    found = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, last, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        found += tl.load(sums + places * NUM_SUMS + column, mask=places < last, other=0.0)
-    return tl.sum(found, axis=0)
-
-
-@triton.jit
 def _chunk_sums(sums, first, last, BLOCK: tl.constexpr):
     """Four dot products of some chunks, and their failing rows."""
+    gw, gg = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    ww, uw = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    failing = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        valid, at = places < last, sums + places * NUM_SUMS
+        gw += tl.load(at, mask=valid, other=0.0)
+        gg += tl.load(at + 1, mask=valid, other=0.0)
+        ww += tl.load(at + 2, mask=valid, other=0.0)
+        uw += tl.load(at + 3, mask=valid, other=0.0)
+        failing += tl.load(at + 4, mask=valid, other=0.0)
     return (
-        _column_sum(sums, first, last, 0, BLOCK), _column_sum(sums, first, last, 1, BLOCK),
-        _column_sum(sums, first, last, 2, BLOCK), _column_sum(sums, first, last, 3, BLOCK),
-        _column_sum(sums, first, last, 4, BLOCK),
+        tl.sum(gw, axis=0), tl.sum(gg, axis=0), tl.sum(ww, axis=0), tl.sum(uw, axis=0), tl.sum(failing, axis=0)
     )  # fmt: skip
 
 
@@ -318,9 +319,7 @@ def _sum_item(item, row_values, sums, totals, delta, eps, BLOCK, ROWS: tl.conste
     num_parts = tl.load(item + NUM_PARTS).to(tl.int32)
     if is_active & (num_parts > 0):
         num_rows, first_row = (num_chunks - num_head - num_tail) // num_parts, (num_head > 0).to(tl.int32)
-        failing += _split_rows(
-            item, row_values, sums, first + num_head, num_rows, first_row, delta, eps, ROWS, PARTS
-        )
+        failing += _split_rows(item, row_values, sums, first + num_head, num_rows, first_row, delta, eps, ROWS, PARTS)
     num_cut = tl.load(item + NUM_CUT).to(tl.int32)
     if num_cut > 0:
         head_cut, tail_cut = tl.load(item + HEAD_CUT).to(tl.int32), tl.load(item + TAIL_CUT).to(tl.int32)
