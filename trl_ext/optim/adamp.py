@@ -98,8 +98,8 @@ class AdamP(ProjectedOptimizer):
         maximize (`bool`, *optional*, defaults to `False`):
             Whether to ascend.
         capturable (`bool`, *optional*, defaults to `False`):
-            Whether the step may be captured in a CUDA graph: it then never reads the host, and every weight takes the
-            two passes that projected ones need.
+            Whether the step may be captured in a CUDA graph: it then never reads the host. On a GPU no step of the
+            Triton kernels does; elsewhere every weight takes the two passes that projected ones need.
         differentiable (`bool`, *optional*, defaults to `False`):
             Whether autograd records the step. Whole parameters only.
         projection (`str` or `dict[str, str]`, *optional*):

@@ -28,8 +28,8 @@ LEVELS = {"test": 1, "channel": 2, "layer": 3}
 CHUNK, MAX_ROW = 4096, 16384
 # Widths of the tiles for narrow rows, as the kernels have them
 WIDTHS = (4, 16, 64, 256)
-# Of the two large kernels: elements at a time, warps, registers of a thread (0 leaves them to the compiler), programs of
-# a processor; as they ran on an H200 (docs/results/gpu.md), where tests/gpu times others too
+# Of the two large kernels: elements at a time, warps, registers of a thread (0 leaves them to the compiler), programs
+# of a processor; as they ran on an H200 (docs/results/gpu.md), and tests/gpu times others too
 BLOCK, NUM_WARPS, MAX_REGISTERS, NUM_PROGRAMS = 1024, 4, 0, 8
 # Of the small one
 SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 32, 32
