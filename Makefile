@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test shuffle lint contract benchmark clean
+.PHONY: help demo format quick test shuffle lint contract benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,13 @@ lint: $(STAMP) ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+format: $(STAMP) ## Bring sources into the house's style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+quick: $(STAMP) ## Run the fast tier of the tests: no process, no trainer, under two minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not distributed"
 
 test: lint ## Check style and types and run the test-suite
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
