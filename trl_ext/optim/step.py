@@ -60,14 +60,7 @@ class Place(NamedTuple):
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
-    """
-    Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project.
-
-    On a GPU a step takes three launches of kernels, and the host waits for none. What these kernels don't take reads
-    the host at most once, for all tensors together: weights that pass at no level, most of them, then go through one
-    fused kernel. The others take two passes: their moments and dot products, and the projected update. Weights that
-    shard borders cut always do, with one all-reduce of their dot products in between.
-    """
+    """Base of [`AdamP`] and [`SGDP`]: torch.optim's conventions, shards, and the decision where to project."""
 
     # Options that checkpoints of other implementations lack, with the values that stand for their behaviour
     OPTIONS: dict[str, Any] = {
@@ -136,10 +129,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.state[param]["step"] = int(step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Loads a state, also one that the official package saved. Running averages keep the dtype that `state_dtype`
-        asks for.
-        """
+        """Loads a state, also one of the official package's; running averages keep what `state_dtype` asks for."""
         keys = [group.get(GROUP_KEY) for group in self.param_groups]
         dtypes = [group.get("state_dtype") for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -154,14 +144,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
-        Takes one step.
-
-        Args:
-            closure (`Callable`, *optional*):
-                Evaluates the model anew and returns the loss.
-
-        Returns:
-            The closure's loss, or `None`.
+        Takes one step and returns the loss of `closure`, or `None`.
 
         Raises:
             RuntimeError: If a gradient is sparse, a parameter is complex, or a parameter changed its shape.
@@ -304,7 +287,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _is_planned(self, place: Place) -> bool:
-        return plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS)
+        on_device = place.param.device.type in plans.DEVICE_TYPES
+        return on_device and plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS)
 
     def _make_plans(self) -> None:
         by_device: dict[torch.device, list[LocalTensor]] = {}
@@ -490,7 +474,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             by_group.setdefault(id(weight.shard.process_group), []).append(weight)
         exchanges = []
         for members in by_group.values():
-            members = plans.side_by_side(members)
+            members = plans.side_by_side(members) if self._plans else members
             exchanges.append(
                 (members, Exchange([weight.sums() for weight in members], members[0].shard.process_group))
             )
