@@ -18,6 +18,41 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Set where OpenMP, DeepSpeed and torch's compiler are first loaded, and by pytest in each phase of a test
 OTHERS_VARIABLES = ("KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_", "PYTEST_")
 
+# Files that take more than a few seconds, which `make quick` leaves out
+SLOW = (
+    "constrained_ppo/test_constrained_ppo_trainer.py",
+    "constrained_ppo/test_critic.py",
+    "constrained_ppo/test_dashboard.py",
+    "constrained_ppo/test_proxy_points.py",
+    "constrained_ppo/test_resume.py",
+    "constrained_ppo/test_training_control.py",
+    "contract/test_parents.py",
+    "core/test_moved.py",
+    "equilibrium/test_gradient.py",
+    "equilibrium/test_process.py",
+    "equilibrium/test_training.py",
+    "equilibrium/test_value_heads.py",
+    "experiments/test_adamp.py",
+    "experiments/test_method_comparison.py",
+    "gpu/test_dry.py",
+    "optim/test_deepspeed_cases.py",
+    "optim/test_install.py",
+    "optim/test_kernels.py",
+    "optim/test_official.py",
+    "optim/test_trl_scripts.py",
+    "recipes/test_recipes.py",
+    "sparse_po/test_lm_head.py",
+    "sparse_po/test_sparse_po_trainer.py",
+    "sparse_po/test_wrong_input.py",
+    "test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.as_posix().endswith(SLOW):
+            item.add_marker("slow")
+
 
 def seed_everything():
     random.seed(0)
