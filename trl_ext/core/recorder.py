@@ -38,20 +38,16 @@ class ForwardRecorder:
             Model, wrapped by an engine or not.
         keywords (`dict[str, Any]`):
             Keywords that the parent knows nothing of, for the model's forward.
-        first_only (`bool`, *optional*, defaults to `False`):
-            Whether only the first call gets the keywords and is kept; later ones pass unchanged.
 
     Attributes:
         outputs (`list`): What the recorded calls returned, in order.
     """
 
-    def __init__(self, model: nn.Module, keywords: dict[str, Any], first_only: bool = False):
-        self.model, self.keywords, self.first_only = model, keywords, first_only
+    def __init__(self, model: nn.Module, keywords: dict[str, Any]):
+        self.model, self.keywords = model, keywords
         self.outputs: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.first_only and self.outputs:
-            return self.model(*args, **kwargs)
         output = self.model(*args, **kwargs, **self.keywords)
         self.outputs.append(output)
         return output
