@@ -30,7 +30,7 @@ class Preset:
     proportional: float = 3.0
     drift: float = 0.05
     anti_windup: bool = True
-    maximum: float | None = 10.0
+    maximum: float | None = 5.0
 
 
 def _published(objective: Literal["kl", "rewards"], kind: str | None, squash: str | None) -> Preset:
@@ -159,7 +159,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 10, or none in the paper's form.
+            preset's, 5, or none in the paper's form.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
