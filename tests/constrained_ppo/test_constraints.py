@@ -109,8 +109,16 @@ def test_the_kl_coefficient_reaches_the_policy(whitening):
         scaled = torch.cat([advantages[:2], coefficient * advantages[2:]])
         found.append(
             policy_advantages(
-                scaled, mask, torch.tensor([1.0, 0.0]), "rewards", [1], None, torch.tensor([0.7]), "normalized",
-                whitening, spreads=torch.tensor([2.0, 3.0]),
+                scaled,
+                mask,
+                torch.tensor([1.0, 0.0]),
+                "rewards",
+                [1],
+                None,
+                torch.tensor([0.7]),
+                "normalized",
+                whitening,
+                spreads=torch.tensor([2.0, 3.0]),
             )  # fmt: skip
         )
     torch.testing.assert_close(found[1] - found[0], 4.95 * advantages[2])

@@ -238,7 +238,7 @@ class ConstrainedPPOConfig(GRPOConfig):
 
     method: Literal["ppo", "mu", "xi", "all", "sat", "mu-paper", "xi-paper", "all-paper", "ppo-lag"] | None = field(
         default=None,
-        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."}
+        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."},
     )
     objective: Literal["kl", "rewards"] | None = field(
         default=None, metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
@@ -281,7 +281,9 @@ class ConstrainedPPOConfig(GRPOConfig):
         default=None, metadata={"help": "Squashing of the multipliers."}
     )
     multiplier_init: float = field(default=0.0, metadata={"help": "Start of every multiplier."})
-    multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."})
+    multiplier_max: float | None = field(
+        default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."}
+    )
     multiplier_delay_steps: int = field(default=0, metadata={"help": "Rollouts that only observe."})
     multiplier_window: int = field(default=1, metadata={"help": "Number of last rollouts whose mean is used."})
     multiplier_ema: float = field(default=0.0, metadata={"help": "Decay of an exponential moving average."})

@@ -233,9 +233,7 @@ class LagrangeMultipliers:
         self._averages = self.ema * self._averages + (1 - self.ema) * torch.tensor(observed, dtype=torch.float64)
         return (self._averages / (1 - self.ema**self._num_averaged)).tolist()
 
-    def _filtered(
-        self, means: torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None
-    ) -> torch.Tensor:
+    def _filtered(self, means: torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
         """A scalar Kalman filter of each mean, with random walks of `drift` spreads an update."""
         if not self.drift or standard_errors is None:
             return means

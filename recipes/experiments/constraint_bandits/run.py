@@ -228,9 +228,14 @@ def main(count: int) -> None:
         hit = (distances < 2) & (swings < 2)
         rows.append(
             [
-                name, f"{hit.double().mean():.1%}", f"{distances.median():.2f}", f"{distances.quantile(0.95):.2f}",
-                f"{swings.median():.2f}", f"{swings.quantile(0.95):.2f}", f"{len(found.named & infeasible)} of "
-                f"{len(infeasible)}", str(len(found.named - infeasible)),
+                name,
+                f"{hit.double().mean():.1%}",
+                f"{distances.median():.2f}",
+                f"{distances.quantile(0.95):.2f}",
+                f"{swings.median():.2f}",
+                f"{swings.quantile(0.95):.2f}",
+                f"{len(found.named & infeasible)} of {len(infeasible)}",
+                str(len(found.named - infeasible)),
             ]  # fmt: skip
         )
     columns = ["form", "held", "distance", "95%", "swing", "95%", "infeasible named", "others named"]
