@@ -1,10 +1,10 @@
 """
 Multipliers on drawn bandits whose saddle points are known: does every constraint settle where it should?
 
-Each problem has a softmax policy over six arms, one to three constraints of drawn kinds, rewards with noise whose scales
-differ a thousandfold, and thresholds that some policy meets, or, in one problem of eight, none. The policy follows the
-exact natural gradient of the mixed advantage; the multipliers see means of sampled rewards. Multipliers and mixtures
-are those of the trainer.
+Each problem has a softmax policy over six arms, one to three constraints of drawn kinds, rewards with noise whose
+scales differ a thousandfold, and thresholds that some policy meets, or, in one problem of eight, none. The policy
+follows the exact natural gradient of the mixed advantage; the multipliers see means of sampled rewards. Multipliers
+and mixtures are those of the trainer.
 
 python -m recipes.experiments.constraint_bandits.run
 """
@@ -75,7 +75,7 @@ class Bandits:
 
 
 def draw(count: int, seed: int = 0) -> Bandits:
-    """Problems with thresholds that a drawn tilt of the reference meets; every eighth asks for more than the best arm."""
+    """Problems with thresholds that a drawn tilt of the reference meets; every eighth has one beyond the best arm."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -236,7 +236,7 @@ def main(count: int) -> None:
                 f"{swings.quantile(0.95):.2f}",
                 f"{len(found.named & infeasible)} of {len(infeasible)}",
                 str(len(found.named - infeasible)),
-            ]  # fmt: skip
+            ]
         )
     columns = ["form", "held", "distance", "95%", "swing", "95%", "infeasible named", "others named"]
     print(markdown_table(columns, rows))  # noqa: T201
