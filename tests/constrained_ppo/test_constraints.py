@@ -119,7 +119,7 @@ def test_the_kl_coefficient_reaches_the_policy(whitening):
                 "normalized",
                 whitening,
                 spreads=torch.tensor([2.0, 3.0]),
-            )  # fmt: skip
+            )
         )
     torch.testing.assert_close(found[1] - found[0], 4.95 * advantages[2])
 
@@ -191,7 +191,7 @@ def test_tilt_that_a_mean_needs():
 
 
 def test_weights_that_are_bounded_too_low_are_told():
-    """A coin asked for 0.9 beside a constraint that holds: the published form settles halfway, the new one does not."""
+    """A coin asked for 0.9 beside a constraint that holds: the published form settles halfway."""
     signals = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     constraints = [Constraint("a", 0.9, ">="), Constraint("b", 0.5, ">=")]
     stated = [{"reward": one.reward, "threshold": one.threshold} for one in constraints]
