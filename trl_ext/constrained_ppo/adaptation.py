@@ -216,8 +216,8 @@ class RolloutController:
             )
         if reward in self._ambiguous:
             raise ValueError(
-                f"The constraint on {reward!r} names several rewards. They are {dict(enumerate(names))}: use an index, "
-                "or give the reward functions `__name__`s of their own."
+                f"The constraint on {reward!r} names several rewards. They are {dict(enumerate(names))}: use an "
+                "index, or give the reward functions `__name__`s of their own."
             )
         return names.index(reward) if isinstance(reward, str) else reward
 

@@ -135,9 +135,9 @@ def needed_tilt(samples: torch.Tensor, limit: float) -> float:
     """
     How strongly a policy near the reference must follow a signal for its mean to reach a limit.
 
-    The policy that is nearest to the reference in KL is `p exp(b s) / Z`; with the KL in the objective at a coefficient
-    `c`, a constraint of weight `w` makes `b = w / c`. The tilt `b` is read from the samples or, where none reaches the
-    limit, from their mean and variance, as for a normal distribution: `(limit - mean) / variance`.
+    The policy that is nearest to the reference in KL is `p exp(b s) / Z`; with the KL in the objective at a
+    coefficient `c`, a constraint of weight `w` makes `b = w / c`. The tilt `b` is read from the samples or, where none
+    reaches the limit, from their mean and variance, as for a normal distribution: `(limit - mean) / variance`.
 
     Args:
         samples (`torch.Tensor` of shape `(N,)`):

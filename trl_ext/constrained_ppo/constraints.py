@@ -98,8 +98,8 @@ class Constraint:
         if self.probability is not None:
             if not 0 < self.probability < 1:
                 raise ValueError(
-                    f"`probability` {about} must lie in (0, 1), got {self.probability!r}. It is the share of responses "
-                    "that may miss the threshold, such as 0.05."
+                    f"`probability` {about} must lie in (0, 1), got {self.probability!r}. It is the share of "
+                    "responses that may miss the threshold, such as 0.05."
                 )
             if self.kind == "==":
                 raise ValueError(f"`probability` {about} needs the `kind` '>=' or '<=', got '=='.")

@@ -163,7 +163,8 @@ class LagrangeMultipliers:
         if self.drift and (self.ema or self.window > 1):
             raise ValueError(
                 f"`multiplier_drift={self.drift}` filters what `multiplier_ema={self.ema}` or "
-                f"`multiplier_window={self.window}` has averaged already. Set `multiplier_drift: 0`, or leave those out."
+                f"`multiplier_window={self.window}` has averaged already. Set `multiplier_drift: 0`, or leave those "
+                "out."
             )
 
     def set_spreads(self, spreads: Sequence[float] | torch.Tensor) -> None:
@@ -357,14 +358,14 @@ class LagrangeMultipliers:
         count = len(self.constraints)
         if len(state["values"]) != count:
             raise ValueError(
-                f"The saved state has {len(state['values'])} multipliers and this run {count} constraints. Resume with "
-                "the constraints of the saved run."
+                f"The saved state has {len(state['values'])} multipliers and this run {count} constraints. Resume "
+                "with the constraints of the saved run."
             )
         names = state.get("names", self.names)
         if sorted(names) != sorted(self.names):
             raise ValueError(
-                f"The saved state has multipliers of {names} and this run of {self.names}. Resume with the constraints "
-                "of the saved run."
+                f"The saved state has multipliers of {names} and this run of {self.names}. Resume with the "
+                "constraints of the saved run."
             )
         if "names" not in state and self.drift:
             raise ValueError(
