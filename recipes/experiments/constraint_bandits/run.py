@@ -30,6 +30,7 @@ NUM_REWARDS = 3
 KL_COEF = 0.2
 # Noise of a reward beside its spread over arms
 NOISE = 0.3
+_LEAST_LOG_PROBABILITY = -30.0
 
 
 @dataclass
@@ -168,7 +169,8 @@ def play(
             if watch.check("", constraint, exhausted) is not None:
                 named.add(index)
         advantages = _mixed(bandits, policy, weights.view_as(spreads), spreads, whitening, mix)
-        policy = (policy + rate * advantages).log_softmax(-1)
+        # An arm stays drawable, whose log-ratio would else become infinite
+        policy = (policy + rate * advantages).log_softmax(-1).clamp_min(_LEAST_LOG_PROBABILITY).log_softmax(-1)
         if rollout >= rollouts * 2 // 3:
             kept.append(bandits.means(policy))
     means = torch.stack(kept)
