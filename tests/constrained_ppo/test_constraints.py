@@ -1,17 +1,17 @@
 """Constraints on means, shares and prompts: signals, names in logs, and streams of their own."""
 
+import logging
 from collections import defaultdict
 
 import pytest
 import torch
 
 from tests.helpers.constrained_ppo import length, low_ids, make, rollout
-from trl_ext.constrained_ppo.adaptation import FeasibilityWatch, RolloutController
+from trl_ext.constrained_ppo.adaptation import FeasibilityWatch, RolloutController, SignalSpreads, standard_errors
 from trl_ext.constrained_ppo.advantages import mix_normalized, policy_advantages
 from trl_ext.constrained_ppo.calibration import cap_warnings, needed_tilt
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.constraints import Constraint, constraint_from_dict, constraint_keys, unique_names
-from trl_ext.constrained_ppo.spreads import SignalSpreads, standard_errors
 
 
 REWARDS = torch.tensor([1.0, 5.0, 2.0, 8.0])
@@ -178,10 +178,22 @@ def test_state_of_the_controller_goes_by_name():
 
 
 def test_infeasible_constraints_are_named_once():
-    watch, constraint = FeasibilityWatch(patience=3), Constraint("a", 2.0, ">=")
-    said = [watch.check("a", constraint, exhausted, 5.0) for exhausted in (True, True, False, True, True, True, True)]
-    assert [one is not None for one in said] == [False] * 5 + [True, False]
-    assert "`a >= 2` has been violated for 3 rollouts" in said[5] and "multiplier_max=5" in said[5]
+    watch = FeasibilityWatch(patience=3)
+    said = [watch.check("a", exhausted) for exhausted in (True, True, False, True, True, True, True)]
+    assert said == [False] * 5 + [True, False]
+    message = watch.message(Constraint("a", 2.0, ">="), 5.0)
+    assert "`a >= 2` has been violated for 3 rollouts" in message and "multiplier_max=5" in message
+
+
+def test_a_constraint_that_no_policy_meets_is_named_in_the_log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trl_ext"), "propagate", True)
+    constraints = [{"reward": "a", "threshold": 9.0, "kind": ">="}, {"reward": "b", "threshold": 0.5, "kind": ">="}]
+    controller = RolloutController(config(constraints=constraints), ["a", "b"])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(60):
+            rewards = torch.tensor([[0.0, 0.4], [1.0, 0.7]])
+            controller.close_rollout(defaultdict(list), rewards, None, training=True)
+    assert caplog.text.count("`a >= 9` has been violated for 20 rollouts") == 1 and "`b" not in caplog.text
 
 
 def test_tilt_that_a_mean_needs():

@@ -20,7 +20,6 @@ from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, constraint_keys, unique_names
 from .multipliers import LagrangeMultipliers
-from .spreads import SignalSpreads, standard_errors
 
 
 Metrics = dict[str, list[float]]
@@ -28,6 +27,8 @@ Metrics = dict[str, list[float]]
 _CLIP = 0.2
 # A limit that is smaller than this share of the spread makes a share of it meaningless; the spread takes its place
 _SMALL_LIMIT = 0.1
+# A spread below this share of the mean's size is rounding: the signal is a constant
+_SPREAD_ROUNDING = 1e-6
 logger = get_logger(__name__)
 
 
@@ -83,6 +84,74 @@ class RolloutAverages:
         """Restores [`state_dict`]."""
         self._sums, self._count = dict(state["sums"]), state["count"]
         self._violations = {name: deque(values, maxlen=self._window) for name, values in state["violations"].items()}
+
+
+class SignalSpreads:
+    """
+    The spread of each signal over responses: given, or that of the first samples with any, which may then be tracked.
+
+    Args:
+        names (`Sequence[str]`):
+            Name of each signal, by which a checkpoint keeps its spread.
+        given (`Sequence[float | None]`):
+            Spreads that stay as they are.
+        ema (`float`, *optional*, defaults to `0.0`):
+            Decay of the exponential moving average of variances over rollouts; 0 keeps the first spread.
+    """
+
+    def __init__(self, names: Sequence[str], given: Sequence[float | None], ema: float = 0.0):
+        self.names, self.ema = list(names), ema
+        self._is_given = torch.tensor([spread is not None for spread in given])
+        # 0 where not known yet
+        self._spreads = torch.tensor([spread or 0.0 for spread in given], dtype=torch.float64)
+
+    def observe(self, signals: torch.Tensor) -> None:
+        """Takes in the signals `(N, S)` of a rollout, or of samples of the policy before training."""
+        signals = signals.double().cpu()
+        found = signals.std(dim=0, unbiased=False)
+        found = torch.where(found > _SPREAD_ROUNDING * signals.mean(dim=0).abs(), found, 0.0)
+        is_known = self._spreads > 0
+        tracked = (self.ema * self._spreads.square() + (1 - self.ema) * found.square()).sqrt()
+        # A rollout without any spread says nothing of the scale
+        kept = tracked if self.ema else self._spreads
+        updated = torch.where(is_known, torch.where(found > 0, kept, self._spreads), found)
+        self._spreads = torch.where(self._is_given, self._spreads, updated)
+
+    def values(self) -> torch.Tensor:
+        """The spreads `(S,)`, float64, 1 where none is known yet."""
+        return torch.where(self._spreads > 0, self._spreads, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """All that a resumed run needs, by name; 0 where not known."""
+        return dict(zip(self.names, self._spreads.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores [`state_dict`]; a signal that it lacks keeps its spread."""
+        current = self.state_dict()
+        self._spreads = torch.tensor([state.get(name, current[name]) for name in self.names], dtype=torch.float64)
+
+
+def standard_errors(signals: torch.Tensor, spreads: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
+    """
+    Standard errors of the means of a rollout's signals, `(S,)`, float64.
+
+    Responses to one prompt are not independent, so the deviation is that of the means of prompts and their number is
+    what counts. A rollout may by chance show no spread at all: half of `spreads` is the least deviation.
+
+    Args:
+        signals (`torch.Tensor` of shape `(N, S)`):
+            Signals of all responses, those of one prompt next to each other.
+        spreads (`torch.Tensor` of shape `(S,)`):
+            Standard deviations of the signals over responses.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Responses of each prompt.
+
+    Returns:
+        `torch.Tensor`
+    """
+    means = signals.double().cpu().view(-1, num_generations, signals.size(1)).mean(dim=1)
+    least = 0.5 * spreads / num_generations**0.5
+    return torch.maximum(means.std(dim=0, unbiased=False), least) / len(means) ** 0.5
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -143,11 +212,13 @@ class FeasibilityWatch:
         self.patience = patience
         self._counts: dict[str, int] = {}
 
-    def check(self, key: str, constraint: Constraint, exhausted: bool, maximum: float | None = None) -> str | None:
-        """What to say after a rollout at which the weight was at its bound and the constraint violated, or not."""
-        self._counts[key] = self._counts.get(key, 0) + 1 if exhausted else 0
-        if self._counts[key] != self.patience:
-            return None
+    def check(self, key: str, is_exhausted: bool) -> bool:
+        """Whether to name a constraint after a rollout at which its weight was exhausted, or not."""
+        self._counts[key] = self._counts.get(key, 0) + 1 if is_exhausted else 0
+        return self._counts[key] == self.patience
+
+    def message(self, constraint: Constraint, maximum: float | None = None) -> str:
+        """What to say of it."""
         bound = "its bound" if maximum is None else f"its bound (`multiplier_max={maximum:g}`)"
         return (
             f"The constraint `{constraint.reward} {constraint}` has been violated for {self.patience} rollouts with "
@@ -184,6 +255,7 @@ class RolloutController:
         self._ambiguous = {name for name, count in Counter(reward_names).items() if count > 1}
         self.constraints = args.parsed_constraints()
         self.constrained = [self._reward_index(constraint) for constraint in self.constraints]
+        self._signs = torch.tensor([-1.0 if one.direction == "<=" else 1.0 for one in self.constraints])
         self.multipliers: LagrangeMultipliers | None = None
         self.keys = constraint_keys(self._named())
         derived = [index for index, constraint in enumerate(self.constraints) if constraint.is_derived]
@@ -229,7 +301,11 @@ class RolloutController:
 
     def _build_multipliers(self) -> LagrangeMultipliers:
         args = self.args
-        settings = {"maximum": args.multiplier_max, "init": args.multiplier_init, "ema": args.multiplier_ema}
+        settings: dict[str, Any] = {
+            "maximum": args.multiplier_max,
+            "init": args.multiplier_init,
+            "ema": args.multiplier_ema,
+        }
         for name in (
             "squash", "learning_rate", "momentum", "proportional", "derivative", "squash_gradient", "delay_steps",
             "window", "drift", "anti_windup",
@@ -304,14 +380,13 @@ class RolloutController:
         self, advantages: torch.Tensor, mask: torch.Tensor, reward_weights: torch.Tensor, reduce: Reduce
     ) -> torch.Tensor:
         """[`policy_advantages`], `(B, T)`, of streams `(S+1, B, T)`, with the multipliers as they are now."""
-        directions = [constraint.direction for constraint in self.constraints]
         return policy_advantages(
             advantages,
             mask,
             torch.cat([reward_weights, reward_weights.new_zeros(len(self._derived))]),
             objective=self.args.objective or "kl",
             constrained=self._streams,
-            signs=torch.tensor([-1.0 if direction == "<=" else 1.0 for direction in directions]),
+            signs=self._signs,
             multiplier_weights=self.multipliers.weights() if self.multipliers is not None else None,
             mixing=self.args.mixing or "normalized",
             whitening=self.args.whitening or "spread",
@@ -340,14 +415,16 @@ class RolloutController:
         if self.multipliers is not None and training and self.args.multiplier_update == "rollout":
             errors = standard_errors(signals, self.spreads.values(), num_generations)[self._streams]
             self.step_multipliers(means, errors)
-        violations = self._violations(means) if self.multipliers is not None else {}
+        violations: dict[str, float] = {}
+        if self.multipliers is not None:
+            violations = dict(zip(self.keys, self.multipliers.signed_violations(means).tolist(), strict=True))
         if training:
             reached = dict(zip(self.reward_names, rewards.mean(dim=0).tolist(), strict=True))
             self.statistics.add(reached if divergences is None else {**reached, "kl": divergences[1]}, violations)
             for name, average in self.statistics.averages().items():
                 metrics[f"average/{name}"].append(average)
         if self.multipliers is not None:
-            self._record_violations(metrics, violations)
+            self._record_violations(metrics, self.multipliers, violations)
             if training:
                 self._record_multipliers(metrics, self.multipliers)
         return reason
@@ -358,10 +435,9 @@ class RolloutController:
         if self.args.multiplier_units == "spread":
             multipliers.set_spreads(self.constrained_spreads())
         multipliers.update(means, errors)
-        constraints = zip(self.keys, self._named(), multipliers.exhausted(), strict=True)
-        for key, constraint, exhausted in constraints:
-            message = self.feasibility.check(key, constraint, exhausted, multipliers.maximum)
-            if message is not None:
+        for index, is_exhausted in enumerate(multipliers.exhausted()):
+            if self.feasibility.check(self.keys[index], is_exhausted):
+                message = self.feasibility.message(self._named()[index], multipliers.maximum)
                 logger.warning(message, main_process_only=True)
 
     def constrained_signals(self, rewards: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
@@ -371,10 +447,6 @@ class RolloutController:
     def constrained_spreads(self) -> torch.Tensor:
         """Spread of each constraint's signal, `(C,)`, float64."""
         return self.spreads.values()[self._streams]
-
-    def _violations(self, means: Sequence[float]) -> dict[str, float]:
-        constraints = zip(self.keys, self._current(), means, strict=True)
-        return {key: constraint.violation(mean) for key, constraint, mean in constraints}
 
     def _take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
         per_token, per_response = divergences
@@ -387,10 +459,11 @@ class RolloutController:
             self.kl_coef = adapted_coefficient(self.kl_coef, per_token, self.args.kl_target, self.args.kl_step)
         return self.stopping.check_divergence(per_response)
 
-    def _record_violations(self, metrics: Metrics, violations: Mapping[str, float]) -> None:
-        spreads = self.constrained_spreads().tolist()
-        for key, constraint, spread in zip(self.keys, self._current(), spreads, strict=True):
-            limit = abs(constraint.limit)
+    def _record_violations(
+        self, metrics: Metrics, multipliers: LagrangeMultipliers, violations: Mapping[str, float]
+    ) -> None:
+        limits, spreads = multipliers.limits().abs().tolist(), self.constrained_spreads().tolist()
+        for key, limit, spread in zip(self.keys, limits, spreads, strict=True):
             scale = limit if limit > _SMALL_LIMIT * spread else spread
             metrics[f"violation/{key}"].append(violations[key])
             metrics[f"relative_violation/{key}"].append(violations[key] / scale)

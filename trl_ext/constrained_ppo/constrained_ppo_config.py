@@ -11,6 +11,7 @@ from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
+from .multipliers import Squash
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -20,7 +21,7 @@ class Preset:
 
     objective: Literal["kl", "rewards"]
     kind: str | None = None
-    squash: str | None = "none"
+    squash: Squash | None = "none"
     mixing: Literal["paper", "normalized"] = "normalized"
     whitening: Literal["spread", "streams", "mixture", "none"] = "spread"
     learns_multipliers: bool = True
@@ -33,7 +34,7 @@ class Preset:
     maximum: float | None = 5.0
 
 
-def _published(objective: Literal["kl", "rewards"], kind: str | None, squash: str | None) -> Preset:
+def _published(objective: Literal["kl", "rewards"], kind: str, squash: Squash) -> Preset:
     """The paper's form of a method."""
     return Preset(
         objective, kind, squash, mixing="paper", whitening="streams", units="raw", learning_rate=0.1, momentum=0.1,

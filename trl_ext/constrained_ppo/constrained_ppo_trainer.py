@@ -123,6 +123,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     args: ConstrainedPPOConfig
     beta: float
+    reward_func_names: list[str]
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ Each is a bound on the mean of a *signal*, `limit` on `E[signal]`, so that one c
     per prompt    signal = how far the mean m of the prompt's  E[signal] >= -tolerance
                   responses falls short, min(m - threshold, 0)
 
-[`Constraint.signal`] and [`Constraint.violation`] are these lines and what runs, in `RolloutController`.
+[`Constraint.signal`] and [`Constraint.violation`] are these lines. `RolloutController.signals` runs the first, and
+`LagrangeMultipliers.signed_violations` the second for all constraints at once.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import torch
 
 
 Kind = Literal[">=", "<=", "=="]
-KINDS = (">=", "<=", "==")
+KINDS: tuple[Kind, ...] = (">=", "<=", "==")
 # What names a second constraint on one reward in logs, whose keys TensorBoard strips of other signs
 _SUFFIXES = {">=": "at_least", "<=": "at_most", "==": "equal"}
 

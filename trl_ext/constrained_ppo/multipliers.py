@@ -126,6 +126,8 @@ class LagrangeMultipliers:
         self.drift, self.anti_windup = drift, anti_windup
         self._check_settings()
         count = len(self.constraints)
+        self._signs = torch.tensor([-1.0 if c.direction == "<=" else 1.0 for c in self.constraints]).double()
+        self._limits = self._known_limits()
         self._is_inequality = torch.tensor([constraint.direction != "==" for constraint in self.constraints])
         self._spreads = torch.ones(count, dtype=torch.float64)
         self._multipliers = torch.full((count,), float(init), dtype=torch.float64)
@@ -177,6 +179,27 @@ class LagrangeMultipliers:
         """
         self._spreads = torch.as_tensor(spreads, dtype=torch.float64).clone()
 
+    def limits(self) -> torch.Tensor:
+        """
+        What the mean of each constraint's signal is held to, `(K,)`, float64.
+
+        Raises:
+            ValueError: If a threshold is open.
+        """
+        if self._limits is None:
+            # Names the constraint that is open
+            self._limits = torch.tensor([constraint.limit for constraint in self.constraints], dtype=torch.float64)
+        return self._limits
+
+    def _known_limits(self) -> torch.Tensor | None:
+        if any(constraint.threshold is None for constraint in self.constraints):
+            return None
+        return torch.tensor([constraint.limit for constraint in self.constraints], dtype=torch.float64)
+
+    def signed_violations(self, means: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """[`Constraint.violation`] of the mean of each signal, in its own units, `(K,)`, float64."""
+        return self._signs * (self.limits() - torch.as_tensor(means, dtype=torch.float64))
+
     def values(self) -> torch.Tensor:
         """The multipliers before squashing, `(K,)`, float64."""
         return self._multipliers.clone()
@@ -215,7 +238,8 @@ class LagrangeMultipliers:
                 f"{observed}. Check the reward functions for None and NaN."
             )
         averages = torch.tensor(self._averaged(observed), dtype=torch.float64)
-        seen, violation = self._violations(averages), self._violations(self._filtered(averages, standard_errors))
+        seen = self.signed_violations(averages) / self._spreads
+        violation = self.signed_violations(self._filtered(averages, standard_errors)) / self._spreads
         self._change = violation - self._violation if self._num_updates else torch.zeros_like(violation)
         self._violation = violation
         self._num_updates += 1
@@ -245,10 +269,6 @@ class LagrangeMultipliers:
         self._filtered_means = self._filtered_means + gain * (means - self._filtered_means)
         self._filtered_variances = torch.where(is_first, noise, (1 - gain) * predicted)
         return self._filtered_means
-
-    def _violations(self, means: torch.Tensor) -> torch.Tensor:
-        found = [c.violation(mean) for c, mean in zip(self.constraints, means.tolist(), strict=True)]
-        return torch.tensor(found, dtype=torch.float64) / self._spreads
 
     def _damped(self) -> torch.Tensor:
         return self._multipliers + self.proportional * self._violation + self.derivative * self._change
@@ -297,6 +317,7 @@ class LagrangeMultipliers:
         )
         self._filtered_variances = torch.where(changed, -1.0, self._filtered_variances)
         self.constraints = constraints
+        self._limits = self._known_limits()
         self._observed.clear()
         self._averages, self._num_averaged = torch.zeros_like(self._averages), 0
 

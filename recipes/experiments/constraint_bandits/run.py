@@ -11,16 +11,17 @@ python -m recipes.experiments.constraint_bandits.run
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from trl_ext.constrained_ppo.adaptation import FeasibilityWatch
+from trl_ext.constrained_ppo.adaptation import FeasibilityWatch, standard_errors
 from trl_ext.constrained_ppo.advantages import mix_advantages, mix_normalized
 from trl_ext.constrained_ppo.constrained_ppo_config import PRESETS
 from trl_ext.constrained_ppo.constraints import KINDS, Constraint
 from trl_ext.constrained_ppo.multipliers import LagrangeMultipliers
-from trl_ext.constrained_ppo.spreads import standard_errors
 
 from ..runner import markdown_table
 
@@ -169,10 +170,8 @@ def play(
         sampled = bandits.sample(policy, episodes, generator).movedim(-1, 0).flatten(1)
         errors = standard_errors(sampled, spreads.flatten())
         weights[active] = multipliers.update(sampled.mean(dim=0)[active], errors[active])
-        for index, constraint, watch, exhausted in zip(
-            active, constraints, watches, multipliers.exhausted(), strict=True
-        ):
-            if watch.check("", constraint, exhausted) is not None:
+        for index, watch, is_exhausted in zip(active, watches, multipliers.exhausted(), strict=True):
+            if watch.check("", is_exhausted):
                 named.add(index)
         advantages = _mixed(bandits, policy, weights.view_as(spreads), spreads, whitening, mix)
         # An arm stays drawable, whose log-ratio would else become infinite
@@ -194,7 +193,7 @@ def _mixed(
         streams = streams / spreads.unsqueeze(-1)
     if whitening == "streams":
         kl, streams = _white(kl, policy), _white(streams, policy.unsqueeze(1))
-    function = mix_normalized if mix == "normalized" else mix_advantages
+    function: Callable[..., torch.Tensor] = mix_normalized if mix == "normalized" else mix_advantages
     found, mask = torch.empty_like(kl), torch.ones(1, NUM_ARMS)
     counts = bandits.is_active.sum(dim=-1)
     for count in counts.unique().tolist():
@@ -225,13 +224,14 @@ def main(count: int) -> None:
     bandits = draw(count)
     saddle, rows = bandits.saddle(), []
     infeasible = {NUM_REWARDS * index for index in (~bandits.is_feasible).nonzero().flatten().tolist()}
-    for name, settings in {
+    forms: dict[str, dict[str, Any]] = {
         "new default": {},
         "new default, streams whitened": {"whitening": "streams"},
         "new default, mixture whitened": {"whitening": "mixture"},
         "the paper's mixing, spread": {"mixing": "paper"},
         "the paper's form, tanh": {"method": "xi-paper"},
-    }.items():
+    }
+    for name, settings in forms.items():
         found = play(bandits, **settings)
         distances, swings = misses(bandits, found, saddle)
         excess = (found.divergences - bandits.divergence(saddle))[bandits.is_feasible]
