@@ -16,6 +16,7 @@ import torch
 
 from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
+from .group_relative import kl_share, mix_groups
 from .multipliers import Constraint, LagrangeMultipliers
 
 
@@ -48,21 +49,21 @@ class RolloutAverages:
 
     def __init__(self, window: int = 20):
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
         self._violations: dict[str, deque[float]] = {}
         self._window = window
 
     def add(self, means: Mapping[str, float], violations: Mapping[str, float]) -> None:
         """Takes in one rollout: its means, such as those of the rewards, and the signed violations, by name."""
-        self._count += 1
         for name, mean in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean
+            self._counts[name] = self._counts.get(name, 0) + 1
         for name, violation in violations.items():
             self._violations.setdefault(name, deque(maxlen=self._window)).append(violation)
 
     def averages(self) -> dict[str, float]:
-        """Average of each mean over all rollouts."""
-        return {name: total / self._count for name, total in self._sums.items()}
+        """Average of each mean over all rollouts that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def oscillation(self, name: str) -> float:
         """Share of the last rollouts at which the violation had turned its sign, in `[0, 1]`."""
@@ -72,11 +73,13 @@ class RolloutAverages:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         violations = {name: list(values) for name, values in self._violations.items()}
-        return {"sums": self._sums, "count": self._count, "violations": violations}
+        return {"sums": self._sums, "counts": self._counts, "violations": violations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores [`state_dict`]."""
-        self._sums, self._count = dict(state["sums"]), state["count"]
+        self._sums = dict(state["sums"])
+        # Older checkpoints have one count for all
+        self._counts = dict(state["counts"]) if "counts" in state else dict.fromkeys(self._sums, state["count"])
         self._violations = {name: deque(values, maxlen=self._window) for name, values in state["violations"].items()}
 
 
@@ -221,6 +224,22 @@ class RolloutController:
             reduce=reduce,
         )
 
+    def mix_groups(self, objective: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
+        """
+        Advantages `(N,)` without a critic, from those of the objective `(N,)` and of the constrained rewards `(N, C)`,
+        with the multipliers as they are now.
+        """
+        assert self.multipliers is not None
+        signs = streams.new_tensor([-1.0 if constraint.kind == "<=" else 1.0 for constraint in self.constraints])
+        return mix_groups(objective, signs * streams, self.multipliers.weights(), self.args.mixing or "paper")
+
+    def kl_loss_coef(self) -> float:
+        """The coefficient of the KL in the loss without a critic, with `kl_coef` and the multipliers as they are."""
+        if self.multipliers is None:
+            return self.kl_coef
+        weights, mixing = self.multipliers.weights(), self.args.mixing or "paper"
+        return self.kl_coef * kl_share(weights, mixing, self.args.objective or "kl")
+
     def close_rollout(
         self, metrics: Metrics, means: dict[str, float], divergences: tuple[float, float] | None, training: bool
     ) -> str | None:
@@ -229,7 +248,7 @@ class RolloutController:
         batch the violations. `means` are those of the rewards over all processes, `divergences` the KL for each token
         and for each response. Returns why the run is to end, or `None`.
         """
-        reason = self._take_divergences(metrics, divergences, training) if divergences is not None else None
+        reason = self.take_divergences(metrics, divergences, training) if divergences is not None else None
         multipliers, names = self.multipliers, self.constrained_names()
         violations: dict[str, float] = {}
         if multipliers is not None:
@@ -240,23 +259,33 @@ class RolloutController:
                 for name, constraint in zip(names, multipliers.constraints, strict=True)
             }
         if training:
-            reached = means if divergences is None else {**means, "kl": divergences[1]}
-            self.statistics.add(reached, violations)
-            for name, average in self.statistics.averages().items():
-                metrics[f"average/{name}"].append(average)
+            self._add_to_averages(metrics, means, violations)
         if multipliers is not None:
             self._record_violations(metrics, multipliers, means)
             if training:
                 self._record_multipliers(metrics, multipliers)
         return reason
 
-    def _take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
+    def _add_to_averages(
+        self, metrics: Metrics, means: Mapping[str, float], violations: Mapping[str, float] | None = None
+    ) -> None:
+        self.statistics.add(means, violations or {})
+        averages = self.statistics.averages()
+        for name in means:
+            metrics[f"average/{name}"].append(averages[name])
+
+    def take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
+        """
+        Records the KL of a rollout, for each token and for each response, and in training adapts the coefficient.
+        Returns why the run is to end, or `None`.
+        """
         per_token, per_response = divergences
         metrics["kl/per_token"].append(per_token)
         metrics["kl/per_response"].append(per_response)
         metrics["kl/coef"].append(self.kl_coef)
         if not training:
             return None
+        self._add_to_averages(metrics, {"kl": per_response})
         if self.args.kl_target is not None:
             self.kl_coef = adapted_coefficient(self.kl_coef, per_token, self.args.kl_target, self.args.kl_step)
         return self.stopping.check_divergence(per_response)
