@@ -10,8 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.constrained_ppo.test_resume import assert_same
 from tests.helpers.constrained_grpo import BOUNDS, make, rollout
 from tests.helpers.constrained_ppo import length, low_ids, prompts
-from tests.helpers.tiny import tiny_tokenizer
-from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer, ConstrainedPPOConfig, ConstrainedPPOTrainer
+from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig
 from trl_ext.constrained_ppo.group_relative import (
     group_advantages,
     kl_share,
@@ -171,14 +170,16 @@ MU = {"method": "mu", "constraints": [{"reward": "low_ids", "threshold": 0.7}, {
 @pytest.mark.parametrize(
     "settings",
     [
-        {**MU, "kl_coef": 0.3, "scale_rewards": "none"},
-        {**BOUNDS, "kl_coef": 0.3, "reward_weights": [0.0, 1.0]},
-        {**BOUNDS, "method": None, "objective": "kl", "beta": 0.3, "multi_objective_aggregation": "normalize_then_sum",
-         "scale_rewards": "batch"},
-        {**BOUNDS, "kl_coef": 0.3, "multiplier_update": "minibatch", "group_baseline": "leave_one_out"},
+        {**MU, "kl_coef": 0.3},
+        {**MU, "method": "mu-paper", "kl_coef": 0.3, "scale_rewards": "batch"},
+        {**BOUNDS, "kl_coef": 0.3, "reward_weights": [0.0, 1.0], "whitening": "mixture"},
+        {**BOUNDS, "objective": "kl", "beta": 0.3, "multi_objective_aggregation": "normalize_then_sum",
+         "scale_rewards": "batch", "whitening": "streams"},
+        {**BOUNDS, "kl_coef": 0.3, "multiplier_update": "minibatch", "group_baseline": "leave_one_out",
+         "whitening": "none"},
         {"method": "sat", "constraints": MU["constraints"], "kl_coef": 0.3, "missing_eos_penalty": 0.5},
     ],
-    ids=["mu", "bounds", "kl-normalized", "minibatch-leave-one-out", "sat-penalty"],
+    ids=["mu", "mu-paper", "bounds-mixture", "kl-streams", "minibatch-leave-one-out", "sat-penalty"],
 )  # fmt: skip
 def test_rollout_and_loss_equal_the_formulas(settings, tmp_path, path):
     trainer = make(tmp_path, path, **settings)
@@ -190,8 +191,7 @@ def test_rollout_and_loss_equal_the_formulas(settings, tmp_path, path):
     batch = rollout(trainer)
     mask = batch["completion_mask"].double()
     rewards = trainer.rollout.rewards.double()
-    args, normalize = trainer.args, settings.get("multi_objective_aggregation") == "normalize_then_sum"
-    scale = "group" if normalize else args.scale_rewards
+    args = trainer.args
     weights = torch.tensor(args.reward_weights or [1.0, 1.0], dtype=torch.float64)
     factor = 4 / 3 if args.group_baseline == "leave_one_out" else 1.0
     if args.method == "sat":
@@ -199,18 +199,25 @@ def test_rollout_and_loss_equal_the_formulas(settings, tmp_path, path):
         trained = -gaps.square() - 2 * gaps * (rewards - rewards.mean(dim=0))
         ends = [set(row.tolist()) & set(trainer.eos_token_ids) for row in batch["completion_ids"]]
         trained = trained - 0.5 * torch.tensor([[not end] for end in ends])
-        expected, kl = grouped(trained @ weights, 4, scale), 0.3
+        expected, kl = grouped(trained @ weights, 4, args.scale_rewards), 0.3
     else:
         w = trainer.multipliers.weights()
-        assert (w != 0.5).all()
-        signs = [-1.0 if constraint.kind == "<=" else 1.0 for constraint in trainer.controller.constraints]
-        streams = [sign * factor * grouped(column, 4, scale) for sign, column in zip(signs, rewards.t(), strict=True)]
-        objective = torch.zeros(8) if args.objective == "kl" else factor * grouped(rewards @ weights, 4, scale)
+        assert (w > 0).any()
+        scale = "none"
+        if args.whitening == "streams":
+            scale = "group" if "multi_objective_aggregation" in settings else args.scale_rewards
+        divisors = rewards.std(dim=0, unbiased=False) if args.whitening == "spread" else torch.ones(2)
+        streams = [factor * grouped(column, 4, scale) / d for column, d in zip(rewards.t(), divisors, strict=True)]
+        if args.method is None:
+            streams[1] = -streams[1]
+        objective = torch.zeros(8) if args.objective == "kl" else factor * grouped(rewards @ weights, 4, "group")
         if args.mixing == "paper":
             expected, kl = (2 - w.sum()) * objective + w[0] * streams[0] + w[1] * streams[1], 0.3 * (2 - w.sum())
         else:
             expected = (objective + w[0] * streams[0] + w[1] * streams[1]) / (1 + w.sum())
             kl = 0.3 / (1 + w.sum()) if args.objective == "kl" else 0.3
+        if args.whitening == "mixture":
+            expected = (expected - expected.mean()) / (expected.std() + 1e-4)
     torch.testing.assert_close(batch["advantages"].double(), expected, rtol=1e-4, atol=1e-5)
     assert list(trainer._logs["advantages"]) == batch["advantages"].tolist()
 
@@ -290,7 +297,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, path):
 
 
 def test_early_ends(tmp_path, path):
-    trainer = make(tmp_path, path, beta=0.1, kl_ceiling=1e-6, max_steps=4)
+    trainer = make(tmp_path, path, beta=0.1, kl_ceiling=1e-6, kl_estimator="k3", max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 2 and "kl_ceiling" in trainer.stop_reason
     trainer = make(tmp_path, path, num_iterations=4, early_stop_kl=1e-9, max_steps=4)
@@ -306,8 +313,11 @@ def test_early_ends(tmp_path, path):
         ({"gamma": 0.9}, "`gamma=0.9` needs a critic"),
         ({"vf_coef": [0.1, 0.2]}, r"`vf_coef=\[0.1, 0.2\]` needs a critic"),
         ({"whitening": "mixture"}, "`whitening='mixture'`.*scale_rewards"),
+        ({**MU, "beta": 0.1, "whitening": "mixture"}, "weights would cancel: use `whitening='spread'`"),
+        ({**BOUNDS, "whitening": "mixture", "multiplier_update": "minibatch"}, "no rollout"),
+        ({"constraints": [{"reward": 0, "threshold": 0.5, "kind": "per_prompt", "probability": 0.1}]}, "no advantage"),
         ({"beta": 0.1, "kl_coef": 0.2}, "`beta=0.1` and `kl_coef=0.2`"),
-        (MU, "`kl_coef=0`.*above 0"),
+        (MU, "`kl_coef=0` leaves nothing to maximise"),
         ({"group_baseline": "median"}, "`group_baseline`.*'median'"),
         ({"group_baseline": "leave_one_out", "multi_objective_aggregation": "normalize_then_sum"}, "takes out again"),
         ({"kl_ceiling": 1.0}, "`kl_ceiling` needs the divergence"),
@@ -332,10 +342,3 @@ def test_wrong_arguments(tmp_path, path):
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="has a critic and this run has `critic='none'`"):
         make(tmp_path, path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_the_default_configuration_is_grpos(tmp_path, path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    trainer = ConstrainedGRPOTrainer(path, low_ids, train_dataset=prompts(), processing_class=tiny_tokenizer())
-    assert trainer.args.critic == "none" and trainer.args.output_dir.endswith("-GRPO") and trainer.ref_model is None
-    assert isinstance(trainer, ConstrainedPPOTrainer)

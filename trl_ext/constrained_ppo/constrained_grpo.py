@@ -42,7 +42,7 @@ class ConstrainedGRPOConfig(ConstrainedPPOConfig):
         default=GRPOConfig.disable_dropout, metadata={"help": "Whether to disable dropout."}
     )
 
-    _no_method: ClassVar[Preset] = Preset("rewards", mixing="normalized")
+    _no_method: ClassVar[Preset] = Preset("rewards")
 
     def __post_init__(self):
         if self.critic != "none":

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
@@ -45,7 +45,7 @@ from .critic import (
     record_heads,
     value_heads_of,
 )
-from .group_relative import group_advantages, leave_one_out, reward_advantages
+from .group_relative import leave_one_out, reward_advantages
 from .multipliers import LagrangeMultipliers
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .rollout import Rollout
@@ -157,10 +157,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             **kwargs,
         )
         self._check_prompts()
-        # Weight of the value loss of each stream, the KL last
-        self.value_coefs = [*args.vf_coefs(len(self.reward_funcs)), args.kl_vf_coef]
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
+        # TRL logs by name, and would take two rewards of one name for one
+        self.reward_func_names = self.controller.reward_names
+        self.value_coefs = self._value_coefs()
         self.rollout = Rollout()
         self.resumed = False
         self.stop_reason: str | None = None
@@ -197,16 +198,26 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
                 "`per_device_train_batch_size` or `steps_per_generation`."
             )
 
+    def _value_coefs(self) -> list[float]:
+        """Weight of the value loss of each stream, the KL last; a constraint's own stream has that of its reward."""
+        coefs, controller = self.args.vf_coefs(len(self.reward_funcs)), self.controller
+        own = [
+            coefs[index]
+            for index, constraint in zip(controller.constrained, controller.constraints, strict=True)
+            if constraint.is_derived
+        ]
+        return [*coefs, *own, self.args.kl_vf_coef]
+
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
-        args, policy = self.args, self.policy
+        args, policy, streams = self.args, self.policy, self.controller.stream_names
         if args.critic == "none":
             if critic_model is not None:
                 raise ValueError("`critic_model` is given and `critic='none'`. Leave it out, or set `critic`.")
             return
         companion = CriticCompanion(
             policy,
-            build_critic(policy, len(self.reward_funcs) + 1, args, critic_model),
-            self.reward_func_names,
+            build_critic(policy, len(streams) + 1, args, critic_model),
+            streams,
             learning_rate=args.critic_learning_rate,
             detach=args.critic_detach,
             homeostasis=args.critic_homeostasis_coef > 0,
@@ -229,7 +240,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         output["advantages"] = self._mixed(rollout.advantages, rollout.mask)
         if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
             output["stream_advantages"] = rollout.advantages.permute(1, 2, 0)
-            output["episode_rewards"] = self._own_rows(rollout.rewards, len(rollout.mask))
+            signals = self.controller.constrained_signals(rollout.rewards, self._group_size())
+            output["episode_rewards"] = self._own_rows(signals, len(rollout.mask))
         return output
 
     def _open_rollout(self, inputs: Any, purpose: Literal["training", "evaluation", "calibration"]) -> dict[str, Any]:
@@ -309,17 +321,17 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         penalised = args.missing_eos_penalty is not None and training
         if not (self.controller.constraints or penalised or args.group_baseline != "mean"):
             return  # TRL's own advantages stay
-        rows, size = len(rollout.mask), self.num_generations if training else self.num_generations_eval
-        rewards = self.accelerator.gather(self._trained_rewards(rollout, output))
-        scale, aggregation = args.scale_rewards, args.multi_objective_aggregation
-        objective = reward_advantages(rewards, self.reward_weights, size, scale, aggregation)
-        if self.multipliers is not None and args.objective == "kl":
-            objective = torch.zeros_like(objective)
-        scale = scale if aggregation == "sum_then_normalize" else "group"
-        streams = group_advantages(rewards[:, self.controller.constrained], size, scale)
+        rows, size = len(rollout.mask), self._group_size()
+        signals = self.accelerator.gather(self._trained_rewards(rollout, output))
+        rewards = signals[:, : len(self.reward_funcs)]
+        objective = torch.zeros_like(signals[:, 0])
+        if self.multipliers is None or args.objective != "kl":
+            scale, aggregation = args.scale_rewards, args.multi_objective_aggregation
+            objective = reward_advantages(rewards, self.reward_weights, size, scale, aggregation)
+        streams = self.controller.group_streams(signals, size)
         if args.group_baseline == "leave_one_out":
             objective, streams = (leave_one_out(advantages, rewards, size) for advantages in (objective, streams))
-        mixed = objective if self.multipliers is None else self.controller.mix_groups(objective, streams)
+        mixed = self.controller.mix_groups(objective, streams)
         output["advantages"] = self._own_rows(mixed, rows)
         logged = self._logs["advantages"]
         for _ in range(min(len(mixed), len(logged))):
@@ -328,7 +340,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         if args.multiplier_update == "minibatch" and self.multipliers is not None:
             output["objective_advantages"] = self._own_rows(objective, rows)
             output["stream_advantages"] = self._own_rows(streams, rows)
-            output["episode_rewards"] = self._own_rows(rollout.rewards, rows)
+            bounded = self.controller.constrained_signals(rollout.rewards, size)
+            output["episode_rewards"] = self._own_rows(bounded, rows)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -349,13 +362,19 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _trained_rewards(self, rollout: Rollout, output: dict[str, Any]) -> torch.Tensor:
         """Rewards `(B, K)` that this process's completions are trained on."""
-        rewards = self.controller.trained_rewards(rollout.rewards)
+        rewards = self.controller.trained_rewards(rollout.rewards, self._group_size())
         rewards = self._own_rows(rewards, len(output["completion_ids"]))
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
             ended = (ends * output["completion_mask"]).any(dim=1)
-            rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1)
+            # Not taken from signals of constraints, which come behind the rewards
+            is_reward = torch.arange(rewards.size(1), device=rewards.device) < len(self.reward_func_names)
+            rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1) * is_reward
         return rewards
+
+    def _group_size(self) -> int:
+        """Completions of each prompt, which follow each other."""
+        return self.num_generations if self.rollout.purpose == "training" else self.num_generations_eval
 
     def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
         return gathered[self.accelerator.process_index * rows :][:rows]
@@ -363,13 +382,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _close_rollout(self, rollout: Rollout) -> None:
         """Lets the controller adapt, and records the rollout."""
         training, rewards = rollout.purpose == "training", rollout.rewards
-        found = (rewards.mean(dim=0) if self.has_companion else rewards.nanmean(dim=0)).tolist()
-        means = {name: mean for name, mean in zip(self.reward_func_names, found, strict=True) if mean == mean}
         divergences = None
         if self.args.kl_coef > 0 and rollout.divergence.numel():
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
-        reason = self.controller.close_rollout(metrics, means, divergences, training)
+        reason = self.controller.close_rollout(metrics, rewards, divergences, training, self._group_size())
         if reason is not None:
             self.end_training(reason)
         if not training:
@@ -470,7 +487,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
         if values is not None:
             means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-            record_critic(metrics, [*self.reward_func_names, "kl"], means.view_as(sums))
+            record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
         num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
         if not self.model.training:
             return
@@ -514,9 +531,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
         """The official code's dual step: on rewards of episodes weighted by their length."""
         lengths = mask.sum(dim=1, keepdim=True).float()
-        sums = torch.cat([(rewards[:, self.controller.constrained] * lengths).sum(dim=0), lengths.sum().view(1)])
-        totals = self._sum(sums)
-        cast(LagrangeMultipliers, self.multipliers).update((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
+        totals = self._sum(torch.cat([(rewards * lengths).sum(dim=0), lengths.sum().view(1)]))
+        self.controller.step_multipliers((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
 
     # Around the steps
 
