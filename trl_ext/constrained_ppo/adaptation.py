@@ -380,8 +380,9 @@ class RolloutController:
         if training:
             # Without a critic a reward may say nothing of some completions, or of all
             found = rewards.nanmean(dim=0) if self.args.critic == "none" else rewards.mean(dim=0)
-            reached = {name: mean for name, mean in zip(self.reward_names, found.tolist(), strict=True) if mean == mean}
-            self._add_to_averages(metrics, reached, violations)
+            reached = dict(zip(self.reward_names, found.tolist(), strict=True))
+            known = {name: mean for name, mean in reached.items() if math.isfinite(mean)}
+            self._add_to_averages(metrics, known, violations)
         if self.multipliers is not None:
             self._record_violations(metrics, violations)
             if training:

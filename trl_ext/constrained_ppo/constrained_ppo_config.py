@@ -543,9 +543,9 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         if any(one.per_prompt and one.probability is not None for one in self.parsed_constraints()):
             raise ValueError(
-                "A constraint on the share of prompts (`per_prompt` with `probability`) is the same for all completions "
-                "of a prompt, so that with `critic='none'` it has no advantage. Leave out one of the two, or set "
-                "`critic='shared'`."
+                "A constraint on the share of prompts (`per_prompt` with `probability`) is the same for all "
+                "completions of a prompt, so that with `critic='none'` it has no advantage. Leave out one of the two, "
+                "or set `critic='shared'`."
             )
         if self.whitening == "mixture" and self.learns_multipliers:
             others = "The multipliers' weights would cancel" if self.objective == "kl" else ""

@@ -287,7 +287,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        if self.has_companion and model is self.model and self.rollout.scored is None and self.rollout.purpose != "calibration":
+        wanted = self.has_companion and self.rollout.purpose != "calibration"
+        if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 

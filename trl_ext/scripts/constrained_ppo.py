@@ -92,7 +92,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no" or gold_reward is not None
-    trainer_class = ConstrainedGRPOTrainer if isinstance(training_args, ConstrainedGRPOConfig) else ConstrainedPPOTrainer
+    without_critic = isinstance(training_args, ConstrainedGRPOConfig)
+    trainer_class = ConstrainedGRPOTrainer if without_critic else ConstrainedPPOTrainer
     trainer = trainer_class(
         model=resolve_model(model_args.model_name_or_path),
         reward_funcs=rewards,
