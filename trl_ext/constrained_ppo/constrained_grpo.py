@@ -38,9 +38,7 @@ class ConstrainedGRPOConfig(ConstrainedPPOConfig):
     num_generations: int | None = field(default=8, metadata={"help": "Completions of each prompt, at least 2."})
     kl_coef: float = field(default=0.0, metadata={"help": "Other name of `beta`."})
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL term in the loss."})
-    disable_dropout: bool = field(
-        default=GRPOConfig.disable_dropout, metadata={"help": "Whether to disable dropout."}
-    )
+    disable_dropout: bool = field(default=GRPOConfig.disable_dropout, metadata={"help": "Whether to disable dropout."})
 
     _no_method: ClassVar[Preset] = Preset("rewards")
 
