@@ -22,7 +22,14 @@ _STANDARD_ERRORS, _NATS = 5.0, 0.05
 
 
 def check_reference(ref_model: Any, model: Any, peft_config: Any, kl_coef: float) -> None:
-    """Refuses a `ref_model` of the wrong kind, or where the reference is the policy with its adapter off."""
+    """Refuses a `ref_model` of the wrong kind, and an adapter without which the policy is not the one at the start."""
+    configs = [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values()
+    moving = {bias for bias in (getattr(config, "bias", "none") for config in configs) if bias != "none"}
+    if moving and kl_coef > 0:
+        raise ValueError(
+            f"The adapter has `bias={moving.pop()!r}`: the biases that it trains stay when it is off, so that the "
+            "reference would move with the policy. Set `bias='none'`, or `kl_coef=0`."
+        )
     if ref_model is None:
         return
     if not isinstance(ref_model, (str, PreTrainedModel)):
