@@ -24,6 +24,7 @@ SLOW = (
     "constrained_ppo/test_constrained_ppo_trainer.py",
     "constrained_ppo/test_critic.py",
     "constrained_ppo/test_dashboard.py",
+    "constrained_ppo/test_faults.py",
     "constrained_ppo/test_proxy_points.py",
     "constrained_ppo/test_resume.py",
     "constrained_ppo/test_training_control.py",

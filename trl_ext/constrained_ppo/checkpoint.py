@@ -34,7 +34,8 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
         to be called with token ids and their attention mask. In evaluation mode, float32.
 
     Raises:
-        ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it.
+        ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it. Also
+            if the file does not hold exactly the critic's tensors.
     """
     path = str(cached_file(name_or_path, CRITIC_FILE))
     state, metadata = read_companion(path)
@@ -54,7 +55,13 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
             f"{path} holds a module of the author's own, with {sorted(state)[:3]}. Build that module and call "
             "`load_state_dict` with the file's content."
         )
-    critic.load_state_dict(state, strict=False)
+    expected, found = critic.state_dict().keys(), state.keys()
+    if expected != found:
+        raise ValueError(
+            f"{path} does not fit the critic that its metadata describe: it lacks {sorted(expected - found)[:3]} and "
+            f"has {sorted(found - expected)[:3]} too many. Build the critic yourself and load the tensors by name."
+        )
+    critic.load_state_dict(state)
     return critic.eval()
 
 

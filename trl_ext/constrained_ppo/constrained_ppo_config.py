@@ -1,9 +1,13 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
+import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+
+from torch import nn
 from transformers import SchedulerType
 from trl import GRPOConfig
 
@@ -12,6 +16,7 @@ from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
 from .group_settings import check_without_critic, settle_without_critic
+from .retired import refuse_retired
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -200,6 +205,28 @@ class ConstrainedPPOConfig(GRPOConfig):
             Taken from every reward of a training response that ends without an end-of-sequence token; constraints
             and logs see the reward itself.
 
+        > Parameters that control the units of scores and values, and what the gradients see
+
+        use_score_scaling (`bool`, *optional*, defaults to `False`):
+            Whether critic and policy are trained on rewards divided by their standard deviation over all responses so
+            far. A reward times 1,000 then gives the same run; `kl_coef`, `cliprange_value` and `missing_eos_penalty`
+            are in units of that spread. Constraints and logs see the reward itself.
+        use_score_norm (`bool`, *optional*, defaults to `False`):
+            With `use_score_scaling`, whether their mean is subtracted, too: for rewards far from zero, where the
+            critic starts.
+        score_clip (`float`, *optional*):
+            Bound on the size of a score, after scaling.
+        cliprange_value_unit (`str`, *optional*, defaults to `"score"`):
+            Unit of `cliprange_value`: `"score"`, that of the rewards as they are trained on, or `"spread"`, for each
+            stream the spread of its returns over the rollout around the mean of its values.
+        critic_max_grad_norm (`float`, *optional*):
+            Bound on the gradient norm of the critic's own parameters, which `max_grad_norm` then leaves to it. What
+            the value loss does to a shared backbone counts as the policy's. Defaults to `max_grad_norm` for all
+            parameters together.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether dropout is off in policy, reference and critic, adapters and functional dropout included; the
+            saved configuration keeps its probabilities.
+
         > Parameters that control the critic
 
         critic (`str`, *optional*, defaults to `"shared"`):
@@ -321,6 +348,22 @@ class ConstrainedPPOConfig(GRPOConfig):
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken from the rewards of a response without an end-of-sequence token."}
     )
+    use_score_scaling: bool = field(
+        default=False, metadata={"help": "Train on rewards divided by their running standard deviation."}
+    )
+    use_score_norm: bool = field(
+        default=False, metadata={"help": "With `use_score_scaling`, subtract the running mean, too."}
+    )
+    score_clip: float | None = field(default=None, metadata={"help": "Bound on the size of a score, after scaling."})
+    cliprange_value_unit: Literal["score", "spread"] = field(
+        default="score", metadata={"help": "Unit of `cliprange_value`: 'score', or 'spread' of the returns."}
+    )
+    critic_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Bound on the gradient norm of the critic's own parameters."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether dropout is off in policy, reference and critic."}
+    )
     critic: Literal["shared", "separate", "none"] = field(
         default="shared",
         metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate'), or 'none', as GRPO."},
@@ -370,6 +413,10 @@ class ConstrainedPPOConfig(GRPOConfig):
     # What stands for a preset where `method` names none
     _no_method: ClassVar[Preset] = Preset("kl")
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ConstrainedPPOConfig":
+        refuse_retired(kwargs, cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self):
         check_choice(self, "critic", choices=("shared", "separate", "none"))
         if self.critic == "none":
@@ -388,6 +435,8 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.num_generations = 1
         self._apply_preset()
         self._check_numbers()
+        self._check_units()
+        self._check_stop_tokens()
         self._check_method()
         self._check_search()
 
@@ -441,6 +490,39 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`{needs_divergence[0]}` needs the divergence from the reference, which `kl_coef=0` does not "
                 "compute. Set `kl_coef` to a small positive number."
             )
+
+    def _check_units(self) -> None:
+        check_number(
+            self, "score_clip", "critic_max_grad_norm", above=0, optional=True,
+            remedy="Leave it out to go without.",
+        )  # fmt: skip
+        check_choice(self, "cliprange_value_unit", choices=("score", "spread"))
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("`use_score_norm=True` needs `use_score_scaling=True`. Set both, or leave it out.")
+        if self.critic_max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`critic_max_grad_norm={self.critic_max_grad_norm}` acts where gradients are clipped, and "
+                f"`max_grad_norm={self.max_grad_norm}` clips none. Set that, to a large number for no bound on the "
+                "policy's."
+            )
+
+    def _check_stop_tokens(self) -> None:
+        for name in ("eos_token_id", "stop_token_ids"):
+            given = (self.generation_kwargs or {}).get(name)
+            ids = given if isinstance(given, (list, tuple)) else [given]
+            wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
+            if given is not None and (wrong or not ids):
+                raise ValueError(
+                    f"`generation_kwargs={{{name!r}: {given!r}}}` must be a token id or a list of them: "
+                    "`tokenizer.convert_tokens_to_ids(token)` gives one."
+                )
+            fits = name == ("stop_token_ids" if self.use_vllm else "eos_token_id")
+            if given is not None and not fits:
+                engine, other = ("vLLM", "stop_token_ids") if self.use_vllm else ("transformers", "eos_token_id")
+                raise ValueError(
+                    f"`generation_kwargs={{{name!r}: {given!r}}}` is not known to {engine}, which generates. Use "
+                    f"`generation_kwargs={{{other!r}: {given!r}}}`."
+                )
 
     def _check_method(self) -> None:
         check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
@@ -558,6 +640,44 @@ class ConstrainedPPOConfig(GRPOConfig):
         return parsed
 
 
+def stop_token_ids(args: ConstrainedPPOConfig, defaults: Sequence[int]) -> list[int]:
+    """
+    Tokens that end a response: `eos_token_id` of `generation_kwargs` in place of the tokenizer's and the model's, or,
+    for vLLM, `stop_token_ids` beside them.
+    """
+    given = args.generation_kwargs or {}
+    if given.get("eos_token_id") is not None:
+        ids = given["eos_token_id"]
+        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    extra = given.get("stop_token_ids") or []
+    kept = [] if given.get("ignore_eos") else defaults
+    return [*kept, *(one for one in (extra if isinstance(extra, (list, tuple)) else [extra]) if one not in kept)]
+
+
+def gold_dataset(args: ConstrainedPPOConfig, eval_dataset: Any) -> str | None:
+    """
+    With several sets in `eval_dataset`, the one whose gold metric chooses the best model and ends the run: the one
+    that `metric_for_best_model` names (`"eval_<name>_..."`), or the first. `None` with one set.
+    """
+    if not isinstance(eval_dataset, dict) or not eval_dataset:
+        return None
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    # The longest first: one name may begin with another
+    named = [name for name in sorted(eval_dataset, key=len, reverse=True) if metric.startswith(f"{name}_")]
+    return named[0] if named else next(iter(eval_dataset))
+
+
+def _check_gold_reward(gold_reward: Any) -> None:
+    if isinstance(gold_reward, (str, nn.Module)) or not callable(gold_reward):
+        given = repr(gold_reward) if isinstance(gold_reward, str) else f"a `{type(gold_reward).__name__}`"
+        raise TypeError(
+            f"`gold_reward` must be a function with the signature of a reward function, async or not, got {given}. "
+            "Load the model yourself and give a function that scores `completions` with it."
+        )
+    if inspect.isasyncgenfunction(gold_reward) or inspect.isgeneratorfunction(gold_reward):
+        raise TypeError("`gold_reward` is a generator. Give a function that returns one number for every completion.")
+
+
 def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -> ConstrainedPPOConfig:
     """
     The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
@@ -571,6 +691,8 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
+    if gold_reward is not None:
+        _check_gold_reward(gold_reward)
     needs_gold = ["gold_patience"] if args.gold_patience else []
     if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
         needs_gold.append("search")

@@ -13,27 +13,34 @@ Without a critic, `GroupRelativeMixin` takes the place of `_estimate` and of the
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
+import asyncio
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
+from datasets import IterableDataset
 from torch import nn
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .._upstream import disable_gradient_checkpointing, open_rollout, restore_rollout
+from .._upstream import disable_gradient_checkpointing, open_rollout, reference_built_by, restore_rollout
 from ..core.companion import CompanionMixin
+from ..core.dropout import disable_dropout, stated_probabilities
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
 from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
-from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
+from .constrained_ppo_config import ConstrainedPPOConfig, checked_config, gold_dataset, stop_token_ids
 from .critic import (
     CRITIC_FILE,
     VALUE_HEADS,
@@ -46,8 +53,12 @@ from .critic import (
     value_heads_of,
 )
 from .multipliers import LagrangeMultipliers
+from .prompts import random_rows, stream_position
+from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
+from .retired import refuse_retired
 from .rollout import Rollout
+from .scores import ScoreScaling, size_warning, value_clipranges
 from .threshold_search.callback import ThresholdSearchCallback
 from .without_critic import GroupRelativeMixin
 
@@ -90,8 +101,11 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             With `critic="separate"`, the model that the critic's backbone starts from. With `critic="shared"`, a
             module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads.
         gold_reward (`Callable`, *optional*):
-            The metric that the rewards stand in for, with the signature of a reward function, higher is better. It is
-            called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
+            The metric that the rewards stand in for, with the signature of a reward function, async or not, higher is
+            better. It is called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Model that the KL is measured from. Defaults to a frozen copy of the policy as it is handed over, or to
+            the policy with its adapter off.
         kwargs (`Any`):
             The other arguments of [`~trl.GRPOTrainer`], by name.
 
@@ -102,7 +116,8 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         stop_reason (`str` or `None`): Why training ended before its last step.
 
     Raises:
-        TypeError: If `args` is not a [`ConstrainedPPOConfig`].
+        TypeError: If `args` is not a [`ConstrainedPPOConfig`], `gold_reward` is no function, or an argument is one of
+            TRL's `PPOTrainer`.
         ValueError: If a constraint names no reward, `critic_model` has another number of streams or width, or
             `train_dataset` holds less than one rollout.
 
@@ -137,26 +152,36 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         eval_dataset: Any = None,
         processing_class: Any = None,
         critic_model: str | nn.Module | None = None,
-        gold_reward: Callable[..., list[float]] | None = None,
+        gold_reward: Callable[..., Any] | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         **kwargs: Any,
     ):
+        refuse_retired(kwargs, type(self).__name__)
         args = checked_config(args, model, gold_reward, eval_dataset)
+        check_reference(ref_model, model, kwargs.get("peft_config"), args.kl_coef)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if any(isinstance(reward, str) for reward in rewards):
             # TRL loads rewards given by name with an auto class; they may have an equilibrium head
             from ..equilibrium import register_auto_classes
 
             register_auto_classes()
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with reference_built_by(reference_builder(model, ref_model), loads_policy=isinstance(model, str)):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         self._check_prompts()
+        self.eos_token_ids = stop_token_ids(args, self.eos_token_ids)
+        self._has_own_reference = ref_model is not None
+        # The set that `eval_gold` speaks of, with several, and the one that is evaluated now
+        self.gold_dataset = gold_dataset(args, eval_dataset)
+        self._evaluated: str | None = None
+        self._warned: set[str] = set()
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
         # TRL logs by name, and would take two rewards of one name for one
@@ -165,7 +190,10 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         self.rollout = Rollout()
         self.resumed = False
         self.stop_reason: str | None = None
+        self.scores = self._score_scaling()
         self._attach_critic(critic_model)
+        models = [one for one in (self.model, self.ref_model) if one is not None and args.disable_dropout]
+        self._dropped = [probability for one in models for probability in disable_dropout(one)]
         self.add_callback(CalibrationCallback(self))
         self.search_callback: ThresholdSearchCallback | None = None
         if args.search_config is not None:
@@ -208,15 +236,28 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         ]
         return [*coefs, *own, self.args.kl_vf_coef]
 
+    def _score_scaling(self) -> ScoreScaling | None:
+        args = self.args
+        if not args.use_score_scaling and args.score_clip is None:
+            return None
+        return ScoreScaling(
+            self.controller.stream_names, args.use_score_scaling, args.use_score_norm, args.score_clip
+        )
+
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
-        args, policy, streams = self.args, self.policy, self.controller.stream_names
+        args, streams = self.args, self.controller.stream_names
         if args.critic == "none":
             if critic_model is not None:
                 raise ValueError("`critic_model` is given and `critic='none'`. Leave it out, or set `critic`.")
             return
+        if args.critic_max_grad_norm is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"`critic_max_grad_norm={args.critic_max_grad_norm}` clips the critic's gradients apart; DeepSpeed "
+                "and FSDP clip all gradients at once. Leave it out."
+            )
         companion = CriticCompanion(
-            policy,
-            build_critic(policy, len(streams) + 1, args, critic_model),
+            self.policy,
+            build_critic(self.accelerator.unwrap_model(self.model), len(streams) + 1, args, critic_model),
             streams,
             learning_rate=args.critic_learning_rate,
             detach=args.critic_detach,
@@ -236,13 +277,32 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         # Values and returns as `(B, T, K+1)`: TRL shuffles and splits a batch along the first dimension
         output["state_returns"] = rollout.returns.movedim(0, -1)
         output["old_state_values"] = rollout.values
+        if self.args.cliprange_value_unit == "spread":
+            ranges = value_clipranges(
+                rollout.returns, rollout.values, rollout.mask, self.args.cliprange_value, self._sum
+            )
+            output["value_clipranges"] = ranges.expand(len(rollout.mask), 1, -1)
         self._close_rollout(rollout)
         output["advantages"] = self._mixed(rollout.advantages, rollout.mask)
+        self._log_advantages(output["advantages"], rollout.mask)
         if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
             output["stream_advantages"] = rollout.advantages.permute(1, 2, 0)
             signals = self.controller.constrained_signals(rollout.rewards, self._group_size())
             output["episode_rewards"] = self._own_rows(signals, len(rollout.mask))
         return output
+
+    def _log_advantages(self, advantages: torch.Tensor, mask: torch.Tensor) -> None:
+        """Puts means over the tokens of each response where TRL has logged the advantages over its group."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
+            metrics.pop("frac_reward_zero_std", None)  # of groups of one
+        if not self.log_completions:
+            return
+        means = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        found, logged = self.accelerator.gather(means).tolist(), self._logs["advantages"]
+        for _ in range(min(len(found), len(logged))):
+            logged.pop()
+        logged.extend(found)
 
     def _open_rollout(self, inputs: Any, purpose: Literal["training", "evaluation", "calibration"]) -> dict[str, Any]:
         """TRL's generation and scoring, within which the next two hooks fill in the rollout."""
@@ -273,10 +333,14 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> None:
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        gold = gold_reward(
+        gold: Any = gold_reward(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
             **columns,
         )  # fmt: skip
+        if inspect.iscoroutine(gold):
+            # In a thread: a notebook's own loop runs in this one
+            with ThreadPoolExecutor(1) as executor:
+                gold = executor.submit(asyncio.run, gold).result()
         if len(gold) != len(completions) or not all(value is not None and value == value for value in gold):
             raise ValueError(
                 f"`gold_reward` returned {list(gold)[:4]} for {len(completions)} completions. Return one number for "
@@ -331,6 +395,10 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     def _trained_rewards(self, rollout: Rollout, output: dict[str, Any]) -> torch.Tensor:
         """Rewards `(B, K)` that this process's completions are trained on."""
         rewards = self.controller.trained_rewards(rollout.rewards, self._group_size())
+        if self.scores is not None:
+            if rollout.purpose == "training":
+                self.scores.observe(rewards)
+            rewards = self.scores(rewards)
         rewards = self._own_rows(rewards, len(output["completion_ids"]))
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
@@ -361,12 +429,31 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             return
         if self.has_companion:
             record_heads(metrics, value_heads_of(self.companion.module))
+        self._check_rollout(rollout)
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
             logger.warning_once(
                 f"The reward {name!r} was the same for every completion of a rollout, so it said nothing about their "
                 "tokens. If it stays so, check the reward function."
             )
+
+    def _check_rollout(self, rollout: Rollout) -> None:
+        """Warns once of rewards too large for the critic, and of a KL that cannot be."""
+        if self.scores is not None:
+            for name, spread in zip(self.scores.names, self.scores.spreads().tolist(), strict=True):
+                self._metrics["train"][f"score_spread/{name}"].append(spread)
+        elif self.args.cliprange_value_unit == "score":
+            message = size_warning(rollout.rewards, self.reward_func_names, self.args.cliprange_value)
+            self._warn_once("rewards", message)
+        if self.args.kl_coef > 0 and self.args.kl_estimator == "k1" and "divergence" not in self._warned:
+            divergences = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
+            is_first = self.state.global_step == 0 and not self._has_own_reference
+            self._warn_once("divergence", divergence_warning(divergences, is_first))
+
+    def _warn_once(self, about: str, message: str | None) -> None:
+        if message is not None and about not in self._warned:
+            self._warned.add(about)
+            logger.warning(message, main_process_only=True)
 
     def _mixed(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.controller.mix(advantages, mask, self.reward_weights, self._sum)
@@ -386,9 +473,8 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         with self._kl_in_loss(0.0):
             policy_loss = super()._compute_loss(recorder, inputs)
         values = recorder.last_tokens("state_values", mask.size(1))
-        errors = clipped_value_loss(
-            values, inputs["old_state_values"], inputs["state_returns"], self.args.cliprange_value
-        )
+        cliprange = inputs.get("value_clipranges", self.args.cliprange_value)
+        errors = clipped_value_loss(values, inputs["old_state_values"], inputs["state_returns"], cliprange)
         errors = (errors * mask.unsqueeze(-1)).sum(dim=(0, 1))
         loss = policy_loss + (errors.new_tensor(self.value_coefs) * errors).sum() / self._token_normalizer(inputs)
         homeostasis = [output.homeostasis_loss for output in recorder.outputs if output.homeostasis_loss is not None]
@@ -480,7 +566,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             self.args.per_device_train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
         )  # fmt: skip
         num_batches = -(-num_samples // (local * world))
-        rows = list(itertools.islice(itertools.cycle(self.train_dataset), num_batches * world * local))
+        rows = random_rows(self.train_dataset, num_batches * world * local, self.args.seed)
         training, devices = self.model.training, [self.accelerator.device] if torch.cuda.is_available() else []
         rewards = []
         with torch.random.fork_rng(devices):
@@ -519,12 +605,28 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if self.is_in_train and "eval_gold" in metrics:
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        # With several sets `Trainer` calls this again for each, as `eval_<name>`
+        self._evaluated = prefix.removeprefix("eval_") if prefix.startswith("eval_") else None
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluated = None
+        if self.is_in_train and prefix == "eval" and "eval_gold" in metrics:
             reason = self.controller.stopping.check_gold(metrics["eval_gold"])
             if reason is not None:
                 self.end_training(reason)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics, name = self._metrics["eval"], self._evaluated
+        if name is not None and not self.model.training:
+            # TRL logs every set under the same names. Those of the set with the gold metric stay, too
+            named = {f"{name}_{key}": values for key, values in metrics.items()}
+            if name != self.gold_dataset:
+                metrics.clear()
+            metrics.update(named)
+        super().log(logs, start_time)
 
     def _method_section(self, model_id: str) -> str:
         return run_section(self, model_id)
@@ -533,14 +635,36 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         step, batches = open_rollout(self)
         if self.args.should_save:
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
+            scores = {} if self.scores is None else {"scores": self.scores.state_dict()}
+            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **scores, "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
             if self.search_callback is not None:
                 self.search_callback.save(folder)
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
-        super().save_model(output_dir, _internal_call=_internal_call)
+        with stated_probabilities(self._dropped):
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        limit = self.args.critic_max_grad_norm
+        if limit is None:
+            return super()._clip_grad_norm(model)
+        critic = [parameter for _, parameter in self.companion.own_parameters(model)]
+        own = {id(parameter) for parameter in critic}
+        policy = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales all gradients first
+        self._metrics["train"]["critic/grad_norm"].append(float(nn.utils.clip_grad_norm_(critic, limit)))
+        return norm
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is None or self.args.ignore_data_skip or not isinstance(self.train_dataset, IterableDataset):
+            return position
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        return stream_position(saved, self.args.gradient_accumulation_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.has_companion and (Path(resume_from_checkpoint) / CRITIC_FILE).is_file():
@@ -564,11 +688,14 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        if self.scores is not None:
+            self.scores.load_state_dict(state.get("scores", {}))
         if self.search_callback is not None:
             self.search_callback.load(checkpoint)
         # Each epoch draws its own order, which a new sampler would begin anew
-        for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
-            next(iter(self._train_sampler), None)
+        if not isinstance(self.train_dataset, IterableDataset):
+            for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
+                next(iter(self._train_sampler), None)
         device, rank = self.accelerator.device, self.accelerator.process_index
         restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
         self.resumed = True

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._upstream import FusedCausalLMOutput, gathered_state_dict
-from ..core.companion import Companion
+from ..core.companion import Companion, base_policy
 from ..core.recorder import Forward, last_hidden_states
 from ..equilibrium.value_heads import EPValueHeads
 from .constrained_ppo_config import ConstrainedPPOConfig
@@ -31,14 +32,15 @@ Metrics = dict[str, list[float]]
 
 
 def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float | torch.Tensor
 ) -> torch.Tensor:
     """
     Half the squared error of values against returns, element by element; where a value has moved by more than
-    `cliprange` since generation (0 for no bound), the larger of the errors of the value and of the clipped value.
+    `cliprange` since generation (a number, 0 for no bound, or a tensor that broadcasts against the values), the larger
+    of the errors of the value and of the clipped value.
     """
     error = (values - returns).square()
-    if cliprange > 0:
+    if isinstance(cliprange, torch.Tensor) or cliprange > 0:
         clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error
@@ -210,15 +212,16 @@ def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -
 
 
 def build_critic(
-    policy: PreTrainedModel, num_heads: int, args: ConstrainedPPOConfig, critic_model: str | nn.Module | None = None
+    policy: Any, num_heads: int, args: ConstrainedPPOConfig, critic_model: str | nn.Module | None = None
 ) -> nn.Module:
     """
     The critic that a configuration and the argument `critic_model` of the trainer ask for; refuses one that does not
-    fit the policy or the number of streams.
+    fit the policy or the number of streams. The policy may have an adapter.
     """
+    adapted, policy = policy, base_policy(policy)
     if args.critic == "separate":
         if critic_model is None or isinstance(critic_model, str):
-            backbone = _backbone(policy, critic_model or args.critic_model_name_or_path)
+            backbone = _backbone(adapted, critic_model or args.critic_model_name_or_path)
         elif isinstance(critic_model, PreTrainedModel):
             backbone = critic_model.base_model
         else:
@@ -266,12 +269,13 @@ def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int,
         )
 
 
-def _backbone(policy: PreTrainedModel, name_or_path: str | None) -> PreTrainedModel:
+def _backbone(adapted: Any, name_or_path: str | None) -> PreTrainedModel:
     """The backbone of a model, such as a reward model, or a copy of the policy's, whose token ids it is given."""
+    policy = base_policy(adapted)
     if name_or_path is None and is_deepspeed_zero3_enabled():
         name_or_path = policy.config.name_or_path or None
     if name_or_path is None:
-        backbone = copy.deepcopy(policy.base_model)
+        backbone = _copied_backbone(adapted)
     else:
         backbone = AutoModel.from_pretrained(name_or_path, dtype=policy.dtype)
     size, needed = backbone.config.get_text_config().vocab_size, policy.config.get_text_config().vocab_size
@@ -281,6 +285,20 @@ def _backbone(policy: PreTrainedModel, name_or_path: str | None) -> PreTrainedMo
             f"{needed}; the critic reads the policy's token ids. Choose a model with the policy's tokenizer."
         )
     return backbone.requires_grad_(True)
+
+
+def _copied_backbone(adapted: Any) -> PreTrainedModel:
+    """A copy of the policy's backbone as plain layers: an adapter's weights are merged into them."""
+    if any(not parameter.is_floating_point() for parameter in adapted.base_model.parameters()):
+        raise ValueError(
+            "`critic='separate'` starts from a copy of the policy, whose quantised weights cannot be trained. Set "
+            "`critic_model_name_or_path`, which is loaded in full, or `critic='shared'`."
+        )
+    if not is_peft_model(adapted):
+        return copy.deepcopy(adapted.base_model)
+    if adapted.active_peft_config.is_prompt_learning:
+        return copy.deepcopy(base_policy(adapted).base_model)
+    return copy.deepcopy(adapted).merge_and_unload().base_model
 
 
 def critic_sums(values: torch.Tensor, returns: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

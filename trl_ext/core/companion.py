@@ -276,6 +276,14 @@ class CompanionMixin(Trainer):
             self.companion.save(self.args.output_dir if output_dir is None else output_dir, self.args.should_save)
         super().save_model(output_dir, _internal_call=_internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            # PEFT knows nothing of `_keys_to_ignore_on_save` and takes by name what an adapter trains, such as biases
+            state = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state.items() if f"{self.companion.name}." not in name}
+        super()._save(output_dir, state_dict=state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # First: a checkpoint without it is refused before anything is overwritten. FSDP restores its own shards
         if self.has_companion and not self.is_fsdp_enabled:
