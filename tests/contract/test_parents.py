@@ -20,7 +20,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, is_async_callable, maybe_gather_lm_head_ctx, use_adapter
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -60,6 +60,7 @@ USED = {
     "TrlParser.set_defaults_with_config": TrlParser.set_defaults_with_config,
     "add_fused_lm_head": add_fused_lm_head,
     "disable_gradient_checkpointing": disable_gradient_checkpointing,
+    "is_async_callable": is_async_callable,
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,

@@ -222,18 +222,25 @@ class RolloutController:
         )
 
     def close_rollout(
-        self, metrics: Metrics, means: dict[str, float], divergences: tuple[float, float] | None, training: bool
+        self,
+        metrics: Metrics,
+        means: dict[str, float],
+        divergences: tuple[float, float] | None,
+        training: bool,
+        adapts: bool = True,
     ) -> str | None:
         """
         Takes the dual step of a training rollout and adapts the KL coefficient; records both, and for an evaluation
         batch the violations. `means` are those of the rewards over all processes, `divergences` the KL for each token
-        and for each response. Returns why the run is to end, or `None`.
+        and for each response. Without `adapts` it only records. Returns why the run is to end, or `None`.
         """
-        reason = self._take_divergences(metrics, divergences, training) if divergences is not None else None
+        reason = None
+        if divergences is not None:
+            reason = self._take_divergences(metrics, divergences, training and adapts)
         multipliers, names = self.multipliers, self.constrained_names()
         violations: dict[str, float] = {}
         if multipliers is not None:
-            if training and self.args.multiplier_update == "rollout":
+            if training and adapts and self.args.multiplier_update == "rollout":
                 multipliers.update([means[name] for name in names])
             violations = {
                 name: constraint.violation(means[name])

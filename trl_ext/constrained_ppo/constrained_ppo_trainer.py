@@ -30,7 +30,7 @@ from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
-from .advantages import gae, reward_streams, token_divergence
+from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
 from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
@@ -41,10 +41,15 @@ from .critic import (
     critic_sums,
     record_critic,
     record_heads,
+    record_update,
+    update_statistics,
     value_heads_of,
 )
+from .ensemble import EnsembleMonitor
 from .multipliers import LagrangeMultipliers
+from .pretrained_critic import pretrained_critic
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
+from .reward_functions import RewardFunction, guarded, note_reward, token_reward_tensors
 from .rollout import Rollout
 from .threshold_search.callback import ThresholdSearchCallback
 
@@ -84,7 +89,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             Tokenizer or processor. Defaults to the policy's.
         critic_model (`str`, [`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
             With `critic="separate"`, the model that the critic's backbone starts from. With `critic="shared"`, a
-            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads.
+            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads. With
+            either, the folder or Hub id of a policy beside which an earlier run saved its critic, to go on with that.
         gold_reward (`Callable`, *optional*):
             The metric that the rewards stand in for, with the signature of a reward function, higher is better. It is
             called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
@@ -153,6 +159,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             **kwargs,
         )
         self._check_prompts()
+        self.reward_funcs = guarded(self.reward_funcs, self.reward_func_names, args)
+        self.ensembles = EnsembleMonitor(self.reward_funcs, self.reward_weights.tolist(), args)
         # Weight of the value loss of each stream, the KL last
         self.value_coefs = [*args.vf_coefs(len(self.reward_funcs)), args.kl_vf_coef]
         self.gold_reward = gold_reward
@@ -184,6 +192,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         """The critic, attached to the policy as its submodule `value_heads`."""
         return getattr(self.policy, VALUE_HEADS)
 
+    @property
+    def warms_up(self) -> bool:
+        """Whether the step under way trains the critic alone."""
+        return self.model.training and self.state.global_step < self.args.critic_warmup_steps
+
     def _check_prompts(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         needed = self.args.generation_batch_size // self.num_generations
@@ -195,6 +208,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
         args, policy = self.args, self.policy
+        critic_model = pretrained_critic(critic_model, policy, self.reward_func_names, args)
         companion = CriticCompanion(
             policy,
             build_critic(policy, len(self.reward_funcs) + 1, args, critic_model),
@@ -229,18 +243,34 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
-        if missing:
-            names = [self.reward_func_names[index] for index in missing]
-            raise ValueError(
-                f"The rewards {names} returned None, NaN or an infinite value for a completion, and every value head "
-                "needs a target. Return a finite number for every completion."
-            )
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except Exception as error:
+            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+            batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
+            note_reward(error, self.reward_funcs, self.reward_func_names, {**batch, "trainer_state": self.state})
+            raise
+        self._check_rewards(rewards, prompts)
         self.rollout.rewards = rewards
+        for index, reward in enumerate(self.reward_funcs):
+            if isinstance(reward, RewardFunction) and reward.token_rewards is not None:
+                self.rollout.token_rewards[index] = reward.token_rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
             self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
         return rewards
+
+    def _check_rewards(self, rewards: torch.Tensor, prompts: Any) -> None:
+        rows, columns = (~torch.isfinite(rewards)).nonzero().t().tolist()
+        if not rows:
+            return
+        names = [self.reward_func_names[index] for index in sorted(set(columns))]
+        own = rows[0] - self.accelerator.process_index * len(prompts)
+        prompt = f", whose prompt is {prompts[own]!r}" if 0 <= own < len(prompts) else ""
+        raise ValueError(
+            f"The rewards {names} returned None, NaN or an infinite value for a completion, and every value head "
+            f"needs a target. The first is row {rows[0]} of the rollout{prompt}. Return a finite number for every "
+            "completion."
+        )
 
     def _measure_gold(
         self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -278,10 +308,20 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             log_probs, reference = scored.last_tokens("log_probs", length), output["ref_per_token_logps"]
             rollout.divergence = token_divergence(log_probs, reference, self.args.kl_estimator) * rollout.mask
         kl_rewards = -self.controller.kl_coef * rollout.divergence
-        streams = reward_streams(self._trained_rewards(rollout, output), kl_rewards, rollout.mask)
-        rollout.advantages, rollout.returns = gae(
-            streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
+        streams = reward_streams(
+            self._trained_rewards(rollout, output), kl_rewards, rollout.mask, self._token_rewards(rollout)
         )
+        alpha, args = self.args.adaptive_lambda_alpha, self.args
+        gae_lambda = args.gae_lambda if alpha is None else adaptive_lambda(rollout.mask, alpha)
+        rollout.advantages, rollout.returns = gae(
+            streams, rollout.values.movedim(-1, 0), rollout.mask, args.gamma, gae_lambda, args.critic_lambda
+        )
+
+    def _token_rewards(self, rollout: Rollout) -> dict[int, torch.Tensor]:
+        """What tokens earned, but for rewards in whose place distances of whole responses are trained on."""
+        distances = self.controller.constrained if self.args.method == "sat" else []
+        found = {index: values for index, values in rollout.token_rewards.items() if index not in distances}
+        return token_reward_tensors(found, rollout.mask) if found else {}
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -321,7 +361,10 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         if self.args.kl_coef > 0:
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
-        reason = self.controller.close_rollout(metrics, means, divergences, training)
+        reason = self.controller.close_rollout(metrics, means, divergences, training, adapts=not self.warms_up)
+        if self.ensembles.ensembles:
+            alarm = self.ensembles.observe(metrics, self.accelerator.gather, self.accelerator.device, training)
+            reason = reason or alarm
         if reason is not None:
             self.end_training(reason)
         if not training:
@@ -347,8 +390,12 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         if "stream_advantages" in inputs:
             inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
         recorder = ForwardRecorder(model, _WITH_VALUES)
+        cast(CriticCompanion, self.companion).detach = self.args.critic_detach or self.warms_up
         with self._without_kl_loss():
             policy_loss = super()._compute_loss(recorder, inputs)
+        if self.warms_up:
+            # Gradients of zero and not none: an engine waits for those of every parameter
+            policy_loss = policy_loss * 0.0
         values = recorder.last_tokens("state_values", mask.size(1))
         errors = clipped_value_loss(
             values, inputs["old_state_values"], inputs["state_returns"], self.args.cliprange_value
@@ -374,17 +421,21 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     ) -> None:
         """Records the critic, ends a run whose loss is not finite, and sees whether the rollout is spent."""
         mask, metrics = self._loss_mask(inputs), self._metrics["train" if self.model.training else "eval"]
-        moved = loss.new_zeros(())
-        if "old_per_token_logps" in inputs:
-            moved = (token_divergence(inputs["old_per_token_logps"], log_probs, "k3") * mask).sum()
-        sums = critic_sums(values, inputs["state_returns"], errors, mask)
-        # One collective for the critic's metrics, the check of the loss and how far the policy has moved
+        returns, old_log_probs = inputs["state_returns"], inputs.get("old_per_token_logps", log_probs)
+        moved = (token_divergence(old_log_probs, log_probs, "k3") * mask).sum()
+        sums = critic_sums(values, returns, errors, mask)
+        statistics = update_statistics(
+            log_probs - old_log_probs, inputs["advantages"], returns, inputs["old_state_values"], mask
+        )
+        # One collective and one wait for the device: metrics, the check of the loss, how far the policy has moved
         checks = torch.stack([(~torch.isfinite(loss)).float(), moved.float()])
-        local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
-        totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
-        means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-        record_critic(metrics, [*self.reward_func_names, "kl"], means.view_as(sums))
-        num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
+        parts = [sums.flatten(), checks, statistics, mask.sum().view(1)]
+        gathered = self.accelerator.gather(torch.cat(parts).float().unsqueeze(0)).cpu()
+        sums_of, checks_of, statistics_of, counts = gathered.split([len(part) for part in parts], dim=1)
+        num_broken, moved_sum = checks_of.sum(dim=0).tolist()
+        num_tokens, names = float(counts.sum()), [*self.reward_func_names, "kl"]
+        record_critic(metrics, names, sums_of.sum(dim=0).view_as(sums) / max(num_tokens, 1.0))
+        record_update(metrics, names, statistics_of, counts.squeeze(1))
         if not self.model.training:
             return
         if num_broken:
@@ -414,15 +465,16 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return loss
-        if "episode_rewards" in inputs:
+        if "episode_rewards" in inputs and not self.warms_up:
             self._minibatch_dual_step(inputs["episode_rewards"], self._loss_mask(inputs))
-        if not self.rollout.spent:
+        if not (self.rollout.spent or self.warms_up):
             return loss
         # With a rate of zero no optimizer moves, and the scheduler sets the next step's anew. Before the backward
         # pass, at whose end DeepSpeed steps: a callback before the optimizer's step would come too late there
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        return loss * 0.0
+            if self.rollout.spent or not group.get(VALUE_HEADS):
+                group["lr"] = 0.0
+        return loss * 0.0 if self.rollout.spent else loss
 
     def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
         """The official code's dual step: on rewards of episodes weighted by their length."""
@@ -494,8 +546,9 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         step, batches = open_rollout(self)
+        own = {"ensembles": self.ensembles.state_dict()}
         if self.args.should_save:
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
+            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
             if self.search_callback is not None:
@@ -518,6 +571,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         if self.multipliers is not None:
             self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
+        self.ensembles.load_state_dict(state.get("ensembles", {}))
         if self.search_callback is not None:
             self.search_callback.load(checkpoint)
         # Each epoch draws its own order, which a new sampler would begin anew
