@@ -102,7 +102,10 @@ def test_scan_of_every_length_and_lambda_of_each_response(length):
     rewards, values, mask = long_batch(length, dtype=torch.float64)
     lambdas = torch.tensor([0.3, 0.9], dtype=torch.float64)
     found = gae(rewards, values, mask, 0.97, lambdas, 1.0)
-    expected, (_, returns) = step_gae(rewards, values, mask, 0.97, lambdas)[0], step_gae(rewards, values, mask, 0.97, 1)
+    expected, (_, returns) = (
+        step_gae(rewards, values, mask, 0.97, lambdas)[0],
+        step_gae(rewards, values, mask, 0.97, 1),
+    )
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1], returns, rtol=1e-12, atol=1e-12)
     # With a lambda of 1 the returns are discounted sums of rewards, whatever the values

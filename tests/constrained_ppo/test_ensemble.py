@@ -106,4 +106,6 @@ def test_ensembles_that_cannot_be_used(tmp_path, path):
     trainer = make(tmp_path, path, rewards=[RewardEnsemble([low_ids, lambda **columns: [1.0]], name="e")])
     with pytest.raises(ValueError, match="Member 1 of the ensemble 'e' returned 1 rewards for 8") as caught:
         rollout(trainer)
-    assert caught.value.__notes__ == ["The reward 'e' failed on a batch of 8 prompts, of which the first is 'the film'."]
+    assert caught.value.__notes__ == [
+        "The reward 'e' failed on a batch of 8 prompts, of which the first is 'the film'."
+    ]

@@ -43,12 +43,13 @@ def test_values_of_a_score_head_are_the_reward_at_the_last_token(given, tmp_path
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, path):
-    """A policy with its value heads beside it, all of which moved."""
+    """A policy with its value heads beside it."""
     folder = tmp_path_factory.mktemp("saved")
-    trainer = make(folder, path, critic_warmup_steps=1)
-    trainer.train()
+    trainer = make(folder, path)
+    with torch.no_grad():
+        for parameter in trainer.critic.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
     trainer.save_model(str(folder))
-    assert all(parameter.abs().sum() > 0 for parameter in trainer.critic.weight)
     return str(folder), trainer.critic
 
 
@@ -92,7 +93,9 @@ def test_critics_that_do_not_fit(saved, tmp_path, path, reward_model):
         return [1.0 for _ in completion_ids]
 
     arguments = {"critic_model": folder}
-    with pytest.raises(ValueError, match=r"values of the rewards \['low_ids', 'length'\], and this run has \['other'\]"):
+    with pytest.raises(
+        ValueError, match=r"values of the rewards \['low_ids', 'length'\], and this run has \['other'\]"
+    ):
         make(tmp_path, path, rewards=[other], trainer_arguments=arguments)
     with pytest.raises(ValueError, match="has linear heads, and `critic_head='equilibrium'`"):
         make(tmp_path, path, trainer_arguments=arguments, critic_head="equilibrium")

@@ -19,6 +19,11 @@ BATCH = {
 }
 
 
+def config(**settings):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "use_cpu": True, "bf16": False, **settings}
+    return ConstrainedPPOConfig("unused", method="ppo", **settings)
+
+
 def call(function, kind, **settings):
     """A guarded call, of the function or of an async one that calls it."""
     if kind is RewardFunction:
@@ -71,12 +76,14 @@ def test_what_hangs_is_given_up(kind):
     async def hangs(**batch):
         await asyncio.sleep(60)
 
+    if kind is RewardFunction:
+        function = RewardFunction(lambda **batch: time.sleep(5), "judge", timeout=0.05)
+    else:
+        asynchronous = AsyncRewardFunction(hangs, "judge", timeout=0.05)
+        function = lambda **batch: asyncio.run(asynchronous(**batch))  # noqa: E731
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="`reward_timeout=0.05`") as caught:
-        if kind is RewardFunction:
-            RewardFunction(lambda **batch: time.sleep(5), "judge", timeout=0.05)(**BATCH)
-        else:
-            asyncio.run(AsyncRewardFunction(hangs, "judge", timeout=0.05)(**BATCH))
+        function(**BATCH)
     assert time.monotonic() - start < 3 and "'judge'" in caught.value.__notes__[0]
     # In time, and its own errors pass through
     assert call(lambda answer, **batch: answer, kind, timeout=30) == [1, 2, 3, 4, 5]
@@ -102,11 +109,11 @@ def test_which_functions_are_guarded():
         return [1.0]
 
     rewards, names = [low_ids, torch.nn.Linear(1, 1), asynchronous], ["low_ids", "model", "asynchronous"]
-    kinds = [type(reward) for reward in guarded(rewards, names, ConstrainedPPOConfig("unused", method="ppo"))]
+    kinds = [type(reward) for reward in guarded(rewards, names, config())]
     assert kinds == [type(low_ids), torch.nn.Linear, AsyncRewardFunction]
-    args = ConstrainedPPOConfig("unused", method="ppo", reward_timeout=1.0)
+    args = config(reward_timeout=1.0)
     assert type(guarded(rewards, names, args)[0]) is RewardFunction
-    args = ConstrainedPPOConfig("unused", method="ppo", token_rewards=["model"])
+    args = config(token_rewards=["model"])
     with pytest.raises(ValueError, match=r"`token_rewards=\['model'\]` names \['model'\].*asynchronous"):
         guarded(rewards, names, args)
 
@@ -121,9 +128,9 @@ def test_functions_from_one_factory_are_told_apart():
         return scored
 
     rewards = [factory("never"), functools.partial(factory("two"))]
+    assert rewards[0](**BATCH) == [1.0] * 5
     with pytest.raises(RuntimeError) as caught:
-        for reward in rewards:
-            reward(**BATCH)
+        rewards[1](**BATCH)
     note_reward(caught.value, rewards, ["first", "second"], BATCH)
     assert caught.value.__notes__ == ["The reward 'second' failed on the prompt 'two' (row 1 of its batch)."]
 
@@ -193,4 +200,4 @@ def test_errors_in_training_name_reward_and_prompt(tmp_path, path):
 )
 def test_settings_that_cannot_be_used(settings, message):
     with pytest.raises(ValueError, match=message):
-        ConstrainedPPOConfig("unused", method="ppo", eval_strategy="steps", eval_steps=1, **settings)
+        config(**settings)

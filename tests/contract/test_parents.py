@@ -20,7 +20,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, is_async_callable, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    use_adapter,
+)
 
 
 RECORDED = Path(__file__).with_name("signatures.json")

@@ -35,6 +35,7 @@ def make_trainer(options: argparse.Namespace, output: str, **settings) -> Constr
         method="xi",
         constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
         token_rewards=["length"],
+        critic_warmup_steps=1,
         calibration_samples=8,
         kl_target=0.01,
         per_device_train_batch_size=options.batch_size,

@@ -1,4 +1,4 @@
-"""Several rewards as one: their mean is the reward, and how far they disagree tells where none of them is to be trusted.
+"""Several rewards as one: their mean is the reward, and how far they disagree tells where none is to be trusted.
 
     r = mean_m r_m,    d = sqrt(mean_m (r_m - r)^2)        for each completion, over the members m
 
@@ -74,16 +74,16 @@ class RewardEnsemble:
         tokenizers = [None] * len(members) if processing_classes is None else list(processing_classes)
         if len(tokenizers) != len(members):
             raise ValueError(
-                f"`processing_classes` has {len(tokenizers)} entries and the ensemble {name!r} {len(members)} members. "
-                "Give one for each, `None` for functions."
+                f"`processing_classes` has {len(tokenizers)} entries and the ensemble {name!r} {len(members)} "
+                "members. Give one for each, `None` for functions."
             )
         self.name, self.__name__ = name, name
         self.members = [_scorer(member, tokenizer) for member, tokenizer in zip(members, tokenizers, strict=True)]
         for member in self.members:
             if is_async_callable(member):
                 raise ValueError(
-                    f"The ensemble {name!r} has an async member, {member!r}. Give functions that return their numbers, "
-                    "or an async reward function that asks all members and returns their mean."
+                    f"The ensemble {name!r} has an async member, {member!r}. Give functions that return their "
+                    "numbers, or an async reward function that asks all members and returns their mean."
                 )
         self._batch: Any = None
         self._scores = torch.empty(0)
@@ -189,8 +189,8 @@ class DisagreementAlarm:
     """
     Says when the members of an ensemble disagree more than they did at the start.
 
-    The first `num_samples` completions, and at least one rollout, give mean `m` and spread `s` of the disagreement over
-    completions; a later rollout whose mean is above `m + deviations * s` is out of range.
+    The first `num_samples` completions, and at least one rollout, give mean `m` and spread `s` of the disagreement
+    over completions; a later rollout whose mean is above `m + deviations * s` is out of range.
 
     Args:
         name (`str`):
@@ -229,8 +229,8 @@ class DisagreementAlarm:
             return None
         return (
             f"The members of the ensemble {self.name!r} disagree by {mean:.4g} on average, above {bound:.4g}: at the "
-            f"start it was {start:.4g} with a spread of {spread:.4g} (`ensemble_alarm_deviations={self.deviations:g}`). "
-            "Their mean is no longer to be trusted; constrain the disagreement, or end the run."
+            f"start it was {start:.4g} with a spread of {spread:.4g} (`ensemble_alarm_deviations="
+            f"{self.deviations:g}`). Their mean is no longer to be trusted: constrain the disagreement or end the run."
         )
 
     def excess(self, mean: float) -> float | None:
@@ -276,7 +276,10 @@ class EnsembleMonitor:
                     "the members disagree on. Set its weight to 0, and constrain it with `kind='<='`."
                 )
             ensemble = reward.ensemble if isinstance(reward, Disagreement) else reward
-            if isinstance(ensemble, RewardEnsemble) and self.ensembles.setdefault(ensemble.name, ensemble) is not ensemble:
+            if (
+                isinstance(ensemble, RewardEnsemble)
+                and self.ensembles.setdefault(ensemble.name, ensemble) is not ensemble
+            ):
                 raise ValueError(f"Two ensembles have the name {ensemble.name!r}. Give each a `name` of its own.")
         self.alarms = {
             name: DisagreementAlarm(name, args.calibration_samples, args.ensemble_alarm_deviations)

@@ -76,8 +76,8 @@ def saved_critic(
     """
     The critic that an earlier run saved, with its heads in the order of this run's rewards.
 
-    Heads go by name; those of rewards that the earlier run did not have start at zero. Value heads that were saved with
-    a policy become a separate critic on that policy's backbone where one is asked for.
+    Heads go by name; those of rewards that the earlier run did not have start at zero. Value heads that were saved
+    with a policy become a separate critic on that policy's backbone where one is asked for.
 
     Args:
         name_or_path (`str`):
@@ -93,13 +93,13 @@ def saved_critic(
         [`SeparateCritic`], or with `separate=False` the value heads.
 
     Raises:
-        ValueError: If it has a backbone and is not to have one, has none of the rewards, its backbone does not know the
-            policy's tokens, or under ZeRO-3 for a separate one.
+        ValueError: If it has a backbone and is not to have one, has none of the rewards, its backbone does not know
+            the policy's tokens, or under ZeRO-3 for a separate one.
     """
     if separate and is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"A separate critic from {name_or_path} is put together as a whole, which ZeRO-3 cuts before it is loaded. "
-            "Use ZeRO-2, or give the name of a model as the critic's backbone."
+            f"A separate critic from {name_or_path} is put together as a whole, which ZeRO-3 cuts before it is "
+            "loaded. Use ZeRO-2, or give the name of a model as the critic's backbone."
         )
     critic = critic_from_pretrained(name_or_path)
     if kind_of(critic) == "separate" and not separate:
@@ -171,8 +171,8 @@ def critic_from_score_head(
         [`SeparateCritic`]
 
     Raises:
-        ValueError: If there is no such reward or head, the head is not trained, or the model does not know the policy's
-            tokens.
+        ValueError: If there is no such reward or head, the head is not trained, or the model does not know the
+            policy's tokens.
     """
     if reward not in reward_names:
         raise ValueError(f"`critic_score_reward={reward!r}` names no reward; they are {reward_names}.")

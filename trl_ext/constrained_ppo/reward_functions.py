@@ -8,6 +8,7 @@ raised as it is, with a note that names the reward and the prompt ([`note_failur
 import asyncio
 import contextvars
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -16,14 +17,13 @@ from threading import Thread
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import nn
 
 from .._upstream import is_async_callable
 from .constrained_ppo_config import ConstrainedPPOConfig
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 # Characters of a prompt that an error shows
 _SHOWN = 200
 
@@ -163,7 +163,9 @@ class RewardFunction:
                 f"The reward {self.name!r} returned {len(output)} lists for {len(ids)} completions. Return one for "
                 "every completion."
             )
-        self.token_rewards = [self._tokens(values, len(own), row) for row, (values, own) in enumerate(zip(output, ids, strict=True))]
+        self.token_rewards = [
+            self._tokens(values, len(own), row) for row, (values, own) in enumerate(zip(output, ids, strict=True))
+        ]
         return [math.fsum(values) for values in self.token_rewards]
 
     def _tokens(self, values: Any, count: int, row: int) -> list[float]:
