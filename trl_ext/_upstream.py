@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, is_async_callable, maybe_gather_lm_head_ctx, use_adapter
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "disable_gradient_checkpointing",
     "fsdp1_layout",
     "gathered_state_dict",
+    "is_async_callable",
     "is_partitioned",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",

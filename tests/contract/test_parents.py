@@ -21,7 +21,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
 from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    use_adapter,
+)
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -65,6 +71,7 @@ USED = {
     "add_fused_lm_head": add_fused_lm_head,
     "create_model_from_path": grpo_trainer.create_model_from_path,
     "disable_gradient_checkpointing": disable_gradient_checkpointing,
+    "is_async_callable": is_async_callable,
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,

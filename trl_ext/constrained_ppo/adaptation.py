@@ -362,18 +362,21 @@ class RolloutController:
         divergences: tuple[float, float] | None,
         training: bool,
         num_generations: int = 1,
+        adapts: bool = True,
     ) -> str | None:
         """
         Takes the dual step of a training rollout and adapts the KL coefficient; records both, and for an evaluation
         batch the violations. `rewards` `(N, K)` are those of all processes, `divergences` the KL for each token and
-        for each response. Returns why the run is to end, or `None`.
+        for each response. Without `adapts` it only records. Returns why the run is to end, or `None`.
         """
-        reason = self.take_divergences(metrics, divergences, training) if divergences is not None else None
+        reason = None
+        if divergences is not None:
+            reason = self.take_divergences(metrics, divergences, training and adapts)
         signals = self.signals(rewards, num_generations)
         if training:
             self.spreads.observe(self._spread_signals(rewards, num_generations))
         means = signals.mean(dim=0)[self._streams].tolist()
-        if self.multipliers is not None and training and self.args.multiplier_update == "rollout":
+        if self.multipliers is not None and training and adapts and self.args.multiplier_update == "rollout":
             errors = standard_errors(signals, self.spreads.values(), num_generations)[self._streams]
             self.step_multipliers(means, errors)
         violations = self._violations(means) if self.multipliers is not None else {}

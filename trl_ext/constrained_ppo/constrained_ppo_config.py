@@ -251,6 +251,35 @@ class ConstrainedPPOConfig(GRPOConfig):
         critic_detach (`bool`, *optional*, defaults to `False`):
             Whether the value loss leaves the policy's backbone alone, for a shared critic.
 
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            First steps that train the critic alone: the policy does not move, and multipliers and `kl_coef` only
+            observe.
+        critic_score_reward (`str`, *optional*):
+            Reward whose value head starts from the score head of `critic_model_name_or_path`, a reward model, for a
+            separate critic.
+
+        > Parameters that control rewards and what is estimated from them
+
+        token_rewards (`list[str]`, *optional*):
+            Reward functions that return, for each completion, a list with a number for each of its `completion_ids`.
+            Constraints and logs see the sum.
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take.
+        reward_retries (`int`, *optional*, defaults to `0`):
+            Further calls of a reward function that failed or took too long.
+        reward_retry_seconds (`float`, *optional*, defaults to `1.0`):
+            Pause before the first of these, doubled before each further one.
+        ensemble_alarm (`str`, *optional*, defaults to `"warn"`):
+            What happens when the members of a [`RewardEnsemble`] disagree more than at the start: `"warn"` or
+            `"stop"`. The start is the first `calibration_samples` responses, at least one rollout.
+        ensemble_alarm_deviations (`float`, *optional*, defaults to `2.0`):
+            How far a rollout's mean disagreement may rise above the start's, in standard deviations over responses.
+        critic_lambda (`float`, *optional*):
+            Decay of the estimator that the values are trained on. Defaults to that of the advantages.
+        adaptive_lambda_alpha (`float`, *optional*):
+            Takes `1 - 1 / (alpha * length)` of each response as lambda of its advantages, in place of `gae_lambda`
+            (VAPO, https://huggingface.co/papers/2504.05118, which has 0.05 and `critic_lambda=1`).
+
         > Parameters that control training without a critic
 
         group_baseline (`str`, *optional*, defaults to `"mean"`):
@@ -390,6 +419,32 @@ class ConstrainedPPOConfig(GRPOConfig):
     critic_detach: bool = field(
         default=False, metadata={"help": "Stop the gradient of the value loss at the policy's backbone."}
     )
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train the critic alone."})
+    critic_score_reward: str | None = field(
+        default=None, metadata={"help": "Reward whose value head starts from the critic model's score head."}
+    )
+    token_rewards: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions that return a number for each token."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take."}
+    )
+    reward_retries: int = field(default=0, metadata={"help": "Further calls of a reward function that failed."})
+    reward_retry_seconds: float = field(
+        default=1.0, metadata={"help": "Pause before the first retry, doubled before each further one."}
+    )
+    ensemble_alarm: Literal["warn", "stop"] = field(
+        default="warn", metadata={"help": "What happens when members of an ensemble disagree: 'warn' or 'stop'."}
+    )
+    ensemble_alarm_deviations: float = field(
+        default=2.0, metadata={"help": "How far disagreement may rise above the start's, in standard deviations."}
+    )
+    critic_lambda: float | None = field(
+        default=None, metadata={"help": "Decay of the estimator that the values are trained on."}
+    )
+    adaptive_lambda_alpha: float | None = field(
+        default=None, metadata={"help": "Lambda of each response is 1 - 1 / (alpha * length), not `gae_lambda`."}
+    )
     group_baseline: Literal["mean", "leave_one_out"] = field(
         default="mean", metadata={"help": "Baseline without a critic: 'mean' of the group or 'leave_one_out'."}
     )
@@ -437,6 +492,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._check_numbers()
         self._check_units()
         self._check_stop_tokens()
+        self._check_estimation()
         self._check_method()
         self._check_search()
 
@@ -523,6 +579,33 @@ class ConstrainedPPOConfig(GRPOConfig):
                     f"`generation_kwargs={{{name!r}: {given!r}}}` is not known to {engine}, which generates. Use "
                     f"`generation_kwargs={{{other!r}: {given!r}}}`."
                 )
+
+    def _check_estimation(self) -> None:
+        """Refuses settings of rewards, estimators and warm-up that cannot be used."""
+        whole = ("critic_warmup_steps", "reward_retries")
+        check_number(self, *whole, "reward_retry_seconds", at_least=0)
+        for name in whole:
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)}.")
+        positive = ("reward_timeout", "adaptive_lambda_alpha")
+        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
+        check_number(self, "critic_lambda", at_least=0, at_most=1, optional=True)
+        check_number(self, "ensemble_alarm_deviations", above=0)
+        check_choice(self, "ensemble_alarm", choices=("warn", "stop"))
+        if isinstance(self.token_rewards, str) or not all(isinstance(name, str) for name in self.token_rewards):
+            raise ValueError(f"`token_rewards` must be a list of names of rewards, got {self.token_rewards!r}.")
+        if self.critic_warmup_steps and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
+            raise ValueError(
+                f"`critic_warmup_steps={self.critic_warmup_steps}` holds the policy through its learning rate, which "
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another "
+                "scheduler."
+            )
+        if self.critic_score_reward is not None and (self.critic != "separate" or self.critic_head != "linear"):
+            raise ValueError(
+                f"`critic_score_reward={self.critic_score_reward!r}` needs `critic='separate'` and "
+                f"`critic_head='linear'`, got {self.critic!r} and {self.critic_head!r}: a score head reads its own "
+                "backbone."
+            )
 
     def _check_method(self) -> None:
         check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))

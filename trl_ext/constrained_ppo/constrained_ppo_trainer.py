@@ -38,7 +38,7 @@ from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
-from .advantages import gae, reward_streams, token_divergence
+from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
 from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config, gold_dataset, stop_token_ids
 from .critic import (
@@ -50,13 +50,18 @@ from .critic import (
     critic_sums,
     record_critic,
     record_heads,
+    record_update,
+    update_statistics,
     value_heads_of,
 )
+from .ensemble import EnsembleMonitor
 from .multipliers import LagrangeMultipliers
+from .pretrained_critic import pretrained_critic
 from .prompts import random_rows, stream_position
 from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .retired import refuse_retired
+from .reward_functions import RewardFunction, guarded, note_reward, token_reward_tensors
 from .rollout import Rollout
 from .scores import ScoreScaling, size_warning, value_clipranges
 from .threshold_search.callback import ThresholdSearchCallback
@@ -99,7 +104,8 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             Tokenizer or processor. Defaults to the policy's.
         critic_model (`str`, [`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
             With `critic="separate"`, the model that the critic's backbone starts from. With `critic="shared"`, a
-            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads.
+            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads. With
+            either, the folder or Hub id of a policy beside which an earlier run saved its critic, to go on with that.
         gold_reward (`Callable`, *optional*):
             The metric that the rewards stand in for, with the signature of a reward function, async or not, higher is
             better. It is called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
@@ -186,6 +192,8 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         self.controller = RolloutController(args, self.reward_func_names)
         # TRL logs by name, and would take two rewards of one name for one
         self.reward_func_names = self.controller.reward_names
+        self.reward_funcs = guarded(self.reward_funcs, self.reward_func_names, args)
+        self.ensembles = EnsembleMonitor(self.reward_funcs, self.reward_weights.tolist(), args)
         self.value_coefs = self._value_coefs()
         self.rollout = Rollout()
         self.resumed = False
@@ -216,6 +224,11 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     def critic(self) -> nn.Module | None:
         """The critic, attached to the policy as its submodule `value_heads`; `None` without one."""
         return getattr(self.policy, VALUE_HEADS) if self.has_companion else None
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the step under way trains the critic alone."""
+        return self.model.training and self.state.global_step < self.args.critic_warmup_steps
 
     def _check_prompts(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
@@ -255,6 +268,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
                 f"`critic_max_grad_norm={args.critic_max_grad_norm}` clips the critic's gradients apart; DeepSpeed "
                 "and FSDP clip all gradients at once. Leave it out."
             )
+        critic_model = pretrained_critic(critic_model, self.policy, streams, args)
         companion = CriticCompanion(
             self.policy,
             build_critic(self.accelerator.unwrap_model(self.model), len(streams) + 1, args, critic_model),
@@ -312,22 +326,40 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
-        if not self.has_companion:
-            # As in GRPO, a reward without a constraint may say nothing of a completion
-            missing = [index for index in missing if index in self.controller.constrained]
-        if missing:
-            names = [self.reward_func_names[index] for index in missing]
-            needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
-            raise ValueError(
-                f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. Return "
-                "a finite number for every completion."
-            )
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except Exception as error:
+            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+            batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
+            note_reward(error, self.reward_funcs, self.reward_func_names, {**batch, "trainer_state": self.state})
+            raise
+        self._check_rewards(rewards, prompts)
         self.rollout.rewards = rewards
+        for index, reward in enumerate(self.reward_funcs):
+            if isinstance(reward, RewardFunction) and reward.token_rewards is not None:
+                self.rollout.token_rewards[index] = reward.token_rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
             self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
         return rewards
+
+    def _check_rewards(self, rewards: torch.Tensor, prompts: Any) -> None:
+        missing = ~torch.isfinite(rewards)
+        if not self.has_companion:
+            # As in GRPO, a reward without a constraint may say nothing of a completion
+            constrained = set(self.controller.constrained)
+            missing[:, [index for index in range(rewards.size(1)) if index not in constrained]] = False
+        rows, columns = missing.nonzero().t().tolist()
+        if not rows:
+            return
+        needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
+        names = [self.reward_func_names[index] for index in sorted(set(columns))]
+        own = rows[0] - self.accelerator.process_index * len(prompts)
+        prompt = f", whose prompt is {prompts[own]!r}" if 0 <= own < len(prompts) else ""
+        raise ValueError(
+            f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. "
+            f"The first is row {rows[0]} of the rollout{prompt}. Return a finite number for every "
+            "completion."
+        )
 
     def _measure_gold(
         self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -370,10 +402,20 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             log_probs, reference = scored.last_tokens("log_probs", length), output["ref_per_token_logps"]
             rollout.divergence = token_divergence(log_probs, reference, self.args.kl_estimator) * rollout.mask
         kl_rewards = -self.controller.kl_coef * rollout.divergence
-        streams = reward_streams(self._trained_rewards(rollout, output), kl_rewards, rollout.mask)
-        rollout.advantages, rollout.returns = gae(
-            streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
+        streams = reward_streams(
+            self._trained_rewards(rollout, output), kl_rewards, rollout.mask, self._token_rewards(rollout)
         )
+        alpha, args = self.args.adaptive_lambda_alpha, self.args
+        gae_lambda = args.gae_lambda if alpha is None else adaptive_lambda(rollout.mask, alpha)
+        rollout.advantages, rollout.returns = gae(
+            streams, rollout.values.movedim(-1, 0), rollout.mask, args.gamma, gae_lambda, args.critic_lambda
+        )
+
+    def _token_rewards(self, rollout: Rollout) -> dict[int, torch.Tensor]:
+        """What tokens earned, but for rewards in whose place distances of whole responses are trained on."""
+        distances = self.controller.constrained if self.args.method == "sat" else []
+        found = {index: values for index, values in rollout.token_rewards.items() if index not in distances}
+        return token_reward_tensors(found, rollout.mask) if found else {}
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -422,7 +464,12 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         if self.args.kl_coef > 0 and rollout.divergence.numel():
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
-        reason = self.controller.close_rollout(metrics, rewards, divergences, training, self._group_size())
+        reason = self.controller.close_rollout(
+            metrics, rewards, divergences, training, self._group_size(), adapts=not self.warms_up
+        )
+        if self.ensembles.ensembles:
+            alarm = self.ensembles.observe(metrics, self.accelerator.gather, self.accelerator.device, training)
+            reason = reason or alarm
         if reason is not None:
             self.end_training(reason)
         if not training:
@@ -470,8 +517,12 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         if "stream_advantages" in inputs:
             inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
         recorder = ForwardRecorder(model, _WITH_VALUES)
+        cast(CriticCompanion, self.companion).detach = self.args.critic_detach or self.warms_up
         with self._kl_in_loss(0.0):
             policy_loss = super()._compute_loss(recorder, inputs)
+        if self.warms_up:
+            # Gradients of zero and not none: an engine waits for those of every parameter
+            policy_loss = policy_loss * 0.0
         values = recorder.last_tokens("state_values", mask.size(1))
         cliprange = inputs.get("value_clipranges", self.args.cliprange_value)
         errors = clipped_value_loss(values, inputs["old_state_values"], inputs["state_returns"], cliprange)
@@ -496,20 +547,26 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     ) -> None:
         """Records the critic, ends a run whose loss is not finite, and sees whether the rollout is spent."""
         mask, metrics = self._loss_mask(inputs), self._metrics["train" if self.model.training else "eval"]
-        moved = loss.new_zeros(())
-        if "old_per_token_logps" in inputs:
-            moved = (token_divergence(inputs["old_per_token_logps"], log_probs, "k3") * mask).sum()
-        sums = mask.new_zeros(0)
+        old_log_probs = inputs.get("old_per_token_logps", log_probs)
+        moved = (token_divergence(old_log_probs, log_probs, "k3") * mask).sum()
+        sums = statistics = loss.new_zeros(0)
         if values is not None and errors is not None:
-            sums = critic_sums(values, inputs["state_returns"], errors, mask)
-        # One collective for the critic's metrics, the check of the loss and how far the policy has moved
+            returns = inputs["state_returns"]
+            sums = critic_sums(values, returns, errors, mask)
+            statistics = update_statistics(
+                log_probs - old_log_probs, inputs["advantages"], returns, inputs["old_state_values"], mask
+            )
+        # One collective and one wait for the device: metrics, the check of the loss, how far the policy has moved
         checks = torch.stack([(~torch.isfinite(loss)).float(), moved.float()])
-        local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
-        totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
+        parts = [sums.flatten(), checks, statistics, mask.sum().view(1)]
+        gathered = self.accelerator.gather(torch.cat(parts).float().unsqueeze(0)).cpu()
+        sums_of, checks_of, statistics_of, counts = gathered.split([len(part) for part in parts], dim=1)
+        num_broken, moved_sum = checks_of.sum(dim=0).tolist()
+        num_tokens = float(counts.sum())
         if values is not None:
-            means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-            record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
-        num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
+            names = [*self.controller.stream_names, "kl"]
+            record_critic(metrics, names, sums_of.sum(dim=0).view_as(sums) / max(num_tokens, 1.0))
+            record_update(metrics, names, statistics_of, counts.squeeze(1))
         if not self.model.training:
             return
         if num_broken:
@@ -539,15 +596,16 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return loss
-        if "episode_rewards" in inputs:
+        if "episode_rewards" in inputs and not self.warms_up:
             self._minibatch_dual_step(inputs["episode_rewards"], self._loss_mask(inputs))
-        if not self.rollout.spent:
+        if not (self.rollout.spent or self.warms_up):
             return loss
         # With a rate of zero no optimizer moves, and the scheduler sets the next step's anew. Before the backward
         # pass, at whose end DeepSpeed steps: a callback before the optimizer's step would come too late there
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        return loss * 0.0
+            if self.rollout.spent or not group.get(VALUE_HEADS):
+                group["lr"] = 0.0
+        return loss * 0.0 if self.rollout.spent else loss
 
     def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
         """The official code's dual step: on rewards of episodes weighted by their length."""
@@ -634,9 +692,11 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         step, batches = open_rollout(self)
+        own = {"ensembles": self.ensembles.state_dict()}
         if self.args.should_save:
-            scores = {} if self.scores is None else {"scores": self.scores.state_dict()}
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **scores, "step": step})
+            if self.scores is not None:
+                own["scores"] = self.scores.state_dict()
+            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
             if self.multipliers is not None:
                 write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
             if self.search_callback is not None:
@@ -690,6 +750,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         self.controller.load_state_dict(state)
         if self.scores is not None:
             self.scores.load_state_dict(state.get("scores", {}))
+        self.ensembles.load_state_dict(state.get("ensembles", {}))
         if self.search_callback is not None:
             self.search_callback.load(checkpoint)
         # Each epoch draws its own order, which a new sampler would begin anew

@@ -23,6 +23,7 @@ from .._upstream import FusedCausalLMOutput, gathered_state_dict
 from ..core.companion import Companion, base_policy
 from ..core.recorder import Forward, last_hidden_states
 from ..equilibrium.value_heads import EPValueHeads
+from .advantages import merged_moments, token_moments
 from .constrained_ppo_config import ConstrainedPPOConfig
 
 
@@ -220,6 +221,8 @@ def build_critic(
     """
     adapted, policy = policy, base_policy(policy)
     if args.critic == "separate":
+        if isinstance(critic_model, SeparateCritic):
+            return critic_model
         if critic_model is None or isinstance(critic_model, str):
             backbone = _backbone(adapted, critic_model or args.critic_model_name_or_path)
         elif isinstance(critic_model, PreTrainedModel):
@@ -278,13 +281,18 @@ def _backbone(adapted: Any, name_or_path: str | None) -> PreTrainedModel:
         backbone = _copied_backbone(adapted)
     else:
         backbone = AutoModel.from_pretrained(name_or_path, dtype=policy.dtype)
+    check_vocabulary(backbone, policy, name_or_path)
+    return backbone.requires_grad_(True)
+
+
+def check_vocabulary(backbone: PreTrainedModel, policy: PreTrainedModel, name_or_path: str | None) -> None:
+    """Refuses a critic's backbone, of the name given, that does not know every token id of the policy."""
     size, needed = backbone.config.get_text_config().vocab_size, policy.config.get_text_config().vocab_size
     if size < needed:
         raise ValueError(
             f"`critic_model_name_or_path={name_or_path!r}` has a vocabulary of {size} tokens and the policy one of "
             f"{needed}; the critic reads the policy's token ids. Choose a model with the policy's tokenizer."
         )
-    return backbone.requires_grad_(True)
 
 
 def _copied_backbone(adapted: Any) -> PreTrainedModel:
@@ -312,6 +320,72 @@ def record_critic(metrics: Metrics, names: Sequence[str], means: torch.Tensor) -
     for name, column in zip(names, means.t().tolist(), strict=True):
         for metric, value in zip(("loss", "value", "return"), column, strict=True):
             metrics[f"critic/{name}/{metric}"].append(value)
+
+
+def update_statistics(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    old_values: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    What one process's minibatch says of an update, for [`record_update`].
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token less the one at generation.
+        advantages (`torch.Tensor` of shape `(B, T)`):
+            Advantages that the policy follows.
+        returns (`torch.Tensor` of shape `(B, T, K+1)`):
+            Targets of the values.
+        old_values (`torch.Tensor` of shape `(B, T, K+1)`):
+            Values at generation.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(3 + 2 (2K+3),)`: sum, largest and smallest ratio, and [`token_moments`] of the
+        returns, of what the values left unexplained and of the advantages.
+    """
+    inside, ratio = mask.bool(), log_ratio.exp()
+    extremes = [
+        ratio.masked_fill(~inside, 0.0).sum(),
+        ratio.masked_fill(~inside, -torch.inf).amax(),
+        ratio.masked_fill(~inside, torch.inf).amin(),
+    ]
+    streams = [returns.movedim(-1, 0), (returns - old_values).movedim(-1, 0), advantages.unsqueeze(0)]
+    return torch.cat([torch.stack(extremes), token_moments(torch.cat(streams), mask).flatten()])
+
+
+def record_update(metrics: Metrics, names: Sequence[str], statistics: torch.Tensor, counts: torch.Tensor) -> None:
+    """
+    Records ratios, advantages and how much of the returns the values explain, unless there is not one token.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Where to record.
+        names (`Sequence[str]`):
+            Names of the streams.
+        statistics (`torch.Tensor` of shape `(P, 3 + 2 (2K+3))`):
+            [`update_statistics`] of each process.
+        counts (`torch.Tensor` of shape `(P,)`):
+            Tokens of each process.
+    """
+    num_tokens = float(counts.sum())
+    if not num_tokens:
+        return
+    metrics["ratio/mean"].append(float(statistics[:, 0].sum()) / num_tokens)
+    metrics["ratio/max"].append(float(statistics[:, 1].amax()))
+    metrics["ratio/min"].append(float(statistics[:, 2].amin()))
+    means, variances = merged_moments(statistics[:, 3:].unflatten(1, (2, -1)), counts)
+    metrics["advantage/mean"].append(float(means[-1]))
+    metrics["advantage/std"].append(float(variances[-1].sqrt()))
+    for index, name in enumerate(names):
+        spread, left = float(variances[index]), float(variances[len(names) + index])
+        metrics[f"critic/{name}/return_std"].append(spread**0.5)
+        # Returns that do not vary leave nothing to explain
+        metrics[f"critic/{name}/explained_variance"].append(1 - left / spread if spread > 0 else 0.0)
 
 
 def record_heads(metrics: Metrics, heads: nn.Module) -> None:

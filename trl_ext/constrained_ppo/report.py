@@ -49,7 +49,9 @@ _GROUP_SETTINGS = (
     "method", "objective", "mixing", "critic", "num_generations", "scale_rewards", "multi_objective_aggregation",
     "group_baseline", "num_iterations", "kl_coef",
 )  # fmt: skip
-_OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
+_OPTIONAL = (
+    "kl_target", "kl_ceiling", "gold_patience", "early_stop_kl", "critic_lambda", "adaptive_lambda_alpha",
+)  # fmt: skip
 _EQUILIBRIUM = (
     "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
 )  # fmt: skip

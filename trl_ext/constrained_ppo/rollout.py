@@ -21,6 +21,8 @@ class Rollout:
 
     purpose: Literal["training", "evaluation", "calibration"] = "training"  # Calibration wants the rewards alone
     rewards: torch.Tensor = _UNKNOWN  # (N, K), from `_calculate_rewards`
+    # From `_calculate_rewards` too: what each token of this process's completions earned, by the index of the reward
+    token_rewards: dict[int, list[list[float]]] = field(default_factory=dict)
     # Forwards that gave log-probabilities and values, from `_get_per_token_logps_and_entropies`, until they are read
     scored: ForwardRecorder | None = None
     # From `_estimate`
