@@ -1,13 +1,9 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
-import inspect
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-
-from torch import nn
 from transformers import SchedulerType
 from trl import GRPOConfig
 
@@ -15,8 +11,11 @@ from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
+from .gold import check_gold
 from .group_settings import check_without_critic, settle_without_critic
 from .retired import refuse_retired
+from .scores import check_scores
+from .stop_tokens import check_stop_tokens
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -306,7 +305,7 @@ class ConstrainedPPOConfig(GRPOConfig):
 
     method: Literal["ppo", "mu", "xi", "all", "sat", "mu-paper", "xi-paper", "all-paper", "ppo-lag"] | None = field(
         default=None,
-        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."}
+        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."},
     )
     objective: Literal["kl", "rewards"] | None = field(
         default=None, metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
@@ -349,7 +348,9 @@ class ConstrainedPPOConfig(GRPOConfig):
         default=None, metadata={"help": "Squashing of the multipliers."}
     )
     multiplier_init: float = field(default=0.0, metadata={"help": "Start of every multiplier."})
-    multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."})
+    multiplier_max: float | None = field(
+        default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."}
+    )
     multiplier_delay_steps: int = field(default=0, metadata={"help": "Rollouts that only observe."})
     multiplier_window: int = field(default=1, metadata={"help": "Number of last rollouts whose mean is used."})
     multiplier_ema: float = field(default=0.0, metadata={"help": "Decay of an exponential moving average."})
@@ -461,9 +462,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     num_generations: int | None = field(
         default=1, metadata={"help": "Completions of each prompt. One is enough: advantages come from a critic."}
     )
-    beta: float = field(
-        default=0.0, metadata={"help": "Other name of `kl_coef` without a critic; not used with one."}
-    )
+    beta: float = field(default=0.0, metadata={"help": "Other name of `kl_coef` without a critic; not used with one."})
 
     # What stands for a preset where `method` names none
     _no_method: ClassVar[Preset] = Preset("kl")
@@ -490,8 +489,8 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.num_generations = 1
         self._apply_preset()
         self._check_numbers()
-        self._check_units()
-        self._check_stop_tokens()
+        check_scores(self)
+        check_stop_tokens(self)
         self._check_estimation()
         self._check_method()
         self._check_search()
@@ -546,39 +545,6 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`{needs_divergence[0]}` needs the divergence from the reference, which `kl_coef=0` does not "
                 "compute. Set `kl_coef` to a small positive number."
             )
-
-    def _check_units(self) -> None:
-        check_number(
-            self, "score_clip", "critic_max_grad_norm", above=0, optional=True,
-            remedy="Leave it out to go without.",
-        )  # fmt: skip
-        check_choice(self, "cliprange_value_unit", choices=("score", "spread"))
-        if self.use_score_norm and not self.use_score_scaling:
-            raise ValueError("`use_score_norm=True` needs `use_score_scaling=True`. Set both, or leave it out.")
-        if self.critic_max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"`critic_max_grad_norm={self.critic_max_grad_norm}` acts where gradients are clipped, and "
-                f"`max_grad_norm={self.max_grad_norm}` clips none. Set that, to a large number for no bound on the "
-                "policy's."
-            )
-
-    def _check_stop_tokens(self) -> None:
-        for name in ("eos_token_id", "stop_token_ids"):
-            given = (self.generation_kwargs or {}).get(name)
-            ids = given if isinstance(given, (list, tuple)) else [given]
-            wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
-            if given is not None and (wrong or not ids):
-                raise ValueError(
-                    f"`generation_kwargs={{{name!r}: {given!r}}}` must be a token id or a list of them: "
-                    "`tokenizer.convert_tokens_to_ids(token)` gives one."
-                )
-            fits = name == ("stop_token_ids" if self.use_vllm else "eos_token_id")
-            if given is not None and not fits:
-                engine, other = ("vLLM", "stop_token_ids") if self.use_vllm else ("transformers", "eos_token_id")
-                raise ValueError(
-                    f"`generation_kwargs={{{name!r}: {given!r}}}` is not known to {engine}, which generates. Use "
-                    f"`generation_kwargs={{{other!r}: {given!r}}}`."
-                )
 
     def _check_estimation(self) -> None:
         """Refuses settings of rewards, estimators and warm-up that cannot be used."""
@@ -723,44 +689,6 @@ class ConstrainedPPOConfig(GRPOConfig):
         return parsed
 
 
-def stop_token_ids(args: ConstrainedPPOConfig, defaults: Sequence[int]) -> list[int]:
-    """
-    Tokens that end a response: `eos_token_id` of `generation_kwargs` in place of the tokenizer's and the model's, or,
-    for vLLM, `stop_token_ids` beside them.
-    """
-    given = args.generation_kwargs or {}
-    if given.get("eos_token_id") is not None:
-        ids = given["eos_token_id"]
-        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    extra = given.get("stop_token_ids") or []
-    kept = [] if given.get("ignore_eos") else defaults
-    return [*kept, *(one for one in (extra if isinstance(extra, (list, tuple)) else [extra]) if one not in kept)]
-
-
-def gold_dataset(args: ConstrainedPPOConfig, eval_dataset: Any) -> str | None:
-    """
-    With several sets in `eval_dataset`, the one whose gold metric chooses the best model and ends the run: the one
-    that `metric_for_best_model` names (`"eval_<name>_..."`), or the first. `None` with one set.
-    """
-    if not isinstance(eval_dataset, dict) or not eval_dataset:
-        return None
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    # The longest first: one name may begin with another
-    named = [name for name in sorted(eval_dataset, key=len, reverse=True) if metric.startswith(f"{name}_")]
-    return named[0] if named else next(iter(eval_dataset))
-
-
-def _check_gold_reward(gold_reward: Any) -> None:
-    if isinstance(gold_reward, (str, nn.Module)) or not callable(gold_reward):
-        given = repr(gold_reward) if isinstance(gold_reward, str) else f"a `{type(gold_reward).__name__}`"
-        raise TypeError(
-            f"`gold_reward` must be a function with the signature of a reward function, async or not, got {given}. "
-            "Load the model yourself and give a function that scores `completions` with it."
-        )
-    if inspect.isasyncgenfunction(gold_reward) or inspect.isgeneratorfunction(gold_reward):
-        raise TypeError("`gold_reward` is a generator. Give a function that returns one number for every completion.")
-
-
 def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -> ConstrainedPPOConfig:
     """
     The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
@@ -774,20 +702,7 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
-    if gold_reward is not None:
-        _check_gold_reward(gold_reward)
-    needs_gold = ["gold_patience"] if args.gold_patience else []
-    if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
-        needs_gold.append("search")
-    if gold_reward is None and needs_gold:
-        raise ValueError(
-            f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a function "
-            "like a reward function, and `eval_dataset`."
-        )
-    if gold_reward is not None and eval_dataset is None:
-        raise ValueError(
-            "`gold_reward` is measured in evaluation and there is no `eval_dataset`. Give a validation split."
-        )
+    check_gold(args, gold_reward, eval_dataset)
     if gold_reward is not None and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = "gold", True
     return args

@@ -13,36 +13,30 @@ Without a critic, `GroupRelativeMixin` takes the place of `_estimate` and of the
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
-import asyncio
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.logging import get_logger
-from datasets import IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .._upstream import disable_gradient_checkpointing, open_rollout, reference_built_by, restore_rollout
+from .._upstream import disable_gradient_checkpointing, reference_built_by
 from ..core.companion import CompanionMixin
-from ..core.dropout import disable_dropout, stated_probabilities
+from ..core.dropout import disable_dropout
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
-from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
-from .constrained_ppo_config import ConstrainedPPOConfig, checked_config, gold_dataset, stop_token_ids
+from .checkpoint import STOP_FILE, CheckpointMixin, write_json
+from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
-    CRITIC_FILE,
     VALUE_HEADS,
     CriticCompanion,
     build_critic,
@@ -55,15 +49,17 @@ from .critic import (
     value_heads_of,
 )
 from .ensemble import EnsembleMonitor
+from .gold import GoldMetricMixin, gold_dataset
 from .multipliers import LagrangeMultipliers
 from .pretrained_critic import pretrained_critic
-from .prompts import random_rows, stream_position
+from .prompts import random_rows
 from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .retired import refuse_retired
 from .reward_functions import RewardFunction, guarded, note_reward, token_reward_tensors
 from .rollout import Rollout
 from .scores import ScoreScaling, size_warning, value_clipranges
+from .stop_tokens import stop_token_ids
 from .threshold_search.callback import ThresholdSearchCallback
 from .without_critic import GroupRelativeMixin
 
@@ -76,11 +72,17 @@ _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-# A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
-_EPOCH_ROUNDING = 1e-6
 
 
-class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(
+    GroupRelativeMixin,
+    GoldMetricMixin,
+    CheckpointMixin,
+    CompanionMixin,
+    MethodCardMixin,
+    OwnOptimizerMixin,
+    GRPOTrainer,
+):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -211,11 +213,6 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
 
     @property
-    def num_gold_evaluations(self) -> int:
-        """How often the gold metric was measured while training."""
-        return self.controller.stopping.num_gold_evaluations
-
-    @property
     def multipliers(self) -> LagrangeMultipliers | None:
         """The multipliers, or `None` where no constraint acts through one."""
         return self.controller.multipliers
@@ -253,9 +250,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         args = self.args
         if not args.use_score_scaling and args.score_clip is None:
             return None
-        return ScoreScaling(
-            self.controller.stream_names, args.use_score_scaling, args.use_score_norm, args.score_clip
-        )
+        return ScoreScaling(self.controller.stream_names, args.use_score_scaling, args.use_score_norm, args.score_clip)
 
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
         args, streams = self.args, self.controller.stream_names
@@ -360,26 +355,6 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             f"The first is row {rows[0]} of the rollout{prompt}. Return a finite number for every "
             "completion."
         )
-
-    def _measure_gold(
-        self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> None:
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        gold: Any = gold_reward(
-            prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
-            **columns,
-        )  # fmt: skip
-        if inspect.iscoroutine(gold):
-            # In a thread: a notebook's own loop runs in this one
-            with ThreadPoolExecutor(1) as executor:
-                gold = executor.submit(asyncio.run, gold).result()
-        if len(gold) != len(completions) or not all(value is not None and value == value for value in gold):
-            raise ValueError(
-                f"`gold_reward` returned {list(gold)[:4]} for {len(completions)} completions. Return one number for "
-                "every completion."
-            )
-        local = torch.tensor(gold, dtype=torch.float32, device=self.accelerator.device)
-        self._metrics["eval"]["gold"].extend(self.accelerator.gather(local).tolist())
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
@@ -662,49 +637,8 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        # With several sets `Trainer` calls this again for each, as `eval_<name>`
-        self._evaluated = prefix.removeprefix("eval_") if prefix.startswith("eval_") else None
-        try:
-            metrics = super().evaluate(*args, **kwargs)
-        finally:
-            self._evaluated = None
-        if self.is_in_train and prefix == "eval" and "eval_gold" in metrics:
-            reason = self.controller.stopping.check_gold(metrics["eval_gold"])
-            if reason is not None:
-                self.end_training(reason)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        metrics, name = self._metrics["eval"], self._evaluated
-        if name is not None and not self.model.training:
-            # TRL logs every set under the same names. Those of the set with the gold metric stay, too
-            named = {f"{name}_{key}": values for key, values in metrics.items()}
-            if name != self.gold_dataset:
-                metrics.clear()
-            metrics.update(named)
-        super().log(logs, start_time)
-
     def _method_section(self, model_id: str) -> str:
         return run_section(self, model_id)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        step, batches = open_rollout(self)
-        own = {"ensembles": self.ensembles.state_dict()}
-        if self.args.should_save:
-            if self.scores is not None:
-                own["scores"] = self.scores.state_dict()
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
-            if self.multipliers is not None:
-                write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
-            if self.search_callback is not None:
-                self.search_callback.save(folder)
-        if _internal_call and batches is not None:
-            save_rollout(folder, self.accelerator.process_index, batches)
-        with stated_probabilities(self._dropped):
-            super().save_model(output_dir, _internal_call=_internal_call)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         limit = self.args.critic_max_grad_norm
@@ -716,47 +650,3 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales all gradients first
         self._metrics["train"]["critic/grad_norm"].append(float(nn.utils.clip_grad_norm_(critic, limit)))
         return norm
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
-        if checkpoint is None or self.args.ignore_data_skip or not isinstance(self.train_dataset, IterableDataset):
-            return position
-        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        return stream_position(saved, self.args.gradient_accumulation_steps)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.has_companion and (Path(resume_from_checkpoint) / CRITIC_FILE).is_file():
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} has a critic and this run has `critic='none'`. Resume with "
-                "the `critic` of the saved run, or train from its weights without `resume_from_checkpoint`."
-            )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        # Kept for a resumed run, which draws the orders of the epochs before it
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        remedy = "Resume from a checkpoint of a run with the same `method` and constraints."
-        state = read_json(checkpoint, STATE_FILE, remedy)
-        if self.multipliers is not None:
-            self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
-        self.controller.load_state_dict(state)
-        if self.scores is not None:
-            self.scores.load_state_dict(state.get("scores", {}))
-        self.ensembles.load_state_dict(state.get("ensembles", {}))
-        if self.search_callback is not None:
-            self.search_callback.load(checkpoint)
-        # Each epoch draws its own order, which a new sampler would begin anew
-        if not isinstance(self.train_dataset, IterableDataset):
-            for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
-                next(iter(self._train_sampler), None)
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
-        self.resumed = True

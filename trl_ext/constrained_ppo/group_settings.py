@@ -7,7 +7,7 @@ from typing import Any
 # Fields beside `critic_...` that say something of a critic, or of advantages from one
 _OF_VALUES = (
     "gamma", "gae_lambda", "vf_coef", "kl_vf_coef", "cliprange_value", "cliprange_value_unit", "use_score_scaling",
-    "use_score_norm", "score_clip",
+    "use_score_norm", "score_clip", "token_rewards", "adaptive_lambda_alpha",
 )  # fmt: skip
 
 
