@@ -5,7 +5,10 @@ from typing import Any
 
 
 # Fields beside `critic_...` that say something of a critic, or of advantages from one
-_OF_VALUES = ("gamma", "gae_lambda", "vf_coef", "kl_vf_coef", "cliprange_value")
+_OF_VALUES = (
+    "gamma", "gae_lambda", "vf_coef", "kl_vf_coef", "cliprange_value", "cliprange_value_unit", "use_score_scaling",
+    "use_score_norm", "score_clip", "adaptive_lambda_alpha", "token_rewards",
+)  # fmt: skip
 
 
 def settle_without_critic(args: Any) -> None:
