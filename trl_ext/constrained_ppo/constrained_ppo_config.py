@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import SchedulerType
 from trl import GRPOConfig
@@ -368,7 +368,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
 
     # What stands for a preset where `method` names none
-    _no_method: ClassVar[Preset] = Preset("kl")
+    _no_method = Preset("kl")
 
     def __post_init__(self):
         check_choice(self, "critic", choices=("shared", "separate", "none"))

@@ -229,7 +229,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
         rollout = self.rollout
-        if not self.has_companion:
+        if self.args.critic == "none":
             self._compare_in_groups(rollout, output)
             return output
         self._estimate(rollout, output)
@@ -254,12 +254,14 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     ) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
-        if not self.has_companion:
+        if self.args.critic == "none":
             # As in GRPO, a reward without a constraint may say nothing of a completion
             missing = [index for index in missing if index in self.controller.constrained]
         if missing:
             names = [self.reward_func_names[index] for index in missing]
-            needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
+            needing = "a constraint needs their means"
+            if self.args.critic != "none":
+                needing = "every value head needs a target"
             raise ValueError(
                 f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. Return "
                 "a finite number for every completion."
@@ -287,7 +289,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        wanted = self.has_companion and self.rollout.purpose != "calibration"
+        wanted = self.args.critic != "none" and self.rollout.purpose != "calibration"
         if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -359,7 +361,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
             self.end_training(reason)
         if not training:
             return
-        if self.has_companion:
+        if self.args.critic != "none":
             record_heads(metrics, value_heads_of(self.companion.module))
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
@@ -377,7 +379,7 @@ class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin,
     # From the batch to the loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.has_companion:
+        if self.args.critic == "none":
             return self._group_relative_loss(model, inputs)
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
