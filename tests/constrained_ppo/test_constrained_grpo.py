@@ -7,9 +7,8 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.constrained_ppo.test_resume import assert_same
 from tests.helpers.constrained_grpo import BOUNDS, make, rollout
-from tests.helpers.constrained_ppo import length, low_ids, prompts
+from tests.helpers.constrained_ppo import assert_same, length, low_ids, prompts
 from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig
 from trl_ext.constrained_ppo.group_relative import (
     group_advantages,
@@ -283,8 +282,8 @@ def test_a_run_under_constraints_shows_and_keeps_what_one_with_a_critic_does(tmp
 
 def test_the_search_moves_its_thresholds(tmp_path, path):
     trainer = make(
-        tmp_path, path, **BOUNDS, max_steps=4, save_strategy="steps", save_steps=2,
-        search={"max_gold_evaluations": 3, "steps_per_threshold": 1, "rollout_window": 1},
+        tmp_path, path, **BOUNDS, max_steps=5, save_strategy="steps", save_steps=2,
+        search={"max_gold_evaluations": 4, "steps_per_threshold": 1, "rollout_window": 1},
         trainer_arguments={"eval_dataset": prompts(8), "gold_reward": gold},
     )  # fmt: skip
     trainer.train()

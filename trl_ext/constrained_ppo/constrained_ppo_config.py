@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import SchedulerType
 from trl import GRPOConfig
@@ -465,7 +465,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "Other name of `kl_coef` without a critic; not used with one."})
 
     # What stands for a preset where `method` names none
-    _no_method: ClassVar[Preset] = Preset("kl")
+    _no_method = Preset("kl")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "ConstrainedPPOConfig":
         refuse_retired(kwargs, cls.__name__)

@@ -279,7 +279,7 @@ class ConstrainedPPOTrainer(
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
         rollout = self.rollout
-        if not self.has_companion:
+        if self.args.critic == "none":
             self._compare_in_groups(rollout, output)
             return output
         self._estimate(rollout, output)
@@ -339,14 +339,14 @@ class ConstrainedPPOTrainer(
 
     def _check_rewards(self, rewards: torch.Tensor, prompts: Any) -> None:
         missing = ~torch.isfinite(rewards)
-        if not self.has_companion:
+        if self.args.critic == "none":
             # As in GRPO, a reward without a constraint may say nothing of a completion
             constrained = set(self.controller.constrained)
             missing[:, [index for index in range(rewards.size(1)) if index not in constrained]] = False
         rows, columns = missing.nonzero().t().tolist()
         if not rows:
             return
-        needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
+        needing = "every value head needs a target" if self.args.critic != "none" else "a constraint needs their means"
         names = [self.reward_func_names[index] for index in sorted(set(columns))]
         own = rows[0] - self.accelerator.process_index * len(prompts)
         prompt = f", whose prompt is {prompts[own]!r}" if 0 <= own < len(prompts) else ""
@@ -358,7 +358,7 @@ class ConstrainedPPOTrainer(
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        wanted = self.has_companion and self.rollout.purpose != "calibration"
+        wanted = self.args.critic != "none" and self.rollout.purpose != "calibration"
         if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -449,9 +449,9 @@ class ConstrainedPPOTrainer(
             self.end_training(reason)
         if not training:
             return
-        if self.has_companion:
+        if self.args.critic != "none":
             record_heads(metrics, value_heads_of(self.companion.module))
-        self._check_rollout(rollout)
+            self._check_rollout(rollout)
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
             logger.warning_once(
@@ -486,7 +486,7 @@ class ConstrainedPPOTrainer(
     # From the batch to the loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.has_companion:
+        if self.args.critic == "none":
             return self._group_relative_loss(model, inputs)
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
