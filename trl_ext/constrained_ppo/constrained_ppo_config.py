@@ -1,19 +1,18 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
 from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
+from .gold import check_gold_reward
 from .multipliers import Constraint, check_constraints
 from .retired import refuse_retired
+from .stop_tokens import check_stop_tokens
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -343,7 +342,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._apply_preset()
         self._check_numbers()
         self._check_units()
-        self._check_stop_tokens()
+        check_stop_tokens(self.generation_kwargs, self.use_vllm)
         self._check_method()
         self._check_search()
 
@@ -411,24 +410,6 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`max_grad_norm={self.max_grad_norm}` clips none. Set that, to a large number for no bound on the "
                 "policy's."
             )
-
-    def _check_stop_tokens(self) -> None:
-        for name in ("eos_token_id", "stop_token_ids"):
-            given = (self.generation_kwargs or {}).get(name)
-            ids = given if isinstance(given, (list, tuple)) else [given]
-            wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
-            if given is not None and (wrong or not ids):
-                raise ValueError(
-                    f"`generation_kwargs={{{name!r}: {given!r}}}` must be a token id or a list of them: "
-                    "`tokenizer.convert_tokens_to_ids(token)` gives one."
-                )
-            fits = name == ("stop_token_ids" if self.use_vllm else "eos_token_id")
-            if given is not None and not fits:
-                engine, other = ("vLLM", "stop_token_ids") if self.use_vllm else ("transformers", "eos_token_id")
-                raise ValueError(
-                    f"`generation_kwargs={{{name!r}: {given!r}}}` is not known to {engine}, which generates. Use "
-                    f"`generation_kwargs={{{other!r}: {given!r}}}`."
-                )
 
     def _check_method(self) -> None:
         if self.loss_type not in _LOSS_TYPES:
@@ -512,44 +493,6 @@ class ConstrainedPPOConfig(GRPOConfig):
         return parsed
 
 
-def stop_token_ids(args: ConstrainedPPOConfig, defaults: Sequence[int]) -> list[int]:
-    """
-    Tokens that end a response: `eos_token_id` of `generation_kwargs` in place of the tokenizer's and the model's, or,
-    for vLLM, `stop_token_ids` beside them.
-    """
-    given = args.generation_kwargs or {}
-    if given.get("eos_token_id") is not None:
-        ids = given["eos_token_id"]
-        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    extra = given.get("stop_token_ids") or []
-    kept = [] if given.get("ignore_eos") else defaults
-    return [*kept, *(one for one in (extra if isinstance(extra, (list, tuple)) else [extra]) if one not in kept)]
-
-
-def gold_dataset(args: ConstrainedPPOConfig, eval_dataset: Any) -> str | None:
-    """
-    With several sets in `eval_dataset`, the one whose gold metric chooses the best model and ends the run: the one
-    that `metric_for_best_model` names (`"eval_<name>_..."`), or the first. `None` with one set.
-    """
-    if not isinstance(eval_dataset, dict) or not eval_dataset:
-        return None
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    # The longest first: one name may begin with another
-    named = [name for name in sorted(eval_dataset, key=len, reverse=True) if metric.startswith(f"{name}_")]
-    return named[0] if named else next(iter(eval_dataset))
-
-
-def _check_gold_reward(gold_reward: Any) -> None:
-    if isinstance(gold_reward, (str, nn.Module)) or not callable(gold_reward):
-        given = repr(gold_reward) if isinstance(gold_reward, str) else f"a `{type(gold_reward).__name__}`"
-        raise TypeError(
-            f"`gold_reward` must be a function with the signature of a reward function, async or not, got {given}. "
-            "Load the model yourself and give a function that scores `completions` with it."
-        )
-    if inspect.isasyncgenfunction(gold_reward) or inspect.isgeneratorfunction(gold_reward):
-        raise TypeError("`gold_reward` is a generator. Give a function that returns one number for every completion.")
-
-
 def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -> ConstrainedPPOConfig:
     """
     The configuration of a trainer: plain PPO by default, and with a gold metric that metric to choose the best
@@ -564,7 +507,7 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
     if gold_reward is not None:
-        _check_gold_reward(gold_reward)
+        check_gold_reward(gold_reward)
     needs_gold = ["gold_patience"] if args.gold_patience else []
     if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
         needs_gold.append("search")

@@ -12,11 +12,8 @@
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
-import asyncio
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,7 +36,7 @@ from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import gae, reward_streams, token_divergence
 from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
-from .constrained_ppo_config import ConstrainedPPOConfig, checked_config, gold_dataset, stop_token_ids
+from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
     VALUE_HEADS,
     CriticCompanion,
@@ -50,6 +47,7 @@ from .critic import (
     record_heads,
     value_heads_of,
 )
+from .gold import GoldMetricMixin, gold_dataset
 from .multipliers import LagrangeMultipliers
 from .prompts import random_rows, stream_position
 from .reference import check_reference, divergence_warning, reference_builder
@@ -57,6 +55,7 @@ from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run
 from .retired import refuse_retired
 from .rollout import Rollout
 from .scores import ScoreScaling, size_warning, value_clipranges
+from .stop_tokens import stop_token_ids
 from .threshold_search.callback import ThresholdSearchCallback
 
 
@@ -70,9 +69,13 @@ _MULTIMODAL = (
 )  # fmt: skip
 # A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
 _EPOCH_ROUNDING = 1e-6
+# Rollouts that a critic may need to reach a reward's size before that is worth a word
+_FAR = 50
+# Standard errors by which the mean KL of a rollout must lie from zero for a warning, and nats
+_STANDARD_ERRORS, _NATS = 5.0, 0.05
 
 
-class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(GoldMetricMixin, CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -172,11 +175,9 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
                 **kwargs,
             )
         self._check_prompts()
-        self.eos_token_ids = stop_token_ids(args, self.eos_token_ids)
+        self.eos_token_ids = stop_token_ids(args.generation_kwargs, self.eos_token_ids)
         self._has_own_reference = ref_model is not None
-        # The set that `eval_gold` speaks of, with several, and the one that is evaluated now
-        self.gold_dataset = gold_dataset(args, eval_dataset)
-        self._evaluated: str | None = None
+        self.gold_dataset = gold_dataset(args.metric_for_best_model, eval_dataset)
         self._warned: set[str] = set()
         # Weight of the value loss of each stream, the KL last
         self.value_coefs = [*args.vf_coefs(len(self.reward_funcs)), args.kl_vf_coef]
@@ -297,28 +298,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             )
         self.rollout.rewards = rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
-            self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
+            self._measure_gold(inputs, prompts, completions, completion_ids_list)
         return rewards
-
-    def _measure_gold(
-        self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> None:
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        gold: Any = gold_reward(
-            prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
-            **columns,
-        )  # fmt: skip
-        if inspect.iscoroutine(gold):
-            # In a thread: a notebook's own loop runs in this one
-            with ThreadPoolExecutor(1) as executor:
-                gold = executor.submit(asyncio.run, gold).result()
-        if len(gold) != len(completions) or not all(value is not None and value == value for value in gold):
-            raise ValueError(
-                f"`gold_reward` returned {list(gold)[:4]} for {len(completions)} completions. Return one number for "
-                "every completion."
-            )
-        local = torch.tensor(gold, dtype=torch.float32, device=self.accelerator.device)
-        self._metrics["eval"]["gold"].extend(self.accelerator.gather(local).tolist())
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
@@ -403,19 +384,25 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _check_rollout(self, rollout: Rollout) -> None:
         """Warns once of rewards too large for the critic, and of a KL that cannot be."""
+        args, rewards = self.args, rollout.rewards
         if self.scores is not None:
             for name, spread in zip(self.reward_func_names, self.scores.spreads().tolist(), strict=True):
                 self._metrics["train"][f"score_spread/{name}"].append(spread)
-        elif self.args.cliprange_value_unit == "score":
-            message = size_warning(rollout.rewards, self.reward_func_names, self.args.cliprange_value)
-            self._warn_once("rewards", message)
-        if self.args.kl_coef > 0 and self.args.kl_estimator == "k1" and "divergence" not in self._warned:
-            divergences = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
-            is_first = self.state.global_step == 0 and not self._has_own_reference
-            self._warn_once("divergence", divergence_warning(divergences, is_first))
+        elif args.cliprange_value > 0 and args.cliprange_value_unit == "score":
+            sizes = rewards.float().square().mean(dim=0).sqrt()
+            if (sizes > _FAR * args.cliprange_value).any():
+                message = size_warning(sizes, self.reward_func_names, args.cliprange_value, _FAR)
+                self._warn_once("rewards", message)
+        if args.kl_coef == 0 or args.kl_estimator != "k1" or len(rewards) < 2:
+            return
+        found = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
+        mean, error = found.mean().item(), found.std().item() / len(found) ** 0.5
+        is_first = self.state.global_step == 0 and not self._has_own_reference
+        if (mean < 0 or is_first) and abs(mean) > max(_STANDARD_ERRORS * error, _NATS):
+            self._warn_once("divergence", divergence_warning(mean, error))
 
-    def _warn_once(self, about: str, message: str | None) -> None:
-        if message is not None and about not in self._warned:
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
             self._warned.add(about)
             logger.warning(message, main_process_only=True)
 
@@ -564,29 +551,15 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        # With several sets `Trainer` calls this again for each, as `eval_<name>`
-        self._evaluated = prefix.removeprefix("eval_") if prefix.startswith("eval_") else None
-        try:
-            metrics = super().evaluate(*args, **kwargs)
-        finally:
-            self._evaluated = None
-        if self.is_in_train and prefix == "eval" and "eval_gold" in metrics:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train and metric_key_prefix == "eval" and "eval_gold" in metrics:
             reason = self.controller.stopping.check_gold(metrics["eval_gold"])
             if reason is not None:
                 self.end_training(reason)
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        metrics, name = self._metrics["eval"], self._evaluated
-        if name is not None and not self.model.training:
-            # TRL logs every set under the same names. Those of the set with the gold metric stay, too
-            named = {f"{name}_{key}": values for key, values in metrics.items()}
-            if name != self.gold_dataset:
-                metrics.clear()
-            metrics.update(named)
-        super().log(logs, start_time)
 
     def _method_section(self, model_id: str) -> str:
         return run_section(self, model_id)
