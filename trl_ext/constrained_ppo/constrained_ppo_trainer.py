@@ -141,6 +141,7 @@ class ConstrainedPPOTrainer(GoldMetricMixin, CompanionMixin, MethodCardMixin, Ow
 
     args: ConstrainedPPOConfig
     beta: float
+    eos_token_ids: list[int]
 
     def __init__(
         self,

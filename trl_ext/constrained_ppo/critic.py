@@ -41,7 +41,7 @@ def clipped_value_loss(
     """
     error = (values - returns).square()
     if isinstance(cliprange, torch.Tensor) or cliprange > 0:
-        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)  # type: ignore[arg-type]
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error
 
