@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from tests.helpers.constrained_ppo import low_ids, make, prompts, rollout
 from tests.helpers.tiny import tiny_model
 from trl_ext import ConstrainedPPOConfig, critic_from_pretrained
-from trl_ext.constrained_ppo.constrained_ppo_config import gold_dataset, stop_token_ids
 from trl_ext.constrained_ppo.critic import build_critic, clipped_value_loss
+from trl_ext.constrained_ppo.gold import gold_dataset
 from trl_ext.constrained_ppo.prompts import random_rows, stream_position
-from trl_ext.constrained_ppo.reference import divergence_warning, frozen_copy
-from trl_ext.constrained_ppo.scores import ScoreScaling, size_warning, value_clipranges
+from trl_ext.constrained_ppo.reference import frozen_copy
+from trl_ext.constrained_ppo.scores import ScoreScaling, value_clipranges
+from trl_ext.constrained_ppo.stop_tokens import stop_token_ids
 from trl_ext.core.dropout import disable_dropout, stated_probabilities
 
 
@@ -97,12 +99,8 @@ def test_rewards_penalty_and_statistics_see_the_users_stop_token(stopped):
         ({"stop_token_ids": [42], "ignore_eos": True}, [42]),
     ],
 )
-def test_stop_token_ids(generation_kwargs, found, tmp_path):
-    uses_vllm = "stop_token_ids" in (generation_kwargs or {})
-    args = ConstrainedPPOConfig(
-        str(tmp_path), method="ppo", use_cpu=True, bf16=False, use_vllm=uses_vllm, generation_kwargs=generation_kwargs
-    )
-    assert stop_token_ids(args, [1, 5]) == found
+def test_stop_token_ids(generation_kwargs, found):
+    assert stop_token_ids(generation_kwargs, [1, 5]) == found
 
 
 @pytest.mark.parametrize(
@@ -193,13 +191,31 @@ def test_references_that_do_not_fit(tmp_path, path):
             make(tmp_path, model, trainer_arguments=arguments, **settings)
 
 
-def test_divergences_that_cannot_be_are_named():
-    noise = torch.linspace(-1, 1, 64)
-    assert divergence_warning(noise, True) is None and divergence_warning(noise + 3, False) is None
-    assert divergence_warning(torch.full((64,), -1e-6), True) is None
-    assert "never negative" in divergence_warning(noise - 1.8, False)
-    assert "before the first step" in divergence_warning(noise + 3, True)
-    assert divergence_warning(torch.tensor([-5.0]), True) is None
+def test_divergences_and_rewards_that_cannot_be_are_named_once(tmp_path, path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trl_ext"), "propagate", True)
+    trainer = make(tmp_path, path)
+    noise = torch.linspace(-1, 1, 64).view(64, 1)
+    trainer.rollout.mask = torch.ones(64, 1)
+
+    def warnings(divergence, step=0, rewards=(0.7, 3.0)):
+        trainer.rollout.divergence, trainer.rollout.rewards = divergence, torch.tensor([rewards] * 64)
+        trainer.state.global_step = step
+        caplog.clear()
+        trainer._check_rollout(trainer.rollout)
+        return caplog.text
+
+    assert warnings(noise) == warnings(noise + 3, step=1) == warnings(torch.full((64, 1), -1e-6)) == ""
+    text = warnings(noise, rewards=(0.7, -300.0))
+    assert "'length' (300)" in text and "1500 rollouts" in text and "low_ids" not in text
+    assert "2.9" in warnings(noise + 2.9) and warnings(noise - 1.8, step=1, rewards=(0.7, 300.0)) == ""
+    trainer._warned.clear()
+    assert "never negative" in warnings(noise - 1.8, step=1)
+    trainer._warned.clear()
+    trainer.args.cliprange_value_unit = "spread"
+    assert "before the first step" in warnings(noise + 3, rewards=(0.7, -300.0)) and "large" not in caplog.text
+    trainer._warned.clear()
+    trainer._has_own_reference = True
+    assert warnings(noise + 3) == ""
 
 
 # Adapters and a separate critic
@@ -282,28 +298,27 @@ def test_position_on_a_stream(epoch, found):
 def on_a_stream(folder, path, checkpoint=None):
     data = prompts(16).add_column("position", list(range(0, 1000, 63)))
     trainer = make(
-        folder, path, rewards=[low_ids, position], train_dataset=data.to_iterable_dataset(), max_steps=6,
-        save_strategy="steps", save_steps=1, use_score_scaling=True, use_score_norm=True, critic_max_grad_norm=0.5,
+        folder, path, rewards=[low_ids, position], train_dataset=data.to_iterable_dataset(), max_steps=5,
+        save_strategy="steps", save_steps=3, use_score_scaling=True, use_score_norm=True, critic_max_grad_norm=0.5,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
 def test_a_run_on_a_stream_resumes_in_a_later_pass(tmp_path, path):
-    """Two rollouts of 8 are a pass over 16 prompts: steps 3 and 4 lie in the middle and at the end of the second."""
+    """Two rollouts of 8 are a pass over 16 prompts: step 3 lies in the middle of the second."""
     whole = on_a_stream(tmp_path / "a", path)
     logged = [entry for entry in whole.state.log_history if "loss" in entry]
-    assert len(logged) == 6 and all(entry["critic/grad_norm"] > 0 for entry in logged)
+    assert len(logged) == 5 and all(entry["critic/grad_norm"] > 0 for entry in logged)
     assert logged[-1]["epoch"] > 2 and len({entry["rewards/position/mean"] for entry in logged}) > 2
-    for step in (3, 4):
-        resumed = on_a_stream(tmp_path / str(step), path, str(tmp_path / "a" / f"checkpoint-{step}"))
-        for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-            assert torch.equal(p, q), name
-        keys = ("loss", "epoch", "rewards/position/mean", "score_spread/low_ids", "critic/grad_norm")
-        histories = [[{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
-                     for trainer in (whole, resumed)]  # fmt: skip
-        assert histories[0] == histories[1]
-        assert resumed.scores.state_dict() == whole.scores.state_dict()
+    resumed = on_a_stream(tmp_path / "b", path, str(tmp_path / "a" / "checkpoint-3"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    keys = ("loss", "epoch", "rewards/position/mean", "score_spread/low_ids", "critic/grad_norm")
+    histories = [[{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+                 for trainer in (whole, resumed)]  # fmt: skip
+    assert histories[0] == histories[1]
+    assert resumed.scores.state_dict() == whole.scores.state_dict()
 
 
 # Scores
@@ -373,15 +388,6 @@ def test_clipping_range_in_spreads_of_the_returns(tmp_path, path):
     old, moved = torch.zeros(1, 2, 2), torch.full((1, 2, 2), 0.5)
     loss = clipped_value_loss(moved, old, torch.ones(1, 2, 2), torch.tensor([[[0.2, 1.0]]]))
     torch.testing.assert_close(loss[0, 0], torch.tensor([0.32, 0.125]))
-
-
-def test_rewards_too_large_for_the_critic_are_named():
-    names = ["small", "large"]
-    message = size_warning(torch.tensor([[1.0, 300.0], [0.5, -300.0]]), names, 0.2)
-    assert "'large' (300)" in message and "1500 rollouts" in message and "small" not in message
-    assert (
-        size_warning(torch.ones(4, 2), names, 0.2) is None and size_warning(torch.ones(4, 2) * 999, names, 0) is None
-    )
 
 
 def norm(parameters):
@@ -490,10 +496,9 @@ def test_one_of_several_sets_ends_the_run(tmp_path, path):
 @pytest.mark.parametrize(
     ("metric", "found"), [(None, "a"), ("gold", "a"), ("eval_b_gold", "b"), ("b_loss", "b"), ("ab_gold", "ab")]
 )
-def test_set_that_counts(metric, found, tmp_path):
-    args = ConstrainedPPOConfig(str(tmp_path), method="ppo", use_cpu=True, bf16=False, metric_for_best_model=metric)
-    assert gold_dataset(args, {"a": 1, "b": 2, "ab": 3}) == found
-    assert gold_dataset(args, prompts(8)) is None
+def test_set_that_counts(metric, found):
+    assert gold_dataset(metric, {"a": 1, "b": 2, "ab": 3}) == found
+    assert gold_dataset(metric, prompts(8)) is None
 
 
 def test_gold_metrics_that_cannot_be_called_are_refused_at_once(tmp_path, path):

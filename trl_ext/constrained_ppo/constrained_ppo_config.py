@@ -490,7 +490,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._apply_preset()
         self._check_numbers()
         check_scores(self)
-        check_stop_tokens(self)
+        check_stop_tokens(self.generation_kwargs, self.use_vllm)
         self._check_estimation()
         self._check_method()
         self._check_search()

@@ -72,6 +72,10 @@ _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
+# Rollouts that a critic may need to reach a reward's size before that is worth a word
+_FAR = 50
+# Standard errors by which the mean KL of a rollout must lie from zero for a warning, and nats
+_STANDARD_ERRORS, _NATS = 5.0, 0.05
 
 
 class ConstrainedPPOTrainer(
@@ -150,6 +154,7 @@ class ConstrainedPPOTrainer(
 
     args: ConstrainedPPOConfig
     beta: float
+    eos_token_ids: list[int]
 
     def __init__(
         self,
@@ -184,11 +189,9 @@ class ConstrainedPPOTrainer(
                 **kwargs,
             )
         self._check_prompts()
-        self.eos_token_ids = stop_token_ids(args, self.eos_token_ids)
+        self.eos_token_ids = stop_token_ids(args.generation_kwargs, self.eos_token_ids)
         self._has_own_reference = ref_model is not None
-        # The set that `eval_gold` speaks of, with several, and the one that is evaluated now
-        self.gold_dataset = gold_dataset(args, eval_dataset)
-        self._evaluated: str | None = None
+        self.gold_dataset = gold_dataset(args.metric_for_best_model, eval_dataset)
         self._warned: set[str] = set()
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
@@ -211,6 +214,11 @@ class ConstrainedPPOTrainer(
             self.add_callback(self.search_callback)
         if args.dashboard:
             self.add_callback(ConstraintDashboardCallback(self, show_table=not args.disable_tqdm))
+
+    @property
+    def num_gold_evaluations(self) -> int:
+        """How often the gold metric was measured while training."""
+        return self.controller.stopping.num_gold_evaluations
 
     @property
     def multipliers(self) -> LagrangeMultipliers | None:
@@ -334,7 +342,7 @@ class ConstrainedPPOTrainer(
             if isinstance(reward, RewardFunction) and reward.token_rewards is not None:
                 self.rollout.token_rewards[index] = reward.token_rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
-            self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
+            self._measure_gold(inputs, prompts, completions, completion_ids_list)
         return rewards
 
     def _check_rewards(self, rewards: torch.Tensor, prompts: Any) -> None:
@@ -461,19 +469,25 @@ class ConstrainedPPOTrainer(
 
     def _check_rollout(self, rollout: Rollout) -> None:
         """Warns once of rewards too large for the critic, and of a KL that cannot be."""
+        args, rewards = self.args, rollout.rewards
         if self.scores is not None:
             for name, spread in zip(self.scores.names, self.scores.spreads().tolist(), strict=True):
                 self._metrics["train"][f"score_spread/{name}"].append(spread)
-        elif self.args.cliprange_value_unit == "score":
-            message = size_warning(rollout.rewards, self.reward_func_names, self.args.cliprange_value)
-            self._warn_once("rewards", message)
-        if self.args.kl_coef > 0 and self.args.kl_estimator == "k1" and "divergence" not in self._warned:
-            divergences = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
-            is_first = self.state.global_step == 0 and not self._has_own_reference
-            self._warn_once("divergence", divergence_warning(divergences, is_first))
+        elif args.cliprange_value > 0 and args.cliprange_value_unit == "score":
+            sizes = rewards.float().square().mean(dim=0).sqrt()
+            if (sizes > _FAR * args.cliprange_value).any():
+                message = size_warning(sizes, self.reward_func_names, args.cliprange_value, _FAR)
+                self._warn_once("rewards", message)
+        if args.kl_coef == 0 or args.kl_estimator != "k1" or len(rewards) < 2:
+            return
+        found = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
+        mean, error = found.mean().item(), found.std().item() / len(found) ** 0.5
+        is_first = self.state.global_step == 0 and not self._has_own_reference
+        if (mean < 0 or is_first) and abs(mean) > max(_STANDARD_ERRORS * error, _NATS):
+            self._warn_once("divergence", divergence_warning(mean, error))
 
-    def _warn_once(self, about: str, message: str | None) -> None:
-        if message is not None and about not in self._warned:
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
             self._warned.add(about)
             logger.warning(message, main_process_only=True)
 
@@ -636,6 +650,16 @@ class ConstrainedPPOTrainer(
         self.stop_reason = reason
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train and metric_key_prefix == "eval" and "eval_gold" in metrics:
+            reason = self.controller.stopping.check_gold(metrics["eval_gold"])
+            if reason is not None:
+                self.end_training(reason)
+        return metrics
 
     def _method_section(self, model_id: str) -> str:
         return run_section(self, model_id)

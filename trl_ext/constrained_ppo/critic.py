@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .._upstream import FusedCausalLMOutput, gathered_state_dict
+from .._upstream import FusedCausalLMOutput, copy_parameters, gathered_state_dict, is_partitioned
 from ..core.companion import Companion, base_policy
 from ..core.recorder import Forward, last_hidden_states
 from ..equilibrium.value_heads import EPValueHeads
@@ -42,7 +42,7 @@ def clipped_value_loss(
     """
     error = (values - returns).square()
     if isinstance(cliprange, torch.Tensor) or cliprange > 0:
-        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)  # type: ignore[arg-type]
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error
 
@@ -275,9 +275,12 @@ def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int,
 def _backbone(adapted: Any, name_or_path: str | None) -> PreTrainedModel:
     """The backbone of a model, such as a reward model, or a copy of the policy's, whose token ids it is given."""
     policy = base_policy(adapted)
-    if name_or_path is None and is_deepspeed_zero3_enabled():
-        name_or_path = policy.config.name_or_path or None
-    if name_or_path is None:
+    if name_or_path is None and is_deepspeed_zero3_enabled() and policy.config.name_or_path:
+        # A model in pieces cannot be copied; one from its folder can take its weights
+        backbone = AutoModel.from_pretrained(policy.config.name_or_path, dtype=policy.dtype)
+        if is_partitioned(policy) and not is_peft_model(adapted):
+            copy_parameters(policy.base_model, backbone)
+    elif name_or_path is None:
         backbone = _copied_backbone(adapted)
     else:
         backbone = AutoModel.from_pretrained(name_or_path, dtype=policy.dtype)

@@ -1,4 +1,4 @@
-"""The gold metric: what the rewards stand in for, measured in evaluation only."""
+"""The gold metric that rewards stand in for, and the evaluation sets that it is measured on."""
 
 import asyncio
 import inspect
@@ -8,28 +8,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer
-
-from .adaptation import RolloutController
+from transformers import Trainer
 
 
-def gold_dataset(args: Any, eval_dataset: Any) -> str | None:
-    """
-    With several sets in `eval_dataset`, the one whose gold metric chooses the best model and ends the run: the one
-    that `metric_for_best_model` names (`"eval_<name>_..."`), or the first. `None` with one set.
-    """
-    if not isinstance(eval_dataset, dict) or not eval_dataset:
-        return None
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    # The longest first: one name may begin with another
-    named = [name for name in sorted(eval_dataset, key=len, reverse=True) if metric.startswith(f"{name}_")]
-    return named[0] if named else next(iter(eval_dataset))
+def check_gold_reward(gold_reward: Any) -> None:
+    """Refuses what cannot be called as a reward function, such as a model or its id, before anything is trained."""
+    if isinstance(gold_reward, (str, nn.Module)) or not callable(gold_reward):
+        given = repr(gold_reward) if isinstance(gold_reward, str) else f"a `{type(gold_reward).__name__}`"
+        raise TypeError(
+            f"`gold_reward` must be a function with the signature of a reward function, async or not, got {given}. "
+            "Load the model yourself and give a function that scores `completions` with it."
+        )
 
 
 def check_gold(args: Any, gold_reward: Any, eval_dataset: Any) -> None:
     """Refuses a gold metric that is no function or has no data, and settings that need one where there is none."""
     if gold_reward is not None:
-        _check_function(gold_reward)
+        check_gold_reward(gold_reward)
     needs_gold = ["gold_patience"] if args.gold_patience else []
     if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
         needs_gold.append("search")
@@ -44,36 +39,47 @@ def check_gold(args: Any, gold_reward: Any, eval_dataset: Any) -> None:
         )
 
 
-def _check_function(gold_reward: Any) -> None:
-    if isinstance(gold_reward, (str, nn.Module)) or not callable(gold_reward):
-        given = repr(gold_reward) if isinstance(gold_reward, str) else f"a `{type(gold_reward).__name__}`"
-        raise TypeError(
-            f"`gold_reward` must be a function with the signature of a reward function, async or not, got {given}. "
-            "Load the model yourself and give a function that scores `completions` with it."
-        )
-    if inspect.isasyncgenfunction(gold_reward) or inspect.isgeneratorfunction(gold_reward):
-        raise TypeError("`gold_reward` is a generator. Give a function that returns one number for every completion.")
+def gold_dataset(metric_for_best_model: str | None = None, eval_dataset: Any = None) -> str | None:
+    """
+    With several evaluation sets, the one that chooses the best model and ends the run.
+
+    Args:
+        metric_for_best_model (`str`, *optional*, defaults to `None`):
+            `"eval_<name>_..."` or `"<name>_..."` names a set; otherwise it is the first.
+        eval_dataset (`Any`, *optional*, defaults to `None`):
+            What the trainer evaluates on: a `dict` of several sets, or one.
+
+    Returns:
+        `str` or `None`: name of the set, `None` with one.
+    """
+    if not isinstance(eval_dataset, dict) or not eval_dataset:
+        return None
+    metric = (metric_for_best_model or "").removeprefix("eval_")
+    # The longest first: one name may begin with another
+    named = [name for name in sorted(eval_dataset, key=len, reverse=True) if metric.startswith(f"{name}_")]
+    return named[0] if named else next(iter(eval_dataset))
 
 
-class GoldMetricMixin(GRPOTrainer):
-    """What [`ConstrainedPPOTrainer`], whose base this is, does with `gold_reward`."""
+class GoldMetricMixin(Trainer):
+    """
+    Base of [`ConstrainedPPOTrainer`], before TRL's: measures `gold_reward` in evaluation, and keeps several evaluation
+    sets apart, which TRL logs under the same names.
 
-    controller: RolloutController
-    end_training: Any
-    # With several sets to evaluate on, the one that `eval_gold` speaks of, and the one that is evaluated now
-    gold_dataset: str | None
+    Attributes:
+        gold_reward (`Callable` or `None`): The metric.
+        gold_dataset (`str` or `None`): The set whose metrics are also logged without its name.
+    """
+
+    gold_reward: Callable[..., Any] | None = None
+    gold_dataset: str | None = None
+    _metrics: dict[str, Any]
+    # The set that is evaluated now, with several
     _evaluated: str | None = None
 
-    @property
-    def num_gold_evaluations(self) -> int:
-        """How often the gold metric was measured while training."""
-        return self.controller.stopping.num_gold_evaluations
-
-    def _measure_gold(
-        self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> None:
+    def _measure_gold(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> None:
+        assert self.gold_reward is not None
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        gold: Any = gold_reward(
+        gold: Any = self.gold_reward(
             prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
             **columns,
         )  # fmt: skip
@@ -89,24 +95,20 @@ class GoldMetricMixin(GRPOTrainer):
         local = torch.tensor(gold, dtype=torch.float32, device=self.accelerator.device)
         self._metrics["eval"]["gold"].extend(self.accelerator.gather(local).tolist())
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         # With several sets `Trainer` calls this again for each, as `eval_<name>`
-        self._evaluated = prefix.removeprefix("eval_") if prefix.startswith("eval_") else None
+        is_named = metric_key_prefix.startswith("eval_")
+        self._evaluated = metric_key_prefix.removeprefix("eval_") if is_named else None
         try:
-            metrics = super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._evaluated = None
-        if self.is_in_train and prefix == "eval" and "eval_gold" in metrics:
-            reason = self.controller.stopping.check_gold(metrics["eval_gold"])
-            if reason is not None:
-                self.end_training(reason)
-        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         metrics, name = self._metrics["eval"], self._evaluated
         if name is not None and not self.model.training:
-            # TRL logs every set under the same names. Those of the set with the gold metric stay, too
             named = {f"{name}_{key}": values for key, values in metrics.items()}
             if name != self.gold_dataset:
                 metrics.clear()

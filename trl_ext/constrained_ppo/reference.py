@@ -9,16 +9,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .._upstream import copy_parameters, is_partitioned
 from .critic import VALUE_HEADS
-
-
-# Standard errors by which a mean must lie away from zero, and nats for which it is worth a word
-_STANDARD_ERRORS, _NATS = 5.0, 0.05
 
 
 def check_reference(ref_model: Any, model: Any, peft_config: Any, kl_coef: float) -> None:
@@ -55,14 +50,14 @@ def check_reference(ref_model: Any, model: Any, peft_config: Any, kl_coef: float
             )
 
 
-def reference_builder(model: Any, ref_model: str | PreTrainedModel | None) -> Callable[..., PreTrainedModel]:
+def reference_builder(model: Any, ref_model: str | PreTrainedModel | None = None) -> Callable[..., PreTrainedModel]:
     """
     Builds the reference, before anything has changed the policy.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The policy as it was handed over.
-        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*, defaults to `None`):
             The reference, or its id or folder.
 
     Returns:
@@ -109,17 +104,11 @@ def _loaded_copy(model: PreTrainedModel, load: Callable[..., Any], name: str, kw
     return reference
 
 
-def divergence_warning(divergences: torch.Tensor, is_first: bool) -> str | None:
+def divergence_warning(mean: float, error: float) -> str:
     """
-    What is wrong with the reference or the policy, from the KL (estimator `"k1"`) `(N,)` of the responses of a
-    rollout, in nats; `None` if nothing is. `is_first` says that the policy has not been trained yet and that the
-    reference is to be equal to it.
+    What may be wrong where the KL of a response, in nats, is negative, or not zero before the first step, by many
+    standard errors.
     """
-    if len(divergences) < 2:
-        return None
-    mean, error = divergences.mean().item(), divergences.std().item() / len(divergences) ** 0.5
-    if abs(mean) < max(_STANDARD_ERRORS * error, _NATS):
-        return None
     measured = f"The mean KL of a response from the reference is {mean:.3g} ± {error:.2g} nats"
     if mean < 0:
         return (
@@ -127,9 +116,7 @@ def divergence_warning(divergences: torch.Tensor, is_first: bool) -> str | None:
             "scored with. Look for dropout (`disable_dropout`), for `top_k`, `top_p` or `min_p`, and for a generation "
             "engine with other weights."
         )
-    if is_first:
-        return (
-            f"{measured} before the first step, so that the policy is drawn to another model from the start. Look for "
-            "an adapter that starts away from zero, or give the `ref_model` that you mean."
-        )
-    return None
+    return (
+        f"{measured} before the first step, so that the policy is drawn to another model from the start. Look for an "
+        "adapter that starts away from zero, or give the `ref_model` that you mean."
+    )

@@ -116,19 +116,14 @@ def value_clipranges(
     return cliprange * squares.sqrt()
 
 
-def size_warning(rewards: torch.Tensor, names: Sequence[str], cliprange: float) -> str | None:
-    """Names rewards `(N, K)` so large that a critic, which starts at zero, needs many rollouts to reach them."""
-    if cliprange <= 0 or not rewards.numel():
-        return None
-    sizes = rewards.float().square().mean(dim=0).sqrt().tolist()
-    rollouts = {name: size / cliprange for name, size in zip(names, sizes, strict=True) if size > 50 * cliprange}
-    if not rollouts:
-        return None
-    stated = ", ".join(f"{name!r} ({rollouts[name] * cliprange:.3g})" for name in rollouts)
+def size_warning(sizes: torch.Tensor, names: Sequence[str], cliprange: float, far: float) -> str:
+    """Names rewards whose root mean square `(K,)` a critic that starts at zero needs over `far` rollouts to reach."""
+    found = {name: size for name, size in zip(names, sizes.tolist(), strict=True) if size > far * cliprange}
+    stated = ", ".join(f"{name!r} ({size:.3g})" for name, size in found.items())
     return (
         f"Rewards are large for a critic that starts at zero: {stated} on average. A value moves by at most "
-        f"`cliprange_value={cliprange:g}` a rollout, so that reaching it takes {max(rollouts.values()):.0f} rollouts. "
-        "Set `use_score_scaling=True` and `use_score_norm=True`, or `cliprange_value_unit='spread'`."
+        f"`cliprange_value={cliprange:g}` a rollout, so that reaching it takes {max(found.values()) / cliprange:.0f} "
+        "rollouts. Set `use_score_scaling=True` and `use_score_norm=True`, or `cliprange_value_unit='spread'`."
     )
 
 

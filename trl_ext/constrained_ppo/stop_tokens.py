@@ -1,38 +1,53 @@
-"""Tokens that end a response beside the tokenizer's own."""
+"""Tokens that end a response: those of tokenizer and model, or the user's in `generation_kwargs`.
+
+TRL hands `generation_kwargs` to the engine and trims responses by its own list of tokens; the two have to agree, or
+what the engine padded a finished response with is trained on.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 
-def stop_token_ids(args: Any, defaults: Sequence[int]) -> list[int]:
+def stop_token_ids(generation_kwargs: dict[str, Any] | None = None, defaults: Sequence[int] = ()) -> list[int]:
     """
-    Tokens that end a response: `eos_token_id` of `generation_kwargs` in place of the tokenizer's and the model's, or,
-    for vLLM, `stop_token_ids` beside them.
+    The tokens by which responses are trimmed.
+
+    Args:
+        generation_kwargs (`dict`, *optional*, defaults to `None`):
+            `eos_token_id` ends responses in place of `defaults`; vLLM's `stop_token_ids` do beside them, or alone with
+            `ignore_eos`.
+        defaults (`Sequence[int]`, *optional*, defaults to `()`):
+            End-of-sequence tokens of tokenizer and model.
+
+    Returns:
+        `list[int]`
     """
-    given = args.generation_kwargs or {}
+    given = generation_kwargs or {}
     if given.get("eos_token_id") is not None:
-        ids = given["eos_token_id"]
-        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    extra = given.get("stop_token_ids") or []
-    kept = [] if given.get("ignore_eos") else defaults
-    return [*kept, *(one for one in (extra if isinstance(extra, (list, tuple)) else [extra]) if one not in kept)]
+        return _as_list(given["eos_token_id"])
+    kept = [] if given.get("ignore_eos") else list(defaults)
+    return [*kept, *(token for token in _as_list(given.get("stop_token_ids") or []) if token not in kept)]
 
 
-def check_stop_tokens(args: Any) -> None:
-    """Refuses stop tokens in `generation_kwargs` that are no token ids, or that the engine would not read."""
+def check_stop_tokens(generation_kwargs: dict[str, Any] | None, uses_vllm: bool) -> None:
+    """Refuses stop tokens that are no ids, and those that the engine does not know."""
     for name in ("eos_token_id", "stop_token_ids"):
-        given = (args.generation_kwargs or {}).get(name)
-        ids = given if isinstance(given, (list, tuple)) else [given]
-        wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
-        if given is not None and (wrong or not ids):
+        given = (generation_kwargs or {}).get(name)
+        if given is None:
+            continue
+        ids = _as_list(given)
+        if not ids or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ids):
             raise ValueError(
                 f"`generation_kwargs={{{name!r}: {given!r}}}` must be a token id or a list of them: "
                 "`tokenizer.convert_tokens_to_ids(token)` gives one."
             )
-        fits = name == ("stop_token_ids" if args.use_vllm else "eos_token_id")
-        if given is not None and not fits:
-            engine, other = ("vLLM", "stop_token_ids") if args.use_vllm else ("transformers", "eos_token_id")
+        engine, known = ("vLLM", "stop_token_ids") if uses_vllm else ("transformers", "eos_token_id")
+        if name != known:
             raise ValueError(
                 f"`generation_kwargs={{{name!r}: {given!r}}}` is not known to {engine}, which generates. Use "
-                f"`generation_kwargs={{{other!r}: {given!r}}}`."
+                f"`generation_kwargs={{{known!r}: {given!r}}}`."
             )
+
+
+def _as_list(given: Any) -> list[int]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]

@@ -278,7 +278,7 @@ class CompanionMixin(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
+        if hasattr(self, "companion") and is_peft_model(model):
             # PEFT knows nothing of `_keys_to_ignore_on_save` and takes by name what an adapter trains, such as biases
             state = model.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in state.items() if f"{self.companion.name}." not in name}
