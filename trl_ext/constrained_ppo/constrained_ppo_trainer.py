@@ -129,6 +129,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     args: ConstrainedPPOConfig
     beta: float
+    reward_funcs: list[Any]
 
     def __init__(
         self,
