@@ -155,6 +155,7 @@ class ConstrainedPPOTrainer(
     args: ConstrainedPPOConfig
     beta: float
     eos_token_ids: list[int]
+    reward_funcs: list[Any]
 
     def __init__(
         self,

@@ -9,13 +9,13 @@ before training.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import apply_chat_template, is_conversational
 
 from .._upstream import is_async_callable
@@ -154,7 +154,7 @@ class Disagreement:
 class _ModelScorer:
     """A sequence classifier as a reward function."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -182,7 +182,8 @@ def _scorer(member: Any, tokenizer: Any) -> Callable[..., Any]:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
     if not isinstance(member, nn.Module):
         return member
-    return _ModelScorer(member, tokenizer or AutoTokenizer.from_pretrained(member.config.name_or_path))
+    model = cast(PreTrainedModel, member)
+    return _ModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path))
 
 
 class DisagreementAlarm:

@@ -345,7 +345,8 @@ def note_reward(error: Exception, rewards: Sequence[Any], names: Sequence[str], 
         for name, reward in zip(names, rewards, strict=True)
         if not isinstance(reward, nn.Module | RewardFunction)  # which note it themselves
     ]
-    trace, failed = error.__traceback__, []
+    failed: list[tuple[str, Any]] = []
+    trace = error.__traceback__
     while trace is not None and not failed:
         failed = [(name, reward) for name, reward, code in own if code is trace.tb_frame.f_code]
         trace = trace.tb_next
