@@ -14,6 +14,7 @@ from .constraints import Constraint, check_constraints, constraint_from_dict
 from .gold import check_gold
 from .group_settings import check_without_critic, settle_without_critic
 from .retired import refuse_retired
+from .reward_functions import check_reward_functions
 from .scores import check_scores
 from .stop_tokens import check_stop_tokens
 from .threshold_search.config import ThresholdSearchConfig
@@ -35,7 +36,7 @@ class Preset:
     proportional: float = 3.0
     drift: float = 0.05
     anti_windup: bool = True
-    maximum: float | None = 10.0
+    maximum: float | None = 5.0
 
 
 def _published(objective: Literal["kl", "rewards"], kind: str | None, squash: str | None) -> Preset:
@@ -164,7 +165,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 10, or none in the paper's form.
+            preset's, 5, or none in the paper's form.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
@@ -491,6 +492,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         self._check_numbers()
         check_scores(self)
         check_stop_tokens(self.generation_kwargs, self.use_vllm)
+        check_reward_functions(self)
         self._check_estimation()
         self._check_method()
         self._check_search()
@@ -547,19 +549,12 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
 
     def _check_estimation(self) -> None:
-        """Refuses settings of rewards, estimators and warm-up that cannot be used."""
-        whole = ("critic_warmup_steps", "reward_retries")
-        check_number(self, *whole, "reward_retry_seconds", at_least=0)
-        for name in whole:
-            if getattr(self, name) != int(getattr(self, name)):
-                raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)}.")
-        positive = ("reward_timeout", "adaptive_lambda_alpha")
-        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
+        """Refuses settings of estimators and warm-up that cannot be used."""
+        check_number(self, "critic_warmup_steps", at_least=0)
+        if self.critic_warmup_steps != int(self.critic_warmup_steps):
+            raise ValueError(f"`critic_warmup_steps` must be a whole number, got {self.critic_warmup_steps}.")
+        check_number(self, "adaptive_lambda_alpha", above=0, optional=True, remedy="Leave it out to go without.")
         check_number(self, "critic_lambda", at_least=0, at_most=1, optional=True)
-        check_number(self, "ensemble_alarm_deviations", above=0)
-        check_choice(self, "ensemble_alarm", choices=("warn", "stop"))
-        if isinstance(self.token_rewards, str) or not all(isinstance(name, str) for name in self.token_rewards):
-            raise ValueError(f"`token_rewards` must be a list of names of rewards, got {self.token_rewards!r}.")
         if self.critic_warmup_steps and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
             raise ValueError(
                 f"`critic_warmup_steps={self.critic_warmup_steps}` holds the policy through its learning rate, which "
