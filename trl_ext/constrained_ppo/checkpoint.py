@@ -20,7 +20,6 @@ from ..equilibrium.value_heads import EPValueHeads
 from .adaptation import RolloutController
 from .critic import CRITIC_FILE, SeparateCritic, ValueHeads
 from .ensemble import EnsembleMonitor
-from .multipliers import LagrangeMultipliers
 from .prompts import stream_position
 from .scores import ScoreScaling
 
@@ -116,7 +115,6 @@ class CheckpointMixin(GRPOTrainer):
     """What [`ConstrainedPPOTrainer`], whose base this is, saves and takes up again."""
 
     controller: RolloutController
-    multipliers: LagrangeMultipliers | None
     ensembles: EnsembleMonitor
     scores: ScoreScaling | None
     search_callback: Any
@@ -132,8 +130,8 @@ class CheckpointMixin(GRPOTrainer):
             if self.scores is not None:
                 own["scores"] = self.scores.state_dict()
             write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
-            if self.multipliers is not None:
-                write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
+            if self.controller.multipliers is not None:
+                write_json(folder, MULTIPLIERS_FILE, self.controller.multipliers.state_dict())
             if self.search_callback is not None:
                 self.search_callback.save(folder)
         if _internal_call and batches is not None:
@@ -169,8 +167,8 @@ class CheckpointMixin(GRPOTrainer):
             return
         remedy = "Resume from a checkpoint of a run with the same `method` and constraints."
         state = read_json(checkpoint, STATE_FILE, remedy)
-        if self.multipliers is not None:
-            self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
+        if self.controller.multipliers is not None:
+            self.controller.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
         self.controller.load_state_dict(state)
         if self.scores is not None:
             self.scores.load_state_dict(state.get("scores", {}))

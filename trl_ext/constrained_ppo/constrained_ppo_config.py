@@ -59,19 +59,14 @@ PRESETS: dict[str, Preset] = {
     "ppo-lag": Preset("rewards", None, "exp", whitening="mixture"),
 }
 # Fields that a preset fills in where they are not given, and the preset's names of them
-PRESET_FIELDS = {
-    "objective": "objective",
-    "mixing": "mixing",
-    "whitening": "whitening",
-    "multiplier_squash": "squash",
-    "multiplier_units": "units",
-    "multiplier_learning_rate": "learning_rate",
-    "multiplier_momentum": "momentum",
-    "multiplier_proportional": "proportional",
-    "multiplier_drift": "drift",
-    "multiplier_anti_windup": "anti_windup",
-    "multiplier_max": "maximum",
-}
+PRESET_FIELDS = (
+    {name: name for name in ("objective", "mixing", "whitening")}
+    | {
+        f"multiplier_{name}": name
+        for name in ("squash", "units", "learning_rate", "momentum", "proportional", "drift", "anti_windup")
+    }
+    | {"multiplier_max": "maximum"}
+)
 logger = logging.getLogger(__name__)
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -250,7 +245,6 @@ class ConstrainedPPOConfig(GRPOConfig):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
             Whether the value loss leaves the policy's backbone alone, for a shared critic.
-
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             First steps that train the critic alone: the policy does not move, and multipliers and `kl_coef` only
             observe.

@@ -37,7 +37,7 @@ def guarded(rewards: Sequence[Any], names: Sequence[str], args: Any) -> list[Any
             Reward functions and models, as [`~trl.GRPOTrainer`] keeps them.
         names (`Sequence[str]`):
             Their names.
-        args ([`ConstrainedPPOConfig`]):
+        args (`Any`):
             Configuration.
 
     Returns:
