@@ -202,7 +202,7 @@ def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
 
     trainer = make_trainer(tmp_path, tiny_path, tokenizer)
     batch = first_batch(trainer)
-    states = trainer._reference_states(batch)
+    states = trainer._reference_input(batch).states
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     hidden = tiny_model()(**inputs, output_hidden_states=True).hidden_states[1:]
     completion = batch["completion_mask"][:, 1:].bool()
@@ -305,7 +305,7 @@ def test_lora_trains_masks_against_the_disabled_adapter(tmp_path, tiny_path, tok
     batch = first_batch(trainer)
     full = make_trainer(tmp_path, tiny_path, tokenizer)
     torch.testing.assert_close(
-        trainer._reference_states(batch).hidden, full._reference_states(batch).hidden, rtol=1e-5, atol=1e-6
+        trainer._reference_input(batch).states.hidden, full._reference_input(batch).states.hidden, rtol=1e-5, atol=1e-6
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()

@@ -253,14 +253,16 @@ class CompanionMixin(Trainer):
             self.add_callback(_SyncWithoutCompanion(companion, self.ref_model, self.accelerator))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        given = self.optimizer is not None  # the policy's learning rate is then that optimizer's
         optimizer = super().create_optimizer(model)
         named = self.companion.own_parameters(self.model if model is None else model)
         rate = self.companion.learning_rate
         move_to_own_groups(
             optimizer,
             self.companion.parameter_groups(named),
-            self.args.learning_rate if rate is None else rate,
+            self.args.learning_rate if rate is None and not given else rate,
             tag=self.companion.name,
+            scheduler=self.lr_scheduler,
         )
         return optimizer
 

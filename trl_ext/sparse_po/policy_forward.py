@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._upstream import FusedCausalLMOutput
-from .lm_head.paired_log_probs import logit_transform, paired_log_probs
+from .lm_head.paired_log_probs import head_parameters, logit_transform, paired_log_probs
 from .loss import sparse_po_terms
 from .masks import TOKEN_MASKS, scatter_tokens
 from .reference_pass import ReferenceStates, backbone_inputs
@@ -58,13 +57,13 @@ class ReferenceInput:
             The reference model's states on the batch.
         model ([`~transformers.PreTrainedModel`]):
             Causal language model whose config says how logits are scaled and capped.
-        head (`torch.nn.Module`):
-            Its language-model head, sharded or not.
+        head (`torch.nn.Module`, or anything with its `weight` and `bias`):
+            Its language-model head, sharded or not (see [`reference_head`]).
     """
 
     states: ReferenceStates
     model: PreTrainedModel
-    head: nn.Linear
+    head: Any
 
 
 def policy_forward(
@@ -125,17 +124,18 @@ def _head_outputs(
     model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, reference: ReferenceInput
 ) -> tuple[torch.Tensor, ...]:
     """Both models' log-probabilities, divergences, and the policy's entropy, mean logits and top-1, each `(N,)`."""
-    head = model.get_output_embeddings()
+    weight, bias = head_parameters(model.get_output_embeddings())
+    ref_weight, ref_bias = head_parameters(reference.head)
     scale, softcap = logit_transform(model.config.get_text_config())
     ref_scale, ref_softcap = logit_transform(reference.model.config.get_text_config())
     *values, statistics = paired_log_probs(
         hidden,
-        head.weight,
+        weight,
         reference.states.hidden.to(hidden.device),
-        reference.head.weight,
+        ref_weight,
         labels,
-        policy_bias=getattr(head, "bias", None),
-        ref_bias=getattr(reference.head, "bias", None),
+        policy_bias=bias,
+        ref_bias=ref_bias,
         policy_logit_scale=scale,
         policy_softcap=softcap,
         ref_logit_scale=ref_scale,

@@ -1,7 +1,7 @@
 """SparsePO's trainer. One batch's path:
 
 SparsePOTrainer._compute_loss, in DPOTrainer.training_step
-    _reference_states: the reference model runs, and reference_pass.read_reference keeps what the masks read
+    _reference_input: the reference model runs, and reference_pass.read_reference keeps what the masks read
     super()._compute_loss: calls policy_forward.policy_forward in place of the policy's forward
         lm_head.paired_log_probs: log-probabilities of both models and KL(reference || policy), tile by tile
         masks.TokenMasks.forward: one weight for each response token in each of the two terms
@@ -40,10 +40,9 @@ from .preference_data import check_preference_dataset, check_prepared_dataset
 from .reference_pass import (
     REFERENCE_ADAPTER,
     ReferenceCollector,
-    ReferenceStates,
     decoder_layers,
-    original_head,
     reference_forward,
+    reference_head,
 )
 from .report import CITATION, method_section
 from .sparse_po_config import SparsePOConfig
@@ -190,7 +189,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             check_prepared_dataset(dataset, prepared, dataset_name, args.max_length)
         return prepared
 
-    def _reference_states(self, inputs: dict[str, Any]) -> ReferenceStates:
+    def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
         collector = ReferenceCollector(self.args.mask_type)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -204,14 +203,13 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
+            # accelerate's own lies below the reference's wider forward, and the policy's runs in it as a whole
+            self.accelerator.autocast(),
         ):
             model(**model_inputs, labels=labels, reference_collector=collector)
+            head = reference_head(self._reference)
         assert collector.states is not None
-        return collector.states
-
-    def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
-        head = original_head(self._reference.get_output_embeddings())
-        return ReferenceInput(self._reference_states(inputs), self._reference, head)
+        return ReferenceInput(collector.states, self._reference, head)
 
     def _compute_loss(self, model, inputs, return_outputs):
         num_pairs = inputs["input_ids"].size(0) // 2
@@ -284,8 +282,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             completion. Column `t` weights token `t + 1`.
         """
         inputs = self._prepare_inputs(dict(inputs))
-        with self.accelerator.autocast():
-            states = self._reference_states(inputs)
+        states = self._reference_input(inputs).states
         predicted = inputs["completion_mask"][:, 1:].bool()
         reward_mask, divergence_mask = self.masks(states, predicted)
         return {"reward": reward_mask, "divergence": divergence_mask}
