@@ -95,14 +95,14 @@ def move_to_own_groups(
     regrouped = [
         {**previous[place], "params": [p for p in previous[place]["params"] if id(p) not in owned]} for place in kept
     ]
-    new: dict[str, Any] = {"lr": previous[0].get("initial_lr", previous[0]["lr"]), tag: True}
-    if learning_rate is not None:
-        new["lr"] = learning_rate
+    if learning_rate is None:
+        learning_rate = float(previous[0].get("initial_lr", previous[0]["lr"]))
+    new: dict[str, Any] = {"lr": learning_rate, tag: True}
     added = [{"params": list(ps), "weight_decay": decay} for ps, decay in groups if ps]
     if scheduler is not None and getattr(scheduler, "optimizer", None) is optimizer:
-        _extend_scheduler(scheduler, kept, len(added), new["lr"])
-        scheduled, initial = previous[0]["lr"], previous[0]["initial_lr"]
-        new |= {"initial_lr": new["lr"], "lr": new["lr"] * (scheduled / initial if initial else 1.0)}
+        _extend_scheduler(scheduler, kept, len(added), learning_rate)
+        scheduled, initial = float(previous[0]["lr"]), float(previous[0]["initial_lr"])
+        new |= {"initial_lr": learning_rate, "lr": learning_rate * (scheduled / initial if initial else 1.0)}
     regrouped += [{**group, **new} for group in added]
     # Groups are added anew, since an optimizer may keep records of those it was given
     optimizer.param_groups = []
@@ -127,8 +127,8 @@ def _extend_scheduler(scheduler: Any, kept: list[int], num_new: int, learning_ra
         if hasattr(inner, "lr_lambdas"):
             inner.lr_lambdas = [*(inner.lr_lambdas[place] for place in kept), *[inner.lr_lambdas[0]] * num_new]
         if hasattr(inner, "_last_lr"):
-            base = inner.optimizer.param_groups[0]["initial_lr"]
-            last = learning_rate * (inner._last_lr[0] / base if base else 1.0)
+            base = float(inner.optimizer.param_groups[0]["initial_lr"])
+            last = learning_rate * (float(inner._last_lr[0]) / base if base else 1.0)
             inner._last_lr = [*(inner._last_lr[place] for place in kept), *[last] * num_new]
         if hasattr(inner, "base_lrs"):
             inner.base_lrs = [*(inner.base_lrs[place] for place in kept), *[learning_rate] * num_new]

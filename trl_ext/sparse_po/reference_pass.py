@@ -126,6 +126,11 @@ def _read_layers(model: PreTrainedModel, predicted: torch.Tensor, *args: Any, **
     # The last layer's state is taken after the final norm, as `hidden_states[-1]` is, unless a projection follows too
     if hidden.size(-1) == states[-1].size(-1):
         states[-1] = standardize(hidden)
+    if len({state.size(-1) for state in states}) > 1:
+        raise ValueError(
+            f"The layers of {type(model).__name__} have states of {sorted({state.size(-1) for state in states})} "
+            "features, and `mask_type='learned'` reads layers of one width. Use `mask_type='activation'` or 'ones'."
+        )
     return ReferenceStates(hidden, layer_states=torch.stack([state.to(hidden.device) for state in states]))
 
 

@@ -57,8 +57,11 @@ class SparsePOConfig(DPOConfig):
 
         > Parameters that control the data
 
+        strict_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to refuse, naming the row, what is otherwise left out with one warning: pairs without a signal,
+            whose completions are equal or have no token once tokenised and cut to `max_length`.
         drop_invalid_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop pairs with an empty completion or with equal completions, instead of raising.
+            What happens now without it, unless `strict_pairs` is set. Kept for old scripts.
     """
 
     mask_type: Literal["learned", "activation", "ones"] = field(
@@ -102,9 +105,13 @@ class SparsePOConfig(DPOConfig):
         default=False,
         metadata={"help": "Stop the gradient through the chosen divergence, as TDPO2 does."},
     )
+    strict_pairs: bool = field(
+        default=False,
+        metadata={"help": "Refuse pairs whose completions are equal or have no token, instead of leaving them out."},
+    )
     drop_invalid_pairs: bool = field(
         default=False,
-        metadata={"help": "Drop pairs with an empty completion or with equal completions, instead of raising."},
+        metadata={"help": "Without effect: pairs without a signal are left out unless `strict_pairs` is set."},
     )
 
     def __post_init__(self):
@@ -134,6 +141,10 @@ class SparsePOConfig(DPOConfig):
             )
 
     def _check_inherited_fields(self) -> None:
+        if self.strict_pairs and self.drop_invalid_pairs:
+            raise ValueError(
+                "`strict_pairs=True` refuses what `drop_invalid_pairs=True` leaves out. Remove one of them."
+            )
         for loss_type in self.loss_type:
             if loss_type in UNSUPPORTED_LOSS_TYPES:
                 raise ValueError(

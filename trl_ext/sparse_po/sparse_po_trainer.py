@@ -31,12 +31,19 @@ from trl import DPOTrainer
 
 from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.companion import CompanionMixin, extend_forward
+from ..core.dropout import disable_functional_dropout
 from ..core.model_card import MethodCardMixin
 from ..optim.install import OwnOptimizerMixin
-from .loss import mask_l1_penalty
+from .loss import length_desensitized_weights, mask_l1_penalty
 from .masks import TokenMaskCompanion, TokenMasks
+from .model_check import check_head, check_vocabularies, evaluating, probe_inputs
 from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
-from .preference_data import check_preference_dataset, check_prepared_dataset
+from .preference_data import (
+    ROW,
+    check_preference_dataset,
+    check_prepared_dataset,
+    drop_pairs_without_signal,
+)
 from .reference_pass import (
     REFERENCE_ADAPTER,
     ReferenceCollector,
@@ -68,8 +75,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
             Policy, decoder-only. See [`~trl.DPOTrainer`].
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            Reference model with the policy's vocabulary. Defaults to a copy of the policy, or to the policy with its
-            adapter switched off (or its `"ref"` adapter) under PEFT.
+            Reference model with the policy's vocabulary. Defaults to the model at the policy's `name_or_path`, or to
+            the policy with its adapter switched off (or its `"ref"` adapter) under PEFT.
         args ([`SparsePOConfig`], *optional*):
             Configuration.
         data_collator (`DataCollator`, *optional*):
@@ -110,7 +117,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
     ```
     """
 
-    _tag_names = ["trl", "trl_ext", "sparse-po"]
+    _tag_names = ["trl", "dpo", "trl_ext", "sparse-po"]
     _name = "SparsePO"
     _paper = {
         "title": "SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
@@ -155,15 +162,21 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             peft_config=peft_config,
         )
         self._warned_of_dead_masks = False
+        self._reference: PreTrainedModel = (
+            self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        )
+        check_vocabularies(self.policy, self._reference, given=ref_model is not None)
+        if args.disable_dropout:
+            for part in (self.model, self._reference):
+                disable_functional_dropout(part)
         self._attach_masks()
+        self._check_forward()
 
     def _attach_masks(self) -> None:
-        reference = self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        reference, args = self._reference, self.args
         extend_forward(reference, partial(reference_forward, reference))
-        self._reference: PreTrainedModel = reference
-        args = self.args
         masks = TokenMasks(
-            num_layers=len(decoder_layers(reference)),
+            num_layers=len(decoder_layers(reference)) if args.mask_type == "learned" else 0,
             hidden_size=reference.config.get_text_config().hidden_size,
             mask_type=args.mask_type,
             independent=args.independent_masks,
@@ -177,17 +190,39 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             partial(policy_forward, self.policy, args.divergence_coef, args.detach_chosen_divergence),
         )
 
+    def _check_forward(self) -> None:
+        """Runs reference, and policy where it is another model, on a few tokens: what fails, fails here."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        models = [self._reference] if type(self._reference) is type(self.policy) else [self._reference, self.policy]
+        for model in models:
+            owned = model is not self.policy and sharded  # an engine that runs already has the parameters
+            partitioned = any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
+            if not owned and (partitioned or model.device.type != self.accelerator.device.type):
+                logger.info(
+                    f"{type(model).__name__} is not whole on {self.accelerator.device} before training starts, so its "
+                    "head is not compared with SparsePO's."
+                )
+                return
+            check_head(model, self.ref_model if owned else model)
+        with evaluating(self.model, self._reference):
+            states = self._reference_input(probe_inputs(self._reference)).states
+            self.masks(states, probe_inputs(self._reference)["completion_mask"][:, 1:].bool())
+
     @property
     def masks(self) -> TokenMasks:
         """The masks, attached to the policy as its submodule `token_masks`."""
         return self.companion.module
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        dataset = check_preference_dataset(dataset, dataset_name, args.drop_invalid_pairs)
+        check_preference_dataset(dataset, dataset_name)
+        if args.strict_pairs and isinstance(dataset, Dataset):
+            dataset = dataset.map(lambda _pair, row: {ROW: row}, with_indices=True)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(prepared, Dataset):
             check_prepared_dataset(dataset, prepared, dataset_name, args.max_length)
-        return prepared
+        return drop_pairs_without_signal(
+            prepared, dataset_name, args.max_length, args.truncation_mode == "keep_end", args.strict_pairs
+        )
 
     def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
         collector = ReferenceCollector(self.args.mask_type)
@@ -245,7 +280,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _record_token_metrics(self, outputs: MaskedCausalLMOutput, completion_mask: torch.Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in token_metrics(outputs, completion_mask, self.accelerator.gather).items():
+        found = token_metrics(outputs, completion_mask, self.accelerator.gather, self.args.ld_alpha)
+        for name, value in found.items():
             if name.startswith("logps/"):
                 metrics[name].pop()  # TRL recorded the sum of the masked terms under this name
             metrics[name].append(value)
@@ -295,6 +331,7 @@ def token_metrics(
     outputs: MaskedCausalLMOutput,
     completion_mask: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ld_alpha: float | None = None,
 ) -> dict[str, float]:
     """
     Metrics that SparsePO adds to TRL's, from the per-token outputs of one batch.
@@ -306,6 +343,8 @@ def token_metrics(
             Response tokens.
         gather (`Callable`, *optional*):
             Gathers a tensor over the processes along its first dimension.
+        ld_alpha (`float`, *optional*):
+            Weight in `logps/*` of the tokens past the shorter response's length, as in TRL.
 
     Returns:
         `dict[str, float]`: `logps/chosen` and `logps/rejected` (policy's sums, nats), `kl/chosen` and `kl/rejected`
@@ -316,8 +355,9 @@ def token_metrics(
     assert outputs.policy_log_probs is not None and outputs.divergences is not None
     assert outputs.reward_mask is not None and outputs.divergence_mask is not None
     lengths = completion_mask.sum(dim=1).clamp_min(1)
+    positions = length_desensitized_weights(completion_mask, 1.0 if ld_alpha is None else ld_alpha)
     per_sequence = {
-        "logps": outputs.policy_log_probs.sum(dim=1),
+        "logps": (outputs.policy_log_probs * positions).sum(dim=1),
         "kl": outputs.divergences.sum(dim=1),
     }
     dead = torch.zeros_like(lengths, dtype=torch.bool)
@@ -369,15 +409,33 @@ def _check_arguments(
             "`processing_class` or `train_dataset` is of a vision-language model, which SparsePO does not support: "
             "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
+    _check_adapters(model, peft_config)
+    alone = isinstance(model, PreTrainedModel) and peft_config is None and ref_model is None
+    if alone and not config.name_or_path:
         raise ValueError(
-            f"`peft_config` is prompt learning ({peft_config.peft_type}), whose virtual tokens have no counterpart in "
-            "the reference pass. Use an adapter such as `LoraConfig`."
+            "`model` was not loaded from anywhere (its config has no `name_or_path`), so its reference model cannot be "
+            "either. Pass `ref_model=copy.deepcopy(model)`."
         )
-    if isinstance(ref_model, PreTrainedModel):
+    if isinstance(ref_model, PreTrainedModel):  # a check on configs, before anything is loaded
         sizes = [c.get_text_config().vocab_size for c in (config, ref_model.config)]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"`model` has a vocabulary of {sizes[0]} tokens and `ref_model` of {sizes[1]}: the token-level "
                 "divergence needs one vocabulary. Resize the embeddings of one of them, or leave out `ref_model`."
+            )
+
+
+def _check_adapters(model: Any, peft_config: Any) -> None:
+    configs = {"peft_config": peft_config} if peft_config is not None else {}
+    configs |= {f"model.peft_config[{name!r}]": config for name, config in (getattr(model, "peft_config", {}) or {}).items()}
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"`{name}` is prompt learning ({config.peft_type}), whose virtual tokens have no counterpart in the "
+                "reference pass. Use an adapter such as `LoraConfig`."
+            )
+        if getattr(config, "bias", "none") not in ("none", None):
+            raise ValueError(
+                f"`{name}` has `bias={config.bias!r}`, which trains biases of the base model itself: the reference, the "
+                "policy with its adapter switched off, would move with them. Set `bias='none'`."
             )
