@@ -34,8 +34,8 @@ def restore_converted_weights(model: PreTrainedModel, folder: str | Path) -> Non
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"The checkpoint {folder} lacks {', '.join(sorted(info['missing_keys'])[:3])} of {type(model).__name__}, so "
-            "training cannot go on from it. Resume from a checkpoint that the same version of transformers wrote."
+            f"The checkpoint {folder} lacks {', '.join(sorted(info['missing_keys'])[:3])} of {type(model).__name__}, "
+            "so training cannot go on from it. Resume from a checkpoint that the same version of transformers wrote."
         )
     model.load_state_dict(loaded.state_dict(), strict=False)
     logger.info(f"Tensors of {folder} were saved under other names than {type(model).__name__}'s, and are converted.")

@@ -4,7 +4,7 @@ One pass over a few tokens tells whether the head that SparsePO computes is the 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,30 +22,27 @@ PROBE_LENGTH = 8  # tokens
 PROBE_LOGIT = 30.0
 
 
-def check_vocabularies(policy: PreTrainedModel, reference: PreTrainedModel, given: bool) -> None:
+def check_vocabularies(sizes: tuple[int, int], loaded_from: str | None = None) -> None:
     """
     Refuses two models of different vocabularies.
 
     Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy.
-        reference ([`~transformers.PreTrainedModel`]):
-            Reference model.
-        given (`bool`):
-            Whether the user gave it, so that it was not loaded from the policy's path.
+        sizes (`tuple[int, int]`):
+            Tokens in the vocabularies of policy and reference model (see [`vocabulary_size`]).
+        loaded_from (`str`, *optional*):
+            Path that the reference model is loaded from, where the user gave none.
 
     Raises:
-        ValueError: If the rows of their heads differ in number.
+        ValueError: If they differ.
     """
-    sizes = [_vocabulary_size(model) for model in (policy, reference)]
     if sizes[0] == sizes[1]:
         return
-    if given:
+    if loaded_from is None:
         remedy = "Resize the embeddings of one of them, or leave out `ref_model`."
     else:
         remedy = (
-            f"It was loaded from {policy.config.name_or_path!r}, as the policy was before its embeddings were resized. "
-            "Pass a copy of the resized policy, `ref_model=copy.deepcopy(model)`, or save that and load both from there."
+            f"That is loaded from {loaded_from!r}, where the policy was before its embeddings were resized. Pass a "
+            "copy of the resized policy, `ref_model=copy.deepcopy(model)`, or save that and load it from there."
         )
     raise ValueError(
         f"`model` has a vocabulary of {sizes[0]} tokens and its reference model of {sizes[1]}: the token-level "
@@ -53,8 +50,8 @@ def check_vocabularies(policy: PreTrainedModel, reference: PreTrainedModel, give
     )
 
 
-def _vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the head, also where ZeRO-3 shards it."""
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of a model's head, also where ZeRO-3 shards it."""
     weight = model.get_output_embeddings().weight
     shape = getattr(weight, "ds_shape", weight.shape)
     return shape[0] if len(shape) == 2 and shape[0] else model.config.get_text_config().vocab_size
@@ -76,65 +73,74 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A batch of one pair, a few tokens each, as the collator makes them; drawn without random numbers."""
-    ids = (torch.arange(2 * PROBE_LENGTH).view(2, -1) + 3) % _vocabulary_size(model)
+    ids = (torch.arange(2 * PROBE_LENGTH).view(2, -1) + 3) % vocabulary_size(model)
     completion = torch.ones_like(ids)
     completion[:, :2] = 0
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def check_head(model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+def check_head(
+    model: PreTrainedModel, forward: Callable[..., Any] | None = None, backbone: Callable[..., Any] | None = None
+) -> None:
     """
     Compares the logits of a model with those that SparsePO computes from its last hidden states, on a few tokens.
 
-    The hidden states are scaled on their way to the head until the largest logit is [`PROBE_LOGIT`], where capping and
-    normalization show.
+    What enters the head is scaled until the largest logit is [`PROBE_LOGIT`], where capping and normalization show.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model.
-        forward (`Callable`):
-            Runs it: the model itself, or the engine that owns its parameters.
+        forward (`Callable`, *optional*):
+            Runs it: the engine that owns its parameters. Defaults to the model itself.
+        backbone (`Callable`, *optional*):
+            Runs its backbone, given the inputs of a batch. Defaults to `model.base_model`.
 
     Raises:
         ValueError: If they differ, or the model has no backbone that returns hidden states.
     """
-    expected: list[torch.Tensor] = []
     transform = logit_transform(model.config.get_text_config())
+    hidden: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     rounding = 1e-3
 
-    def scale_hidden_states(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def scale_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal rounding
-        hidden = output.last_hidden_state
-        if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        if args[0].dtype != torch.float32 or torch.is_autocast_enabled(args[0].device.type):
             rounding = 2e-2
-        largest = transform.scale * _projection(model, hidden).abs().max()
-        output.last_hidden_state = (hidden * (PROBE_LOGIT / largest.clamp_min(1e-6))).to(hidden.dtype)
-        expected.append(transform.apply_(_projection(model, output.last_hidden_state)))
-        return output
+        largest = transform.scale * _projection(model, args[0]).abs().max()
+        scale = PROBE_LOGIT / largest.clamp_min(1e-6).to(args[0].device)
+        scaled = (hidden[0] * scale.to(hidden[0].device)).to(hidden[0].dtype)
+        expected.append(transform.apply_(_projection(model, scaled)))
+        return ((args[0] * scale).to(args[0].dtype), *args[1:])
 
-    inputs = probe_inputs(model)
-    hook = model.base_model.register_forward_hook(scale_hidden_states)
+    inputs = {name: tensor for name, tensor in probe_inputs(model).items() if name != "completion_mask"}
+    hooks = ExitStack()
     try:
-        with evaluating(model):
-            logits = forward(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False).logits
+        with hooks, evaluating(model):
+            seen = model.base_model.register_forward_hook(lambda _m, _i, out: hidden.append(out.last_hidden_state))
+            hooks.callback(seen.remove)
+            (backbone or model.base_model)(**inputs, use_cache=False)
+            hooks.callback(model.get_output_embeddings().register_forward_pre_hook(scale_input).remove)
+            found = (forward or model)(**inputs, use_cache=False).logits.float()
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"{_family(model)} has no backbone that returns `last_hidden_state`, from which SparsePO computes "
-            f"log-probabilities ({error}). Use another family."
+            f"{_family(model)} has no backbone that returns `last_hidden_state` to a head of its own, from which "
+            f"SparsePO computes log-probabilities ({error}). Use another family."
         ) from error
-    finally:
-        hook.remove()
-    found = logits.float()
-    # A model split over devices may end on another than the head
-    expected[0] = expected[0].to(found.device)
-    if not (found.isfinite().all() and expected[0].isfinite().all()):
+    if not expected:
+        raise ValueError(
+            f"{_family(model)} does not call the head that its `get_output_embeddings()` returns, from which SparsePO "
+            "computes log-probabilities. Use another family, or a model whose forward nobody has replaced."
+        )
+    ours = expected[0].to(found.device)  # a model split over devices may end on another than the head
+    if not (found.isfinite().all() and ours.isfinite().all()):
         logger.info(f"The logits of {_family(model)} are not finite on the tokens that the head is checked with.")
         return
-    difference = (found - expected[0]).abs().max().item()
+    difference = (found - ours).abs().max().item()
     if difference > rounding * max(PROBE_LOGIT, found.abs().max().item()):
         raise ValueError(
-            f"{_family(model)} does not compute its logits from the last hidden states by `lm_head` alone, or with "
+            f"{_family(model)} does not compute its logits from the last hidden states by its head alone, or with "
             f"a scale and cap that its config names: on a test input they differ by {difference:.3g} nats from those "
             "that SparsePO, and TRL's fused head, would train on. Use another family."
         )

@@ -1,4 +1,4 @@
-"""Checks of preference data before training starts: its columns, and which pairs say something, judged by their tokens."""
+"""Checks of preference data before training starts: its columns, and by their tokens, which pairs say something."""
 
 from collections import Counter
 from typing import Any
@@ -153,10 +153,14 @@ def drop_pairs_without_signal(
     if strict:
         row, fault = next(iter(faults.items()))
         row = prepared[row].get(ROW, row)
-        raise ValueError(f"{len(faults)} pairs of the {name} dataset say nothing; the first is row {row}: {fault}. {_REMEDY}")
+        raise ValueError(
+            f"{len(faults)} pairs of the {name} dataset say nothing; the first is row {row}: {fault}. {_REMEDY}"
+        )
     counts = ", ".join(f"in {count} {fault}" for fault, count in Counter(faults.values()).items())
     if len(faults) == len(prepared):
-        raise ValueError(f"No pair of the {name} dataset says anything: {counts}. Check the columns and the chat template.")
+        raise ValueError(
+            f"No pair of the {name} dataset says anything: {counts}. Check the columns and the chat template."
+        )
     logger.warning(
         f"{len(faults)} of {len(prepared)} pairs of the {name} dataset say nothing ({counts}) and are left out. "
         "`strict_pairs=True` refuses them."

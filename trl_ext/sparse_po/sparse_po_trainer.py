@@ -36,7 +36,7 @@ from ..core.model_card import MethodCardMixin
 from ..optim.install import OwnOptimizerMixin
 from .loss import length_desensitized_weights, mask_l1_penalty
 from .masks import TokenMaskCompanion, TokenMasks
-from .model_check import check_head, check_vocabularies, evaluating, probe_inputs
+from .model_check import check_head, check_vocabularies, evaluating, probe_inputs, vocabulary_size
 from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
 from .preference_data import (
     ROW,
@@ -165,7 +165,10 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         self._reference: PreTrainedModel = (
             self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         )
-        check_vocabularies(self.policy, self._reference, given=ref_model is not None)
+        check_vocabularies(
+            (vocabulary_size(self.policy), vocabulary_size(self._reference)),
+            None if ref_model is not None else self.policy.config.name_or_path,
+        )
         if args.disable_dropout:
             for part in (self.model, self._reference):
                 disable_functional_dropout(part)
@@ -203,10 +206,17 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
                     "head is not compared with SparsePO's."
                 )
                 return
-            check_head(model, self.ref_model if owned else model)
+            if owned:
+                check_head(model, self.ref_model, self._reference_backbone)
+            else:
+                check_head(model)
         with evaluating(self.model, self._reference):
             states = self._reference_input(probe_inputs(self._reference)).states
             self.masks(states, probe_inputs(self._reference)["completion_mask"][:, 1:].bool())
+
+    def _reference_backbone(self, input_ids: torch.Tensor, **inputs: Any) -> None:
+        """Runs the reference model's backbone alone, through the engine that has its parameters."""
+        self.ref_model(input_ids=input_ids, labels=input_ids, reference_collector=ReferenceCollector("ones"), **inputs)
 
     @property
     def masks(self) -> TokenMasks:
@@ -395,7 +405,7 @@ def _check_arguments(
     config = (
         AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         if isinstance(model, str)
-        else (model.config)
+        else model.config
     )
     if config.is_encoder_decoder:
         raise ValueError(
@@ -410,24 +420,28 @@ def _check_arguments(
             "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
     _check_adapters(model, peft_config)
+    if isinstance(train_dataset, Dataset) and not len(train_dataset):
+        raise ValueError("The train dataset is empty. Give at least one pair with `chosen` and `rejected`.")
     alone = isinstance(model, PreTrainedModel) and peft_config is None and ref_model is None
     if alone and not config.name_or_path:
         raise ValueError(
-            "`model` was not loaded from anywhere (its config has no `name_or_path`), so its reference model cannot be "
-            "either. Pass `ref_model=copy.deepcopy(model)`."
+            "`model` was not loaded from anywhere (its config has no `name_or_path`), so its reference model cannot "
+            "be either. Pass `ref_model=copy.deepcopy(model)`."
         )
-    if isinstance(ref_model, PreTrainedModel):  # a check on configs, before anything is loaded
-        sizes = [c.get_text_config().vocab_size for c in (config, ref_model.config)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"`model` has a vocabulary of {sizes[0]} tokens and `ref_model` of {sizes[1]}: the token-level "
-                "divergence needs one vocabulary. Resize the embeddings of one of them, or leave out `ref_model`."
-            )
+    # Before anything is loaded; the heads themselves are compared later
+    ref_config = ref_model.config if isinstance(ref_model, PreTrainedModel) else None
+    if alone:
+        ref_config = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=args.trust_remote_code)
+    if ref_config is not None:
+        sizes = (config.get_text_config().vocab_size, ref_config.get_text_config().vocab_size)
+        check_vocabularies(sizes, config.name_or_path if alone else None)
 
 
 def _check_adapters(model: Any, peft_config: Any) -> None:
     configs = {"peft_config": peft_config} if peft_config is not None else {}
-    configs |= {f"model.peft_config[{name!r}]": config for name, config in (getattr(model, "peft_config", {}) or {}).items()}
+    configs |= {
+        f"model.peft_config[{name!r}]": config for name, config in (getattr(model, "peft_config", {}) or {}).items()
+    }
     for name, config in configs.items():
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
@@ -436,6 +450,6 @@ def _check_adapters(model: Any, peft_config: Any) -> None:
             )
         if getattr(config, "bias", "none") not in ("none", None):
             raise ValueError(
-                f"`{name}` has `bias={config.bias!r}`, which trains biases of the base model itself: the reference, the "
-                "policy with its adapter switched off, would move with them. Set `bias='none'`."
+                f"`{name}` has `bias={config.bias!r}`, which trains biases of the base model itself: the reference, "
+                "the policy with its adapter switched off, would move with them. Set `bias='none'`."
             )

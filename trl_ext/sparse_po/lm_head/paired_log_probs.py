@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
@@ -169,7 +168,7 @@ def paired_log_probs(
 
 
 def head_parameters(head: Any) -> tuple[Any, Any]:
-    """Weight and bias of a language-model head, sharded or not; PEFT's wrapper of trained token rows hides the bias."""
+    """Weight and bias of a head, sharded or not. PEFT's wrapper of trained token rows hides the bias."""
     bias = getattr(head, "bias", None)
     return head.weight, getattr(getattr(head, "original_module", None), "bias", None) if bias is None else bias
 
