@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from .._upstream import FusedCausalLMOutput
 from .lm_head.paired_log_probs import head_parameters, logit_transform, paired_log_probs
 from .loss import sparse_po_terms
+from .mask_kinds import TokenInputs
 from .masks import TOKEN_MASKS, scatter_tokens
 from .reference_pass import ReferenceStates, backbone_inputs
 
@@ -59,11 +60,14 @@ class ReferenceInput:
             Causal language model whose config says how logits are scaled and capped.
         head (`torch.nn.Module`, or anything with its `weight` and `bias`):
             Its language-model head, sharded or not (see [`reference_head`]).
+        given (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Weights of the batch's tokens that came with the data, each `(2B, T-1)`, float32.
     """
 
     states: ReferenceStates
     model: PreTrainedModel
     head: Any
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def policy_forward(
@@ -92,7 +96,11 @@ def policy_forward(
     log_probs, ref_log_probs, divergences, entropy, mean_logits, is_top1 = (
         scatter_tokens(values, predicted) for values in _head_outputs(model, hidden, labels[predicted], reference)
     )
-    reward_mask, divergence_mask = getattr(model, TOKEN_MASKS)(reference.states, predicted)
+    tokens = TokenInputs(
+        predicted, reference.states, labels, log_probs.detach(), ref_log_probs, divergences.detach(), entropy,
+        reference.given,
+    )  # fmt: skip
+    reward_mask, divergence_mask = getattr(model, TOKEN_MASKS)(reference.states, predicted, tokens)
     terms = sparse_po_terms(
         log_probs - ref_log_probs,
         divergences if divergence_coef else divergences.detach(),

@@ -7,6 +7,7 @@ from trl import DPOConfig
 
 from ..core.checks import check_choice, check_number
 from ..optim.names import post_init_with_own_optimizer
+from .mask_kinds import MASK_KINDS
 
 
 UNSUPPORTED_LOSS_TYPES = {
@@ -28,7 +29,10 @@ class SparsePOConfig(DPOConfig):
 
         mask_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`: a small network on the reference model's hidden states; `"activation"`: read off the reference
-            model's activations, the paper's MaPO; `"ones"`: no mask, which gives TDPO1, TDPO2 or DPO.
+            model's activations, the paper's MaPO; `"ones"`: no mask, which gives TDPO1, TDPO2 or DPO; `"given"`:
+            weights in the data, `chosen_token_weights` and `rejected_token_weights`; `"confidence"`: the tokens of
+            which the policy is less sure than of the response on average (ConfPO); `"log_ratio"`: exponentials of the
+            log-ratios (in the form of TIS-DPO); or a kind added by [`register_mask_kind`].
         independent_masks (`bool`, *optional*, defaults to `False`):
             Learned masks only: one mask for the rewards and another for the divergences, instead of a common one.
         mask_reward (`bool`, *optional*, defaults to `True`):
@@ -64,10 +68,11 @@ class SparsePOConfig(DPOConfig):
             What happens now without it, unless `strict_pairs` is set. Kept for old scripts.
     """
 
-    mask_type: Literal["learned", "activation", "ones"] = field(
+    mask_type: str = field(
         default="learned",
         metadata={
-            "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO) or 'ones' (no mask).",
+            "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO), 'ones' (no mask), 'given' "
+            "(weights in the data), 'confidence', 'log_ratio', or a kind of your own.",
         },
     )
     independent_masks: bool = field(
@@ -120,7 +125,7 @@ class SparsePOConfig(DPOConfig):
         self._check_inherited_fields()
 
     def _check_masks(self) -> None:
-        check_choice(self, "mask_type", choices=("learned", "activation", "ones"))
+        check_choice(self, "mask_type", choices=("learned", "ones", *MASK_KINDS))
         check_choice(self, "mask_init", choices=("positive", "paper"))
         weights = ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef")
         check_number(self, *weights, at_least=0, remedy="Use 0 to switch it off.")

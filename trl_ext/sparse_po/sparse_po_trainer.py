@@ -11,6 +11,7 @@ SparsePOTrainer._compute_loss, in DPOTrainer.training_step
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ from ..core.companion import CompanionMixin, extend_forward
 from ..core.dropout import disable_functional_dropout
 from ..core.model_card import MethodCardMixin
 from ..optim.install import OwnOptimizerMixin
+from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
 from .loss import length_desensitized_weights, mask_l1_penalty
+from .mask_kinds import MASK_KINDS
 from .masks import TokenMaskCompanion, TokenMasks
 from .model_check import check_head, check_vocabularies, evaluating, probe_inputs, vocabulary_size
 from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
@@ -60,6 +63,9 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+# Kinds of masks that nothing but the reference model tells
+REFERENCE_ONLY = ("learned", "activation", "ones")
 
 
 class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
@@ -172,8 +178,15 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         if args.disable_dropout:
             for part in (self.model, self._reference):
                 disable_functional_dropout(part)
+        if args.mask_type == "given":
+            self.data_collator = TokenWeightsCollator(self.data_collator)
         self._attach_masks()
         self._check_forward()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.mask_type == "given":
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *WEIGHT_COLUMNS]))
 
     def _attach_masks(self) -> None:
         reference, args = self._reference, self.args
@@ -210,9 +223,10 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
                 check_head(model, self.ref_model, self._reference_backbone)
             else:
                 check_head(model)
-        with evaluating(self.model, self._reference):
-            states = self._reference_input(probe_inputs(self._reference)).states
-            self.masks(states, probe_inputs(self._reference)["completion_mask"][:, 1:].bool())
+        # A mask that reads the policy waits for the engine that will have its parameters
+        if self.args.mask_type in REFERENCE_ONLY or not (sharded or self.args.mask_type == "given"):
+            with evaluating(self.model, self._reference):
+                self._mask_weights(probe_inputs(self._reference), None)
 
     def _reference_backbone(self, input_ids: torch.Tensor, **inputs: Any) -> None:
         """Runs the reference model's backbone alone, through the engine that has its parameters."""
@@ -225,17 +239,21 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         check_preference_dataset(dataset, dataset_name)
-        if args.strict_pairs and isinstance(dataset, Dataset):
+        # Messages name rows of the user's data, and TRL drops some
+        if (args.strict_pairs or args.mask_type == "given") and isinstance(dataset, Dataset):
             dataset = dataset.map(lambda _pair, row: {ROW: row}, with_indices=True)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(prepared, Dataset):
             check_prepared_dataset(dataset, prepared, dataset_name, args.max_length)
+        if args.mask_type == "given":
+            prepared = attach_token_weights(prepared, dataset_name, self._tokenizer)
         return drop_pairs_without_signal(
             prepared, dataset_name, args.max_length, args.truncation_mode == "keep_end", args.strict_pairs
         )
 
     def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
-        collector = ReferenceCollector(self.args.mask_type)
+        kind = MASK_KINDS.get(self.args.mask_type)
+        collector = ReferenceCollector(self.args.mask_type if kind is None else kind.reads)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         if self.ref_model is None:
@@ -257,11 +275,12 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         return ReferenceInput(collector.states, self._reference, head)
 
     def _compute_loss(self, model, inputs, return_outputs):
+        inputs, given = _without_given_weights(inputs)
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
         masked_inputs = {
             **inputs,
-            "reference": self._reference_input(inputs),
+            "reference": replace(self._reference_input(inputs), given=given),
             # The reference's log-probabilities are inside the per-token terms already
             "ref_chosen_logps": zeros,
             "ref_rejected_logps": zeros,
@@ -327,14 +346,29 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             `dict[str, torch.Tensor]`: `"reward"` and `"divergence"`, each `(2B, T-1)`, float32, zero outside the
             completion. Column `t` weights token `t + 1`.
         """
-        inputs = self._prepare_inputs(dict(inputs))
-        states = self._reference_input(inputs).states
-        predicted = inputs["completion_mask"][:, 1:].bool()
-        reward_mask, divergence_mask = self.masks(states, predicted)
+        reward_mask, divergence_mask = self._mask_weights(*_without_given_weights(self._prepare_inputs(dict(inputs))))
         return {"reward": reward_mask, "divergence": divergence_mask}
+
+    def _mask_weights(self, inputs: dict[str, Any], given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        reference = replace(self._reference_input(inputs), given=given)
+        if self.args.mask_type in REFERENCE_ONLY:
+            return self.masks(reference.states, inputs["completion_mask"][:, 1:].bool())
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            output = self.model(**model_inputs, labels=labels, fused_lm_head=True, reference=reference)
+        return output.reward_mask, output.divergence_mask
 
     def _method_section(self, model_id: str) -> str:
         return method_section(self.args, self.state.log_history, model_id)
+
+
+def _without_given_weights(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]:
+    """A batch as TRL's collator makes it, and the weights that came with it, each `(2B, T-1)`."""
+    if "reward_weights" not in inputs:
+        return inputs, None
+    rest = {name: value for name, value in inputs.items() if name not in ("reward_weights", "divergence_weights")}
+    return rest, (inputs["reward_weights"][:, 1:], inputs["divergence_weights"][:, 1:])
 
 
 def token_metrics(
