@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
@@ -99,13 +98,14 @@ def pairs_without_signal(dataset: Dataset, max_length: int | None, keep_end: boo
     start = 0
     for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(1000):
         columns = [table.column(name).combine_chunks() for name in _IDS]
-        prompt, chosen, rejected = (pc.list_value_length(column).to_numpy(zero_copy_only=False) for column in columns)
+        prompt, chosen, rejected = (column.value_lengths().to_numpy(zero_copy_only=False) for column in columns)
         lengths = [prompt + completion for completion in (chosen, rejected)]
         if max_length is not None:
             lengths = [np.minimum(length, max_length) for length in lengths]
         # Only completions that end up equally long can be equal: few rows are looked at token by token
         for row in np.flatnonzero((chosen == 0) | (rejected == 0) | (lengths[0] == lengths[1])).tolist():
-            fault = pair_fault(*(column[row].as_py() for column in columns), max_length, keep_end)
+            prompt_ids, chosen_ids, rejected_ids = (column[row].as_py() for column in columns)
+            fault = pair_fault(prompt_ids, chosen_ids, rejected_ids, max_length, keep_end)
             if fault is not None:
                 found[start + row] = fault
         start += len(table)
@@ -171,7 +171,7 @@ def drop_pairs_without_signal(
 def _has_signal(
     pair: dict[str, Any], row: int, max_length: int | None, keep_end: bool, name: str, strict: bool
 ) -> bool:
-    fault = pair_fault(*(pair[column] for column in _IDS), max_length, keep_end)
+    fault = pair_fault(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"], max_length, keep_end)
     if fault is not None and strict:
         raise ValueError(f"A pair of the {name} dataset says nothing; it is row {row}: {fault}. {_REMEDY}")
     return fault is None

@@ -133,6 +133,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     args: SparsePOConfig
     companion: TokenMaskCompanion
+    data_collator: DataCollator
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -186,7 +188,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.args.mask_type == "given":
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *WEIGHT_COLUMNS]))
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *WEIGHT_COLUMNS]))
 
     def _attach_masks(self) -> None:
         reference, args = self._reference, self.args
