@@ -7,7 +7,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from tests.helpers.sparse_po import LOG2, losses, make_trainer
 from tests.helpers.tiny import FAMILIES, WORDS, save_tiny_model, tiny_model
-from trl_ext.core.dropout import disable_functional_dropout
+from trl_ext.core.functional_dropout import disable_functional_dropout
 from trl_ext.sparse_po.model_check import check_head
 
 

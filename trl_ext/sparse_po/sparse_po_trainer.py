@@ -32,7 +32,7 @@ from trl import DPOTrainer
 
 from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.companion import CompanionMixin, extend_forward
-from ..core.dropout import disable_functional_dropout
+from ..core.functional_dropout import disable_functional_dropout
 from ..core.model_card import MethodCardMixin
 from ..optim.install import OwnOptimizerMixin
 from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
