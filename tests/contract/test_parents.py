@@ -36,6 +36,7 @@ USED = {
     "DPOTrainer.__init__": DPOTrainer.__init__,
     "DPOTrainer._prepare_dataset": DPOTrainer._prepare_dataset,
     "DPOTrainer._compute_loss": DPOTrainer._compute_loss,
+    "DPOTrainer._set_signature_columns_if_needed": DPOTrainer._set_signature_columns_if_needed,
     "DPOTrainer.create_model_card": DPOTrainer.create_model_card,
     "GRPOTrainer.__init__": GRPOTrainer.__init__,
     "GRPOTrainer._calculate_rewards": GRPOTrainer._calculate_rewards,
@@ -84,6 +85,7 @@ USED = {
 CALLED = {
     "_prepare_dataset": DPOTrainer,
     "_compute_loss": DPOTrainer,
+    "_set_signature_columns_if_needed": Trainer,
     "create_model_card": DPOTrainer,
     "_calculate_rewards": GRPOTrainer,
     "_generate_and_score_completions": GRPOTrainer,
@@ -145,6 +147,7 @@ def test_loss_reads_what_we_hand_it():
 
 def test_trainer_attributes_we_set_and_read():
     source = inspect.getsource(DPOTrainer)
+    assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
     for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model ="):
         assert text in source, text
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))

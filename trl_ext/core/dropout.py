@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig
-
-
-_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class DroppedProbability(NamedTuple):
@@ -23,8 +21,8 @@ class DroppedProbability(NamedTuple):
 def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
     """
     Sets every dropout probability of a model to 0: of dropout modules, adapters' included, of attributes that a
-    functional dropout reads (`attention_dropout`, `layerdrop`, `drop_path`), and of the configurations that modules
-    read in their forward.
+    functional dropout reads (OPT, Bloom, Falcon, GPTBigCode, BioGPT, XGLM, Seed-OSS; layers skipped at random), and of
+    the configurations that modules read in their forward. TRL's `disable_dropout` sees `nn.Dropout` only.
 
     Args:
         model (`torch.nn.Module`):
@@ -35,13 +33,11 @@ def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
     """
     configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
-        if isinstance(module, _MODULES):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name in _probabilities(vars(module)):
             setattr(module, name, 0.0)
-        config = vars(module).get("config")
-        if isinstance(config, PretrainedConfig):
-            configs[id(config)] = config
+        _collect(getattr(module, "config", None), configs)
     found = [
         DroppedProbability(config, name, getattr(config, name))
         for config in configs.values()
@@ -52,8 +48,18 @@ def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
     return found
 
 
+def _collect(config: Any, found: dict[int, PretrainedConfig]) -> None:
+    """A configuration and those inside it, each once."""
+    if isinstance(config, PretrainedConfig) and id(config) not in found:
+        found[id(config)] = config
+        for value in vars(config).values():
+            _collect(value, found)
+
+
 def _probabilities(attributes: dict[str, Any]) -> list[str]:
-    return [name for name, value in attributes.items() if "drop" in name and isinstance(value, float) and value > 0]
+    return [
+        name for name, value in attributes.items() if "drop" in name.lower() and isinstance(value, float) and value > 0
+    ]
 
 
 @contextmanager
