@@ -20,7 +20,7 @@ import adamp
 import torch
 
 from trl_ext.optim import SGDP, AdamP
-from trl_ext.optim.weights import LocalTensor
+from trl_ext.optim.step import ProjectedOptimizer
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:
@@ -44,8 +44,7 @@ def llama_1b_shapes(num_layers: int = 16) -> list[tuple[int, ...]]:
 class Uncompiled(AdamP):
     """[`AdamP`] where there is no C compiler."""
 
-    def _kernels(self, local: LocalTensor) -> None:
-        return None
+    CPU_KERNELS = None
 
 
 def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
@@ -111,7 +110,7 @@ def clock(device: str) -> float:
 def held_by(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of state and of work memory kept between steps."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    tensors += list(getattr(optimizer, "_scratch", {}).values())
+    tensors += list(optimizer._scratch.tensors.values()) if isinstance(optimizer, ProjectedOptimizer) else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
