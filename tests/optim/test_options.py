@@ -96,5 +96,5 @@ def test_projection_by_name():
     with pytest.raises(ValueError, match="'gpt2'"):
         scale_invariant_weights(AutoConfig.for_model("gpt2"))
     unnamed = AdamP(params_of((3, 3)), projection={"q_proj": "layer"})
-    with pytest.raises(ValueError, match="no names"):
+    with pytest.raises(ValueError, match="has no name"):
         unnamed.step()

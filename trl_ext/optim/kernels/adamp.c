@@ -1,6 +1,6 @@
 /* AdamP's passes over tensors in a CPU's memory: weights and gradients in float32 or bfloat16, running averages and
- * arithmetic in float32. `update_weights` takes the whole step of weights that one process holds whole; `test_rows`,
- * `sum_up`, `step`, `measure` and `apply` are its parts, for weights that threads or processes share.
+ * arithmetic in float32. `adamp_update_weights` takes the whole step of weights that one process holds whole; the other
+ * functions of that name are its parts, for weights that threads or processes share.
  *
  * A weight that the last step did not project is tested first, from gradient and weight alone, and takes AdamW's step
  * if the test fails. Elsewhere the first pass updates the moments and adds up the dot products, and the second applies
@@ -196,7 +196,7 @@ INLINE void sum_up_part(const Part *p, double *totals, int is_half)
 }
 
 /* Adds <g, w>, <g, g> and <w, w> over a part to `totals` */
-int sum_up(const Part *p, double *totals)
+int adamp_sum_up(const Part *p, double *totals)
 {
     if (!fits(p)) return DOES_NOT_FIT;
     if (p->is_half) sum_up_part(p, totals, 1);
@@ -205,7 +205,7 @@ int sum_up(const Part *p, double *totals)
 }
 
 /* Whether each row of a whole weight passes; most are given up in their first row */
-int test_rows(const Part *p, const Options *o)
+int adamp_test_rows(const Part *p, const Options *o)
 {
     if (!fits(p) || !is_whole(p)) return DOES_NOT_FIT;
     Part row = *p;
@@ -213,7 +213,7 @@ int test_rows(const Part *p, const Options *o)
     row.size = p->row_size;
     for (; row.start < p->start + p->size; row.start += p->row_size) {
         double dots[3] = {0};
-        sum_up(&row, dots);
+        adamp_sum_up(&row, dots);
         if (!passes(dots[0], dots[1], dots[2], limit, o->norm_eps)) return 0;
     }
     return 1;
@@ -223,13 +223,13 @@ int test_rows(const Part *p, const Options *o)
 static int find_level(const Part *p, const Options *o)
 {
     double totals[3] = {0};
-    if (test_rows(p, o)) return CHANNEL;
-    sum_up(p, totals);
+    if (adamp_test_rows(p, o)) return CHANNEL;
+    adamp_sum_up(p, totals);
     return passes(totals[0], totals[1], totals[2], limit_of(o, p->size), o->norm_eps) ? LAYER : NONE;
 }
 
 /* The same from dot products of its rows, which are added up in `totals` */
-int test(int64_t num_rows, const double *dots, double row_limit, double whole_limit, double eps, double *totals)
+int adamp_test(int64_t num_rows, const double *dots, double row_limit, double whole_limit, double eps, double *totals)
 {
     int rows_pass = 1;
     for (int64_t row = 0; row < num_rows; ++row, dots += 4) {
@@ -261,7 +261,7 @@ INLINE void step_part(const Part *p, const Options *o, int is_half, int rounds_a
 }
 
 /* AdamW's step: moments and w = keep * w - lr * u */
-int step(const Part *p, const Options *o)
+int adamp_step(const Part *p, const Options *o)
 {
     if (!fits(p)) return DOES_NOT_FIT;
     if (!p->is_half) step_part(p, o, 0, 0);
@@ -408,7 +408,7 @@ static void measure_rows(const Part *p, const Options *o, Rows *rows)
 }
 
 /* Updates the moments, and adds the dot products of each row to `dots` of shape (num_rows, 4) */
-int measure(const Part *p, const Options *o, double *dots, int64_t num_rows)
+int adamp_measure(const Part *p, const Options *o, double *dots, int64_t num_rows)
 {
     Rows rows = {.dots = dots};
     if (!fits(p) || !dots || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
@@ -456,7 +456,7 @@ INLINE void apply_part(const Part *p, const Options *o, float keep, const float 
 }
 
 /* Decay and the update without its radial part, with one coefficient for each row */
-int apply(const Part *p, const Options *o, float keep, const float *coefficients, int64_t num_rows)
+int adamp_apply(const Part *p, const Options *o, float keep, const float *coefficients, int64_t num_rows)
 {
     if (!fits(p) || !coefficients || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
     if (!p->is_half) apply_part(p, o, keep, coefficients, 0, 0);
@@ -474,7 +474,7 @@ static int update_weight(const Part *p, const Options *o, float *coefficients, i
     whole.row_size = p->size;
     if (level == TEST && !p->expected) {
         level = find_level(p, o);
-        if (level == NONE) return step(p, o), NONE;
+        if (level == NONE) return adamp_step(p, o), NONE;
     }
     if (level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
     Rows rows = {.limit = limit_of(o, p->row_size), .eps = o->norm_eps, .rows_pass = 1};
@@ -489,18 +489,18 @@ static int update_weight(const Part *p, const Options *o, float *coefficients, i
             level = NONE;
     }
     if (level == CHANNEL) {
-        apply(p, o, o->keep_projected, coefficients, p->size / p->row_size);
+        adamp_apply(p, o, o->keep_projected, coefficients, p->size / p->row_size);
         return CHANNEL;
     }
     float radial = level == LAYER ? (float)radial_coefficient(rows.totals, o->norm_eps) : 0.0f;
-    apply(&whole, o, level == LAYER ? o->keep_projected : o->keep, &radial, 1);
+    adamp_apply(&whole, o, level == LAYER ? o->keep_projected : o->keep, &radial, 1);
     return level;
 }
 
 /* The step of weights [first, last) of a table, each held whole. Writes the level at which each was projected where the
  * next step will look for it, and counts it in `hits` of shape (number of weights, 2). Those without a gradient are
  * passed over. Returns the number of weights that were updated, or DOES_NOT_FIT before anything is changed. */
-int64_t update_weights(Part *parts, int64_t first, int64_t last, const Options *options, int64_t num_options,
+int64_t adamp_update_weights(Part *parts, int64_t first, int64_t last, const Options *options, int64_t num_options,
                        float *coefficients, int64_t num_coefficients, float *hits)
 {
     int64_t count = 0;

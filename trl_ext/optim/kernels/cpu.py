@@ -195,7 +195,7 @@ class Plan:
         scratch = shared_scratch().take(size * len(pieces), torch.float32, torch.device("cpu"))
 
         def share(number: int, first: int, last: int) -> None:
-            _check(kernels.update_weights(
+            _check(kernels.adamp_update_weights(
                 ctypes.c_void_p(self._table.ctypes.data), ctypes.c_int64(first), ctypes.c_int64(last), self._options,
                 ctypes.c_int64(len(self._options)), _at(scratch, number * size), ctypes.c_int64(size),
                 _at(self._hits, 0),
@@ -296,12 +296,12 @@ def test(weight: Weight) -> str | None:
     kernels, options = compiled_library(), _options(weight)
     assert kernels is not None
     whole, _, _ = _piece(weight, 0, weight.numel)
-    if _check(kernels.test_rows(whole, options)):
+    if _check(kernels.adamp_test_rows(whole, options)):
         return "channel"
 
     def piece(start: int, stop: int) -> torch.Tensor:
         totals = torch.zeros(3, dtype=torch.float64)
-        _check(kernels.sum_up(_piece(weight, start, stop)[0], _at(totals, 0)))
+        _check(kernels.adamp_sum_up(_piece(weight, start, stop)[0], _at(totals, 0)))
         return totals
 
     dots = torch.zeros(4, 1, dtype=torch.float64)
@@ -317,7 +317,7 @@ def step(weight: Weight) -> None:
     assert kernels is not None
 
     def piece(start: int, stop: int) -> None:
-        _check(kernels.step(_piece(weight, start, stop)[0], options))
+        _check(kernels.adamp_step(_piece(weight, start, stop)[0], options))
 
     _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
     increment_version([weight.local.flat, *weight.local.moments])
@@ -331,7 +331,7 @@ def measure(weight: Weight) -> None:
     def piece(start: int, stop: int) -> tuple[int, torch.Tensor]:
         part, row, num_rows = _piece(weight, start, stop, weight.by_rows)
         dots = torch.zeros(num_rows, 4, dtype=torch.float64)
-        _check(kernels.measure(part, options, _at(dots, 0), ctypes.c_int64(num_rows)))
+        _check(kernels.adamp_measure(part, options, _at(dots, 0), ctypes.c_int64(num_rows)))
         return row, dots
 
     found = _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
@@ -361,7 +361,7 @@ def _level_of(weight: Weight, dots: torch.Tensor, row_size: int, totals: torch.T
     totals = torch.zeros(4, 1, dtype=torch.float64) if totals is None else totals
     limits = [delta / math.sqrt(size) for size in (row_size, weight.numel)]
     doubles = map(ctypes.c_double, (*limits, weight.local.group["eps"]))
-    return LEVELS[kernels.test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
+    return LEVELS[kernels.adamp_test(ctypes.c_int64(len(dots)), _at(dots, 0), *doubles, _at(totals, 0))]
 
 
 def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor) -> None:
@@ -377,7 +377,7 @@ def apply(weight: Weight, scale: torch.Tensor | float, coefficient: torch.Tensor
         part, row, num_rows = _piece(weight, start, stop, by_rows)
         if row + num_rows > coefficient.numel():
             _check(-1)
-        _check(kernels.apply(part, options, keep, _at(coefficient, row), ctypes.c_int64(num_rows)))
+        _check(kernels.adamp_apply(part, options, keep, _at(coefficient, row), ctypes.c_int64(num_rows)))
 
     _run([functools.partial(piece, *ends) for ends in _pieces(weight.numel)])
     increment_version(weight.local.flat)
