@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,6 +11,10 @@ import torch
 from .weights import is_backed, is_plain, local_tensor
 
 
+# Options that are numbers, besides `betas`
+NUMBERS = ("lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening")
+# What running averages can be kept in
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Values of `projection`, and of its patterns
 PROJECTIONS = ("test", "channel", "layer", "none")
 
@@ -45,6 +51,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         RuntimeError: If two execution options exclude each other.
     """
     lr = options["lr"]
+    _check_numbers(name, options)
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"{name}: a tensor `lr` must have one element, got shape {tuple(lr.shape)}.")
     for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
@@ -71,8 +78,26 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {dtype!r}."
         )
+    if dtype is not None and dtype not in STATE_DTYPES:
+        raise ValueError(
+            f"{name}: `state_dtype={dtype}` can't hold the running averages: squares of gradients below its smallest "
+            "number become 0, which the step divides by. Use `torch.float32`, `torch.float64` or `torch.bfloat16`."
+        )
     _check_projection(name, options.get("projection"))
     _check_execution(name, options)
+
+
+def _check_numbers(name: str, options: dict[str, Any]) -> None:
+    """Refuses what is no number, such as the strings of a configuration file."""
+    values = {option: options[option] for option in NUMBERS if option in options}
+    betas = options.get("betas", ())
+    if isinstance(betas, str) or not isinstance(betas, Sequence):
+        raise ValueError(f"{name}: `betas` must be two numbers, got {betas!r}.")
+    values |= {f"betas[{index}]": beta for index, beta in enumerate(betas)}
+    for option, value in values.items():
+        is_number = isinstance(value, Real | torch.Tensor) and not isinstance(value, bool)
+        if not is_number:
+            raise ValueError(f"{name}: `{option}` must be a number, got {value!r} ({type(value).__name__}).")
 
 
 def _check_projection(name: str, projection: Any) -> None:

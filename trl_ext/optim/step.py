@@ -6,10 +6,10 @@ One step of AdamP or SGDP, on whole weights or shards:
 3. exchange: add them up over processes for the weights that shard borders cut ([`Exchange`]);
 4. apply: decide whether and at which level a weight is scale-invariant, and apply decay and the projected update.
 
-A plan does it for many tensors together: on a GPU the kernels of kernels/triton.py over the table of kernels/plan.py, on
-a CPU the compiled passes of kernels/cpu.py, which also take single weights that threads or processes share. Elsewhere it
-is done in blocks of torch operations around the update that a subclass writes; what is surely not projected goes through
-torch's fused kernels.
+A plan does it for many tensors together: on a GPU the kernels of kernels/triton.py over the table of kernels/plan.py,
+on a CPU the compiled passes of kernels/cpu.py, which also take single weights that threads or processes share. Elsewhere
+it is done in blocks of torch operations around the update that a subclass writes; what is surely not projected goes
+through torch's fused kernels.
 """
 
 import operator
@@ -24,6 +24,7 @@ from .kernels.plan import CutWeight, Plan
 from .kernels.rounding import RoundingNoise, copy_rounded_
 from .options import check_options, check_param, check_state, projection_of
 from .projection import LEVELS, is_scale_invariant, threshold
+from .resume import take_over
 from .shards import GROUP_KEY, Exchange, Layouts, Shard
 from .weights import (
     Block,
@@ -124,10 +125,28 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.state[param]["step"] = int(step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, also one of the official package's; running averages keep what `state_dtype` asks for."""
+        """
+        Loads a state, also one of the official package's or of torch's AdamW or SGD; running averages keep what
+        `state_dtype` asks for. Options come from the checkpoint, as in torch; those that it changes are warned of.
+
+        Raises:
+            ValueError: If the state lacks the running averages.
+        """
         keys = [group.get(GROUP_KEY) for group in self.param_groups]
         dtypes = [group.get("state_dtype") for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def after_all_hooks(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            needed = [name for name in self.defaults if name not in self.OPTIONS]
+            loaded.update(take_over(found, self.param_groups, needed, self.MOMENTS, type(self).__name__))
+            return loaded
+
+        hook = self.register_load_state_dict_pre_hook(after_all_hooks)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        state_dict = loaded
         for group, key, dtype, saved in zip(self.param_groups, keys, dtypes, state_dict["param_groups"], strict=True):
             group[GROUP_KEY], group["state_dtype"] = key, dtype
             for param, saved_key in zip(group["params"], saved["params"], strict=True):
@@ -580,7 +599,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             projection = projection_of(group, local.shards[0].name) if local.shards else "none"
             if projection != "test" or local.param.ndim < 2 or local.param.numel() == 0:
                 levels[id(local)] = projection if projection in LEVELS and local.param.ndim > 1 else None
-            elif not (group["foreach"] is False and group["fused"] is False):
+            elif is_plain(local.flat) and not (group["foreach"] is False and group["fused"] is False):
                 assert local.grad is not None
                 for level in LEVELS:
                     answer = is_scale_invariant(local.flat, local.grad, level, group["delta"], group["eps"])

@@ -378,13 +378,13 @@ def memory(tensor: torch.Tensor) -> torch.Tensor:
     tensor = local_part(tensor).detach()
     if not is_plain(tensor):
         raise RuntimeError(
-            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} and layout {tensor.layout} is not plain memory, "
-            "so the shards and rows in it can't be found. Give it to the optimizer whole and without `capturable`."
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} and layout {tensor.layout} is not plain memory: "
+            "the shards and rows in it can't be found. Give it to the optimizer whole and without `capturable`."
         )
     if not is_backed(tensor):
         raise RuntimeError(
             f"A tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device} has a storage of "
-            f"{tensor.untyped_storage().nbytes()} bytes, which does not hold it: its memory was freed or made smaller. "
+            f"{tensor.untyped_storage().nbytes()} bytes, which does not hold it: its memory was freed or cut. "
             "Take the step before it is freed, or allocate it again."
         )
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,10 +1,11 @@
 """
-Compiled passes of [`AdamP`] on a CPU: the step of all whole weights over one table ([`Plan`]), and its parts for single
-weights that threads or processes share. Each call tells the C side where tensors lie and how much lies there.
+Compiled passes of [`AdamP`] on a CPU: the step of all whole weights over one table ([`Plan`]), and its parts for
+single weights that threads or processes share. Each call tells the C side where tensors lie and how much lies there.
 """
 
 import ctypes
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +18,17 @@ from torch.autograd.graph import increment_version
 
 from ..options import projection_of
 from ..shards import GROUP_KEY, Shard
-from ..weights import LocalTensor, Watch, Weight, has_order_of, is_backed, is_flat, is_plain, local_tensor, shared_scratch
+from ..weights import (
+    LocalTensor,
+    Watch,
+    Weight,
+    has_order_of,
+    is_backed,
+    is_flat,
+    is_plain,
+    local_tensor,
+    shared_scratch,
+)
 from .library import compiled_library
 
 
@@ -214,7 +225,7 @@ class Plan:
         num_threads = max(1, min(torch.get_num_threads(), int(sizes[-1]) // MIN_PER_THREAD))
         targets = sizes[-1] * np.arange(1, num_threads) / num_threads
         ends = [0, *np.searchsorted(sizes, targets).tolist(), len(sizes)]
-        return [(first, last) for first, last in zip(ends, ends[1:], strict=False) if last > first]
+        return [(first, last) for first, last in itertools.pairwise(ends) if last > first]
 
 
 def _layout_key(group: dict[str, Any]) -> list[Any]:
@@ -231,9 +242,7 @@ def _part(local: LocalTensor, shard: Shard, level: int, start: int = 0, size: in
     assert local.grad is not None
     first, column = shard.start + start, (shard.offset + start) % shard.row_size
     spans = [
-        number
-        for tensor in (local.flat, local.grad, *local.moments)
-        for number in (tensor.data_ptr(), tensor.numel())
+        number for tensor in (local.flat, local.grad, *local.moments) for number in (tensor.data_ptr(), tensor.numel())
     ]
     size = shard.numel if size is None else size
     return [*spans, first, size, shard.row_size, column, shard.offset + start, level, 0, DTYPES[local.flat.dtype], 0]
