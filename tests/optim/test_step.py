@@ -220,12 +220,13 @@ def test_float32_state_makes_the_update_of_float32_arithmetic():
             torch.testing.assert_close(low[name], high[name].to(torch.bfloat16), rtol=2**-7, atol=1e-6)
 
 
-def test_stochastic_rounding_keeps_small_updates_on_average():
-    """An update of a tenth of a unit in the last place is lost when rounded to the nearest."""
-    size, num_steps = 4096, 40
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (512, 8)])
+def test_stochastic_rounding_keeps_small_updates_on_average(shape):
+    """An update of a tenth of a unit in the last place is lost when rounded to the nearest; kernels and torch."""
+    num_steps = 40
     for stochastic in (False, True):
         torch.manual_seed(0)
-        param = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+        param = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
         optimizer = AdamP([param], lr=2**-8 / 10, state_dtype=torch.float32, stochastic_rounding=stochastic)
         for _ in range(num_steps):
             param.grad = torch.ones_like(param)

@@ -378,7 +378,7 @@ def memory(tensor: torch.Tensor) -> torch.Tensor:
     tensor = local_part(tensor).detach()
     if not is_plain(tensor):
         raise RuntimeError(
-            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} and layout {tensor.layout} is not plain memory: "
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)}, layout {tensor.layout}, is not plain memory: "
             "the shards and rows in it can't be found. Give it to the optimizer whole and without `capturable`."
         )
     if not is_backed(tensor):
