@@ -145,5 +145,5 @@ def test_named_weights_are_scale_invariant(model_type):
         if re.search(pattern, name):
             found += 1
             cosine = torch.nn.functional.cosine_similarity(weight.flatten(), weight.grad.flatten(), dim=0)
-            assert abs(float(cosine)) < 1e-6, (name, float(cosine))
+            assert abs(float(cosine)) < 1e-4, (name, float(cosine))
     assert found >= 2 * 2

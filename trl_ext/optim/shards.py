@@ -177,6 +177,8 @@ class Layouts:
         """Records a whole parameter that was added, or that replaced another one, after the group was made."""
         originals, names = self._originals[group[GROUP_KEY]], group.get("param_names")
         name = names[place] if names is not None and len(names) == len(group["params"]) else None
+        if any(original.name == name for other, original in enumerate(originals) if other != index):
+            name = None  # The names still stand as they did before parameters were left out
         if index == len(originals):
             if name is None:  # It may come from another group
                 everywhere = [original for own in self._originals.values() for original in own]
