@@ -90,8 +90,9 @@ class Original:
 
     @classmethod
     def of(cls, param: torch.Tensor, name: str | None = None) -> "Original":
-        is_lazy = torch.nn.parameter.is_lazy(param)
-        return cls(weakref.ref(param), *((None, None) if is_lazy else (param.ndim, param.numel())), name)
+        if torch.nn.parameter.is_lazy(param):
+            return cls(weakref.ref(param), None, None, name)
+        return cls(weakref.ref(param), param.ndim, param.numel(), name)
 
 
 class Layout(NamedTuple):

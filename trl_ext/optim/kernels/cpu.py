@@ -181,7 +181,8 @@ class Plan:
 
     def update(self) -> None:
         """Counts the step, and writes the gradients' places and the number of the options of each weight."""
-        grads, found, numbers = self.watch.grads, [], []
+        grads, numbers = self.watch.grads, []
+        found: list[_Options] = []
         places: dict[tuple[Any, ...], int] = {}
         for grad, state, group, key in zip(grads, self.watch.states, self._groups_of, self.keys, strict=True):
             if not grad:
