@@ -169,7 +169,9 @@ class Layouts:
             shards = []
         if len(shards) == 1 and tuple(param.shape) == shards[0].shape:
             self._adopt(param, shards[0].index, place, group)
-        shards = [replace(shard, name=originals[shard.index].name) for shard in shards]
+        # A flat parameter of FSDP1 may be all that the group was made of
+        names = {index: original.name for index, original in enumerate(originals)}
+        shards = [replace(shard, name=names.get(shard.index)) for shard in shards]
         self._layouts = {name: layout for name, layout in self._layouts.items() if layout.reference() is not None}
         self._layouts[id(param)] = Layout(weakref.ref(param), shapes, shards, key)
         return shards
