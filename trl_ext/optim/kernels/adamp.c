@@ -356,12 +356,23 @@ INLINE void measure_short_rows(const void *restrict weight, const void *restrict
         products[3][place] = u * w;
     }
     for (int place = 0; place < 4; ++place) memset(products[place] + size, 0, sizeof(float) * NUM_LANES);
-    if (row_size <= NUM_LANES && rows->is_known && !rows->coefficients && !rows->dots) { /* Totals alone */
+    if (rows->is_known && !rows->coefficients && !rows->dots) { /* Totals alone */
+        int64_t step = row_size <= NUM_LANES ? size : row_size, left = step % NUM_LANES;
+        Words mask;
+        for (int lane = 0; lane < NUM_LANES; ++lane) mask[lane] = lane < left ? 0xFFFFFFFFu : 0;
         for (int place = 0; place < 4; ++place) {
-            Sums sums = {0};
-            for (int64_t i = 0; i < size; i += NUM_LANES)
-                sums += __builtin_convertvector(lanes_at(products[place], i, 0), Sums);
-            rows->totals[place] += sum_of(sums);
+            Sums totals = {0};
+            for (int64_t start = 0; start < size; start += step) {
+                Lanes sums = {0};
+                int64_t i = start;
+                for (; i + NUM_LANES <= start + step; i += NUM_LANES) {
+                    if (row_size <= NUM_LANES) totals += __builtin_convertvector(lanes_at(products[place], i, 0), Sums);
+                    else sums += lanes_at(products[place], i, 0);
+                }
+                if (left) sums += (Lanes)((Words)lanes_at(products[place], i, 0) & mask);
+                totals += __builtin_convertvector(sums, Sums);
+            }
+            rows->totals[place] += sum_of(totals);
         }
         return;
     }
