@@ -30,6 +30,7 @@ NUM_REWARDS = 3
 KL_COEF = 0.2
 # Noise of a reward beside its spread over arms
 NOISE = 0.3
+_LEAST_LOG_PROBABILITY = -30.0
 
 
 @dataclass
@@ -60,8 +61,12 @@ class Bandits:
         noise = torch.randn(found.shape, generator=generator, dtype=torch.float64)
         return found + self.noise.unsqueeze(-1) * noise
 
-    def saddle_means(self, steps: int = 1000, rate: float = 1.0) -> torch.Tensor:
-        """Means at the saddle point, `(P, K)`: ascent on the dual, whose policy is a tilt of the reference."""
+    def divergence(self, log_policy: torch.Tensor) -> torch.Tensor:
+        """KL from the reference, `(P,)`, in nats."""
+        return (log_policy.exp() * (log_policy - self.base)).sum(dim=-1)
+
+    def saddle(self, steps: int = 3000, rate: float = 0.25) -> torch.Tensor:
+        """Log-probabilities at the saddle point, `(P, A)`: ascent on the dual, whose policy tilts the reference."""
         centered = (self.rewards - self.means(self.base).unsqueeze(-1)) / self.spreads.unsqueeze(-1)
         signed = self.signs.unsqueeze(-1) * centered
         wanted = self.signs * (self.thresholds - self.means(self.base)) / self.spreads
@@ -71,7 +76,7 @@ class Bandits:
             reached = torch.einsum("pka,pa->pk", signed, policy.exp())
             multipliers = multipliers + rate * (wanted - reached) * self.is_active
             multipliers = torch.where(self.kinds == KINDS.index("=="), multipliers, multipliers.clamp_min(0.0))
-        return self.means(policy)
+        return policy
 
 
 def draw(count: int, seed: int = 0) -> Bandits:
@@ -101,10 +106,11 @@ def draw(count: int, seed: int = 0) -> Bandits:
 
 @dataclass
 class Played:
-    """What a run leaves: means `(P, K)` and standard deviations over the last third, and what the log named."""
+    """What a run leaves: of the last third means and standard deviations of the rewards, and what the log named."""
 
-    means: torch.Tensor
-    swings: torch.Tensor
+    means: torch.Tensor  # (P, K)
+    swings: torch.Tensor  # (P, K)
+    divergences: torch.Tensor  # (P,), mean KL from the reference, in nats
     named: set[int]  # Flat indices of constraints, `K * problem + reward`
 
 
@@ -158,6 +164,7 @@ def play(
         multipliers.set_spreads(spreads.flatten()[active])
     watches = [FeasibilityWatch() for _ in active]
     policy, weights, kept, named = bandits.base, torch.zeros(bandits.spreads.numel()).double(), [], set()
+    divergences = []
     for rollout in range(rollouts):
         sampled = bandits.sample(policy, episodes, generator).movedim(-1, 0).flatten(1)
         errors = standard_errors(sampled, spreads.flatten())
@@ -168,11 +175,13 @@ def play(
             if watch.check("", constraint, exhausted) is not None:
                 named.add(index)
         advantages = _mixed(bandits, policy, weights.view_as(spreads), spreads, whitening, mix)
-        policy = (policy + rate * advantages).log_softmax(-1)
+        # An arm stays drawable, whose log-ratio would else become infinite
+        policy = (policy + rate * advantages).log_softmax(-1).clamp_min(_LEAST_LOG_PROBABILITY).log_softmax(-1)
         if rollout >= rollouts * 2 // 3:
             kept.append(bandits.means(policy))
+            divergences.append(bandits.divergence(policy))
     means = torch.stack(kept)
-    return Played(means.mean(dim=0), means.std(dim=0), named)
+    return Played(means.mean(dim=0), means.std(dim=0), torch.stack(divergences).mean(dim=0), named)
 
 
 def _mixed(
@@ -208,13 +217,13 @@ def misses(bandits: Bandits, found: Played, saddle: torch.Tensor, episodes: int 
     """Of constraints that can be met, `(M,)`: distance from the saddle and swing, in standard errors of a rollout."""
     kept = bandits.is_active & bandits.is_feasible.unsqueeze(-1)
     errors = bandits.spreads / math.sqrt(episodes)
-    return ((found.means - saddle) / errors).abs()[kept], (found.swings / errors)[kept]
+    return ((found.means - bandits.means(saddle)) / errors).abs()[kept], (found.swings / errors)[kept]
 
 
 def main(count: int) -> None:
     """Prints how near each form comes to the saddle points."""
     bandits = draw(count)
-    saddle, rows = bandits.saddle_means(), []
+    saddle, rows = bandits.saddle(), []
     infeasible = {NUM_REWARDS * index for index in (~bandits.is_feasible).nonzero().flatten().tolist()}
     for name, settings in {
         "new default": {},
@@ -225,6 +234,7 @@ def main(count: int) -> None:
     }.items():
         found = play(bandits, **settings)
         distances, swings = misses(bandits, found, saddle)
+        excess = (found.divergences - bandits.divergence(saddle))[bandits.is_feasible]
         hit = (distances < 2) & (swings < 2)
         rows.append(
             [
@@ -234,11 +244,13 @@ def main(count: int) -> None:
                 f"{distances.quantile(0.95):.2f}",
                 f"{swings.median():.2f}",
                 f"{swings.quantile(0.95):.2f}",
+                f"{excess.median():+.3f}",
+                f"{excess.quantile(0.95):+.3f}",
                 f"{len(found.named & infeasible)} of {len(infeasible)}",
                 str(len(found.named - infeasible)),
             ]
         )
-    columns = ["form", "held", "distance", "95%", "swing", "95%", "infeasible named", "others named"]
+    columns = ["form", "held", "distance", "95%", "swing", "95%", "KL", "95%", "infeasible named", "others named"]
     print(markdown_table(columns, rows))  # noqa: T201
 
 
