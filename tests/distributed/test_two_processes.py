@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.launching import CHAINS, run
+from tests.helpers.launching import CHAINS, run, run_once
 from tests.helpers.sparse_po import LOG2
 
 
@@ -23,7 +23,7 @@ def launch(launcher, model, output, *options, settings=None):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    return launch("single", model, tmp_path_factory.mktemp("single"))
+    return run_once(tmp_path_factory, "sparse_po_alone", SCRIPT, model, "--batch_size", "4")[1]
 
 
 def assert_same_training(found, expected, launcher):

@@ -5,11 +5,13 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from filelock import FileLock
 
 import trl_ext
 from tests.helpers.fork_server import ForkServer
@@ -66,10 +68,32 @@ def run(launcher, script, model, output, *options):
     """Runs a training script alone, or in two processes; returns what it found."""
     environments = [{}] if launcher == "single" else rank_environments(2)
     if launcher.startswith("zero"):
-        deepspeed = deepspeed_environment(f"cpu_{launcher}.yaml", script)
+        # There is no configuration of stage 1
+        config, stage = f"cpu_{launcher}.yaml".replace("zero1", "zero2"), launcher.removeprefix("zero")
+        deepspeed = deepspeed_environment(config, script, "--zero_stage", stage)
         environments = [{**deepspeed, **environment} for environment in environments]
     launch([script, "--model", model, "--output", output, *options], environments)
     return json.loads((Path(output) / "found.json").read_text())
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, by whichever process of the test run needed it first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        root = root.parent
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, model: str, *options: str):
+    """Folder and findings of a training script that runs alone, [`once`]."""
+    folder = once(tmp_path_factory, name, lambda folder: run("single", script, model, folder, *options))
+    return folder, json.loads((folder / "found.json").read_text())
 
 
 def assert_same_numbers(found, expected, tolerance, count=12):
