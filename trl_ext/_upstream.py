@@ -16,8 +16,9 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, is_async_callable, maybe_gather_lm_head_ctx, use_adapter
 
 
 __all__ = [
@@ -25,15 +26,19 @@ __all__ = [
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
     "add_optimizer_name",
+    "copy_parameters",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
     "fsdp1_layout",
     "gathered_state_dict",
+    "is_async_callable",
+    "is_partitioned",
     "keep_from_vllm",
     "maybe_gather_lm_head_ctx",
     "observe_attention",
     "open_rollout",
     "optimizer_names",
+    "reference_built_by",
     "remove_from_auto_classes",
     "remove_optimizer_name",
     "restore_rollout",
@@ -89,6 +94,40 @@ def open_rollout(trainer: Any) -> tuple[int, list[dict[str, Any]] | None]:
 def restore_rollout(trainer: Any, step: int, batches: list[dict[str, Any]] | None) -> None:
     """Sets what [`open_rollout`] gave."""
     trainer._step, trainer._buffered_inputs = step, batches
+
+
+@contextmanager
+def reference_built_by(build: Callable[..., Any], loads_policy: bool) -> Iterator[None]:
+    """
+    Lets `GRPOTrainer.__init__` take its reference model from `build(load, name, **kwargs)` instead of `load(name,
+    **kwargs)`. With `loads_policy` its first load is the policy's, as for a policy that is given by name.
+    """
+    load, to_pass = grpo_trainer.create_model_from_path, int(loads_policy)
+
+    def load_or_build(name: str, **kwargs: Any) -> Any:
+        nonlocal to_pass
+        to_pass -= 1
+        return load(name, **kwargs) if to_pass >= 0 else build(load, name, **kwargs)
+
+    grpo_trainer.create_model_from_path = load_or_build
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = load
+
+
+def is_partitioned(model: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a model's parameters in pieces."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def copy_parameters(source: Any, target: Any) -> None:
+    """Copies parameters of a model that [`is_partitioned`] into another of its shape; all processes must call it."""
+    from deepspeed.zero import GatheredParameters
+
+    for parameter, copied in zip(source.parameters(), target.parameters(), strict=True):
+        with GatheredParameters([parameter, copied], modifier_rank=0):
+            copied.data.copy_(parameter.data)
 
 
 def gathered_state_dict(module: Any) -> dict[str, Any]:

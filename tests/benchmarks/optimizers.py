@@ -20,7 +20,7 @@ import adamp
 import torch
 
 from trl_ext.optim import SGDP, AdamP
-from trl_ext.optim.weights import LocalTensor
+from trl_ext.optim.step import ProjectedOptimizer
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:
@@ -41,11 +41,24 @@ def llama_1b_shapes(num_layers: int = 16) -> list[tuple[int, ...]]:
     return [(128256, 2048), *block * num_layers, (2048,)]
 
 
+def lora_shapes(rank: int = 8, num_layers: int = 16) -> list[tuple[int, ...]]:
+    """LoRA on all seven projections of Llama 3.2 1B's layers: 224 tensors of 5.6 million parameters at rank 8."""
+    projections = [shape for shape in llama_1b_shapes(1)[1:-1] if len(shape) == 2]
+    return [shape for rows, columns in projections * num_layers for shape in ((rank, columns), (rows, rank))]
+
+
+# Shapes whose rows are short
+NARROW: dict[str, list[tuple[int, ...]]] = {
+    "LoRA r=8": lora_shapes(8), "LoRA r=16": lora_shapes(16), "LoRA r=32": lora_shapes(32),
+    "(524288, 8)": [(524288, 8)], "(131072, 24)": [(131072, 24)], "(65536, 48)": [(65536, 48)],
+    "(65536, 1, 3, 3)": [(65536, 1, 3, 3)], "(4194304, 1)": [(4194304, 1)],
+}  # fmt: skip
+
+
 class Uncompiled(AdamP):
     """[`AdamP`] where there is no C compiler."""
 
-    def _kernels(self, local: LocalTensor) -> None:
-        return None
+    CPU_KERNELS = None
 
 
 def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
@@ -111,7 +124,7 @@ def clock(device: str) -> float:
 def held_by(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of state and of work memory kept between steps."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    tensors += list(getattr(optimizer, "_scratch", {}).values())
+    tensors += list(optimizer._scratch.tensors.values()) if isinstance(optimizer, ProjectedOptimizer) else []
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -164,6 +177,40 @@ def compare_sgd(shapes, device: str, projected: bool, rounds: int) -> str:
             if turn > 1:
                 best[name] = min(best[name], clock(device) - start)
     return "; ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best.items())
+
+
+def narrow_rows(device: str, rounds: int) -> str:
+    """AdamP with and without its kernels on shapes with short rows, as multiples of fused AdamW."""
+    lines = ["| shapes | gradients | fused AdamW, ms | AdamP | AdamP, no C compiler |", "|---|---|---|---|---|"]
+    for name, shapes in NARROW.items():
+        for gradients in ("generic", "orthogonal"):
+            rows = measure(shapes, device, gradients == "orthogonal", rounds, ["AdamP", "AdamP, no C compiler"])
+            cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+            lines.append(f"| {name} | {gradients} | {cells[0][2]} | {cells[0][4]} | {cells[1][4]} |")
+    return "\n".join(lines)
+
+
+def half_precision(shapes: list[tuple[int, ...]], device: str, rounds: int) -> str:
+    """bfloat16 weights with float32 running averages, with and without stochastic rounding, in milliseconds."""
+    params = [torch.nn.Parameter(param.detach().bfloat16()) for param in make_params(shapes, device, False)]
+    for param in params:
+        param.grad = torch.randn_like(param) * 1e-3
+    lines = ["| optimizer | ms |", "|---|---|"]
+    base = torch.optim.AdamW(params, lr=1e-8, fused=True)
+    optimizers: dict[str, torch.optim.Optimizer] = {"torch AdamW fused, bfloat16 state": base}
+    for rounding in (False, True):
+        for name, cls in (("AdamP", AdamP), ("AdamP, no C compiler", Uncompiled)):
+            optimizer = cls(params, lr=1e-8, state_dtype=torch.float32, stochastic_rounding=rounding)
+            optimizers[f"{name}{', stochastic rounding' if rounding else ''}"] = optimizer
+    for name, optimizer in optimizers.items():
+        best = float("inf")
+        for turn in range(rounds + 1):
+            start = clock(device)
+            optimizer.step()
+            best = min(best, clock(device) - start) if turn else best
+        optimizer.state.clear()
+        lines.append(f"| {name} | {1e3 * best:.0f} |")
+    return "\n".join(lines)
 
 
 def compiled_passes(device: str, rounds: int) -> list[str]:
@@ -219,6 +266,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
     parser.add_argument("--compile", action="store_true", help="measures passes made by torch.compile instead")
     parser.add_argument("--sgd", action="store_true", help="measures SGDP instead")
+    parser.add_argument("--narrow", action="store_true", help="measures shapes with short rows instead")
+    parser.add_argument("--bf16", action="store_true", help="measures bfloat16 weights with float32 state instead")
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -226,7 +275,13 @@ def main() -> None:
     if options.compile:
         print("\n".join(compiled_passes(device, options.rounds)))
         return
+    if options.narrow:
+        print(narrow_rows(device, options.rounds))
+        return
     shapes = gpt2_shapes() if options.model == "gpt2" else llama_1b_shapes(options.num_layers)
+    if options.bf16:
+        print(half_precision(shapes, device, options.rounds))
+        return
     if options.sgd:
         for gradients in options.gradients:
             print(f"{gradients}: {compare_sgd(shapes, device, gradients == 'orthogonal', options.rounds)}")

@@ -1,16 +1,12 @@
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import trl_ext
 from tests.helpers.constrained_ppo import XI, make, rollout
+from tests.helpers.launching import launch, rank_environments
 from tests.helpers.tiny import save_tiny_model, tiny_model
 from trl_ext.constrained_ppo.critic import CriticCompanion, SeparateCritic, ValueHeads
 from trl_ext.core.recorder import extend_forward
@@ -215,10 +211,4 @@ SHARDED = """
 def test_fsdp2_over_two_processes(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(textwrap.dedent(SHARDED))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True, text=True, timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).parents[1])},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agrees") == 2
+    assert launch([script], rank_environments(2)).count("agrees") == 2

@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 import trl_ext
 from tests.helpers.constrained_ppo import make
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
+from trl_ext.constrained_ppo.retired import RETIRED
 
 
 PAGE = (Path(trl_ext.__file__).parents[1] / "docs" / "migrating_from_trl_ppo.md").read_text()
@@ -96,6 +97,25 @@ def test_the_example_builds_the_configuration_it_promises():
     assert config.max_steps == pytest.approx(10_000 / 64 * updates)
     same = {"temperature", "kl_coef", "gamma", "vf_coef", "learning_rate", "cliprange_value"}
     assert {name: getattr(config, name) for name in same} == {name: PPO_CONFIG[name] for name in same}
+
+
+def test_errors_name_what_takes_the_place(tmp_path, path):
+    filled_in = {names(row[0])[0] for row in rows("`PPOConfig`") if row[4].startswith("Was filled in")}
+    for heading in ("`PPOConfig`", "`PPOTrainer`"):
+        for row in rows(heading):
+            (old,), here = names(row[0]), row[2 if heading == "`PPOConfig`" else 1]
+            if old in FIELDS or old in ARGUMENTS or old in filled_in:
+                continue
+            assert here == "none" or names(here)[0] in RETIRED[old], old
+            assert RETIRED[old]
+    assert not RETIRED.keys() & (FIELDS.keys() | ARGUMENTS)
+    with pytest.raises(TypeError, match="`total_episodes` is an argument of TRL's PPO.*`max_steps`.*migrating"):
+        ConstrainedPPOConfig(str(tmp_path), method="ppo", total_episodes=10_000)
+    for name in ("value_model", "reward_model", "data_collator"):
+        with pytest.raises(TypeError, match=f"`{name}` is an argument of TRL's PPO and none of `ConstrainedPPOTrain"):
+            make(tmp_path, path, trainer_arguments={name: None})
+    with pytest.raises(TypeError, match="no_such_name"):
+        ConstrainedPPOConfig(str(tmp_path), no_such_name=1)
 
 
 def test_metrics_are_logged(tmp_path, path):

@@ -19,8 +19,15 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, T
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing
 from trl.scripts import dpo, grpo, kto, reward, rloo, sft
+from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+    use_adapter,
+)
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -29,6 +36,7 @@ USED = {
     "DPOTrainer.__init__": DPOTrainer.__init__,
     "DPOTrainer._prepare_dataset": DPOTrainer._prepare_dataset,
     "DPOTrainer._compute_loss": DPOTrainer._compute_loss,
+    "DPOTrainer._set_signature_columns_if_needed": DPOTrainer._set_signature_columns_if_needed,
     "DPOTrainer.create_model_card": DPOTrainer.create_model_card,
     "GRPOTrainer.__init__": GRPOTrainer.__init__,
     "GRPOTrainer._calculate_rewards": GRPOTrainer._calculate_rewards,
@@ -51,6 +59,9 @@ USED = {
     "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
     "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
     "Trainer.save_model": Trainer.save_model,
+    "Trainer._save": Trainer._save,
+    "Trainer._clip_grad_norm": Trainer._clip_grad_norm,
+    "Trainer._init_training_state": Trainer._init_training_state,
     "Trainer._load_from_checkpoint": Trainer._load_from_checkpoint,
     "Trainer._load_best_model": Trainer._load_best_model,
     "Trainer.remove_callback": Trainer.remove_callback,
@@ -59,7 +70,9 @@ USED = {
     "TrlParser.parse_args_and_config": TrlParser.parse_args_and_config,
     "TrlParser.set_defaults_with_config": TrlParser.set_defaults_with_config,
     "add_fused_lm_head": add_fused_lm_head,
+    "create_model_from_path": grpo_trainer.create_model_from_path,
     "disable_gradient_checkpointing": disable_gradient_checkpointing,
+    "is_async_callable": is_async_callable,
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
@@ -72,6 +85,7 @@ USED = {
 CALLED = {
     "_prepare_dataset": DPOTrainer,
     "_compute_loss": DPOTrainer,
+    "_set_signature_columns_if_needed": Trainer,
     "create_model_card": DPOTrainer,
     "_calculate_rewards": GRPOTrainer,
     "_generate_and_score_completions": GRPOTrainer,
@@ -82,6 +96,9 @@ CALLED = {
     "get_decay_parameter_names": Trainer,
     "get_optimizer_cls_and_kwargs": Trainer,
     "save_model": Trainer,
+    "_save": Trainer,
+    "_clip_grad_norm": Trainer,
+    "_init_training_state": Trainer,
     "_load_from_checkpoint": Trainer,
     "_load_best_model": Trainer,
     "sync_target_model": SyncRefModelCallback,
@@ -130,6 +147,7 @@ def test_loss_reads_what_we_hand_it():
 
 def test_trainer_attributes_we_set_and_read():
     source = inspect.getsource(DPOTrainer)
+    assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
     for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model ="):
         assert text in source, text
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
@@ -146,6 +164,25 @@ def test_policy_loss_reads_what_we_hand_it():
     for text in ('"advantages": advantages', 'output["ref_per_token_logps"]', 'output["old_per_token_logps"]'):
         assert text in source, text
     assert "num_generations < 2" in inspect.getsource(GRPOConfig.__post_init__)
+
+
+def test_reference_is_the_second_model_that_is_loaded():
+    """`reference_built_by` replaces that load, or the only one of a policy that is handed over as a model."""
+    source = inspect.getsource(GRPOTrainer.__init__)
+    policy, reference = "model = create_model_from_path(model, **", "self.ref_model = create_model_from_path("
+    assert source.count("create_model_from_path(") == 2 and 0 < source.index(policy) < source.index(reference)
+    # What is done to a model before the reference is built, and after
+    assert source.index("add_fused_lm_head(") > source.index(reference) > source.index("super().__init__(")
+
+
+def test_stop_tokens_and_logged_advantages_are_those_we_set():
+    source = inspect.getsource(GRPOTrainer)
+    for text in (
+        "torch.isin(completion_ids, torch.tensor(self.eos_token_ids",
+        "generation_kwargs.update(args.generation_kwargs)",
+        'self._logs["advantages"].extend(all_process_advantages', '["frac_reward_zero_std"].append',
+    ):  # fmt: skip
+        assert text in source, text
 
 
 def test_rollouts_are_kept_and_counted_as_we_restore_them():

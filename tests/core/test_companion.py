@@ -61,6 +61,11 @@ def test_companion_trains_in_its_own_last_group_and_stands_beside_the_policy(exa
     trainer.save_model(str(tmp_path / "final"))
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
+    plain = tiny_model().state_dict()
+    assert trainer.model.state_dict().keys() == plain.keys()
+    trainer.model.load_state_dict(plain)
+    trainer.accelerator.save_model(trainer.model, tmp_path / "by_accelerate")
+    assert load_file(tmp_path / "by_accelerate" / "model.safetensors").keys() == plain.keys()
     kept = load_file(tmp_path / "final" / "length_head.safetensors")
     assert torch.equal(kept["weight"], trainer.companion.module.weight)
 
@@ -70,7 +75,7 @@ def test_resumed_run_equals_the_uninterrupted_one(example, tmp_path):
     whole.train()
     again = make_trainer(example, tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    first, second = whole.model.state_dict(), again.model.state_dict()
+    first, second = dict(whole.model.named_parameters()), dict(again.model.named_parameters())
     assert first.keys() == second.keys() and any("length_head" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.launching import CHAINS, assert_same_numbers, run
+from tests.helpers.launching import CHAINS, assert_same_numbers, run, run_once
 
 
 pytestmark = pytest.mark.distributed
@@ -22,13 +22,9 @@ def launch(launcher, model, output, critic, *options):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    runs = {}
-
     def of(critic):
-        if critic not in runs:
-            folder = tmp_path_factory.mktemp(critic)
-            runs[critic] = (launch("single", model, folder, critic), folder)
-        return runs[critic]
+        options = ["--batch_size", "8", "--critic", critic]
+        return run_once(tmp_path_factory, f"ppo_alone_{critic}", SCRIPT, model, *options)
 
     return of
 
@@ -36,12 +32,13 @@ def alone(model, tmp_path_factory):
 @pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
 def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     critic = CRITICS[launcher]
-    expected, folder = alone(critic)
+    folder, expected = alone(critic)
     found = launch(launcher, model, tmp_path, critic)
     assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
     assert_same_numbers(found, expected, 1e-3)
     assert found["multipliers"][0] == found["multipliers"][1] and found["states"][0] == found["states"][1]
-    assert found["multipliers"][0]["num_updates"] == 2
+    # Of the two rollouts, the first begins in the critic's warm-up
+    assert found["multipliers"][0]["num_updates"] == 1
 
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -62,4 +59,16 @@ def test_the_other_critic_on_two_processes(launcher, model, alone, tmp_path):
     critic = {"shared": "separate", "separate": "shared"}[CRITICS[launcher]]
     found = launch(launcher, model, tmp_path, critic)
     assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
-    assert_same_numbers(found, alone(critic)[0], 1e-3)
+    assert_same_numbers(found, alone(critic)[1], 1e-3)
+
+
+def test_without_a_critic_two_processes_equal_one(model, tmp_path):
+    """The completions of a prompt lie on both processes."""
+    script = str(Path(__file__).with_name("train_grpo.py"))
+    expected = run("single", script, model, tmp_path / "alone", "--batch_size", "8")
+    found = run("ddp", script, model, tmp_path, "--batch_size", "4")
+    assert found["world_size"] == 2 and found["chain"] == CHAINS["ddp"]
+    assert_same_numbers(found, expected, 1e-3, count=11)
+    assert all(abs(loss) > 1e-3 for loss in found["loss"]) and len(set(found["kl/coef"])) == 2
+    assert found["multipliers"][0] == found["multipliers"][1] and found["states"][0] == found["states"][1]
+    assert (tmp_path / "checkpoint-3" / "rollout_1.pt").is_file()

@@ -1,16 +1,13 @@
 """A reward model with an equilibrium head trains in two processes as in one: DDP, ZeRO-1, 2 and 3, FSDP2."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.launching import CHAINS, LAUNCHERS, ROOT, free_port
-from tests.helpers.launching import run as run_launcher
+from tests.helpers import launching
+from tests.helpers.launching import CHAINS, rank_environments, run_once
 from trl_ext import EPModelForSequenceClassification
 
 
@@ -21,12 +18,11 @@ STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return folder, run_launcher("single", SCRIPT, model, folder, "--batch_size", "4", "--everything")
+    return run_once(tmp_path_factory, "equilibrium_alone", SCRIPT, model, "--batch_size", "4", "--everything")
 
 
 def launch(launcher, model, output, *options):
-    return run_launcher(launcher, SCRIPT, model, output, "--batch_size", "2", *options)
+    return launching.run(launcher, SCRIPT, model, output, "--batch_size", "2", *options)
 
 
 def assert_same_weights(folder, expected, file="model.safetensors"):
@@ -39,9 +35,8 @@ def assert_same_weights(folder, expected, file="model.safetensors"):
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3"])
-def test_two_processes_equal_one(launcher, model, alone, tmp_path, monkeypatch):
+def test_two_processes_equal_one(launcher, model, alone, tmp_path):
     single, expected = alone
-    monkeypatch.setitem(LAUNCHERS, "zero1", [*LAUNCHERS["zero2"], "--zero_stage", "1"])
     everything = ["--everything"] if launcher in ("ddp", "zero3") else []
     found = launch(launcher, model, tmp_path, *everything)
     assert found["world_size"] == 2 and found["zero_stage"] == STAGES[launcher]
@@ -63,11 +58,4 @@ def test_two_processes_equal_one(launcher, model, alone, tmp_path, monkeypatch):
 
 def test_fsdp2(model):
     script = str(Path(__file__).with_name("fully_shard_equilibrium.py"))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node", "2",
-         script, model],
-        capture_output=True, text=True, timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agrees") == 2
+    assert launching.launch([script, model], rank_environments(2)).count("agrees") == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.launching import CHAINS, assert_same_numbers, run
+from tests.helpers.launching import CHAINS, assert_same_numbers, run, run_once
 
 
 pytestmark = pytest.mark.distributed
@@ -26,8 +26,7 @@ def assert_same_critic(found, expected, **tolerances):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return folder, run("single", SCRIPT, model, folder, "--batch_size", "8")
+    return run_once(tmp_path_factory, "equilibrium_critic_alone", SCRIPT, model, "--batch_size", "8")
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import trl_ext
-from tests.helpers.optim import free_port
+from tests.helpers.launching import free_port, launch, once, rank_environments
 
 
 pytestmark = pytest.mark.distributed
@@ -41,33 +41,35 @@ MODES = {
 }  # fmt: skip
 
 
-def run(command, output, **environment):
+def run(command, output):
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=900,
-        env={**os.environ, **ENVIRONMENT, **environment},
-    )  # fmt: skip
+        [sys.executable, *command], capture_output=True, text=True, timeout=900, env={**os.environ, **ENVIRONMENT}
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((Path(output) / "found.json").read_text())
 
 
+def run_all(folder):
+    """Runs all modes in as many processes; what two write, three read."""
+    results = []
+    for world_size, modes in MODES.items():
+        arguments = [FOLDER / "optimizer_shards.py", "--output", folder, "--modes", *modes]
+        launch(arguments, rank_environments(world_size))
+        result = json.loads((folder / "found.json").read_text())
+        assert result["world_size"] == world_size
+        results += [(world_size, mode, facts) for mode, facts in result["modes"].items()]
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Written by two processes, read by three."""
-    return tmp_path_factory.mktemp("shards")
+    return once(tmp_path_factory, "shards", run_all)
 
 
 @pytest.fixture(scope="module")
-def found(checkpoints, tmp_path_factory):
-    results = {}
-    for world_size, modes in MODES.items():
-        folder = checkpoints if world_size in (2, 3) else tmp_path_factory.mktemp(f"shards{world_size}")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        result = run(
-            [*launcher, str(FOLDER / "optimizer_shards.py"), "--output", str(folder), "--modes", *modes], folder
-        )
-        assert result["world_size"] == world_size
-        results |= {(world_size, mode): facts for mode, facts in result["modes"].items()}
-    return results
+def found(checkpoints):
+    results = json.loads((checkpoints / "results.json").read_text())
+    return {(world_size, mode): facts for world_size, mode, facts in results}
 
 
 CASES = [(world_size, mode) for world_size, modes in MODES.items() for mode in modes]
@@ -130,8 +132,10 @@ def test_groups_by_weight_decay_take_one_all_reduce(stage, found):
 
 @pytest.fixture(scope="module")
 def trained_alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    run([str(FOLDER / "train_optimizer.py"), "--output", str(folder), "--batch_size", "4"], folder)
+    def train(folder):
+        launch([FOLDER / "train_optimizer.py", "--output", folder, "--batch_size", "4"], [{}])
+
+    folder = once(tmp_path_factory, "optimizer_alone", train)
     return load_file(folder / "model" / "model.safetensors")
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.launching import CHAINS, run
+from tests.helpers.launching import CHAINS, run, run_once
+from tests.helpers.sparse_po import LOG2
 
 
 pytestmark = pytest.mark.distributed
@@ -22,13 +23,14 @@ def launch(launcher, model, output, *options, settings=None):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    return launch("single", model, tmp_path_factory.mktemp("single"))
+    return run_once(tmp_path_factory, "sparse_po_alone", SCRIPT, model, "--batch_size", "4")[1]
 
 
 def assert_same_training(found, expected, launcher):
     assert found["world_size"] == 2
     assert found["chain"] == CHAINS[launcher]
     assert found["zero_stage"] == {"ddp": None, "zero2": 2, "zero3": 3}[launcher]
+    assert found["losses"][0] == expected["losses"][0] == LOG2
     for name in ("losses", "eval_losses", "mask_means"):
         assert found[name] == pytest.approx(expected[name], abs=2e-4), name
     torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(expected["weights"]), rtol=2e-3, atol=2e-3)
@@ -73,3 +75,12 @@ def test_activation_masks_under_zero3(model, tmp_path):
     expected = launch("single", model, tmp_path / "single", settings=settings)
     found = launch("zero3", model, tmp_path / "zero3", settings=settings)
     assert_same_training(found, expected, "zero3")
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2"])
+def test_first_step_in_mixed_precision(launcher, model, tmp_path):
+    """The reference is the policy to the last bit, under every kind of mask."""
+    found = run(launcher, str(Path(__file__).with_name("train_first_step.py")), model, tmp_path)
+    assert found["world_size"] == 2 and found["zero_stage"] == {"ddp": None, "zero2": 2}[launcher]
+    for mask_type in ("activation", "ones", "learned"):
+        assert found[mask_type] == [LOG2, 0.0, 0.0, 0.0], mask_type

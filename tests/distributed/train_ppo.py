@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
-from tests.helpers.constrained_ppo import length, low_ids, prompts  # noqa: E402
+from tests.helpers.constrained_ppo import low_ids, prompts  # noqa: E402
 from tests.helpers.launched import wrapper_chain  # noqa: E402
 from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
@@ -24,11 +24,18 @@ LOGGED = (
 )  # fmt: skip
 
 
+def length(completion_ids, **columns):
+    """Each token earns an eighth."""
+    return [[1 / 8] * len(ids) for ids in completion_ids]
+
+
 def make_trainer(options: argparse.Namespace, output: str, **settings) -> ConstrainedPPOTrainer:
     arguments = ConstrainedPPOConfig(
         output_dir=output,
         method="xi",
         constraints=[{"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}],
+        token_rewards=["length"],
+        critic_warmup_steps=1,
         calibration_samples=8,
         kl_target=0.01,
         per_device_train_batch_size=options.batch_size,

@@ -1,25 +1,24 @@
-"""Starts a training script in one process or in two, as a test reads what it wrote."""
+"""Starts a training script in one process or in several, as a test reads what it wrote."""
 
+import functools
 import json
 import os
 import socket
-import subprocess
-import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from filelock import FileLock
 
 import trl_ext
+from tests.helpers.fork_server import ForkServer
 
 
 CONFIGS = Path(trl_ext.__file__).parent / "accelerate_configs"
 ROOT = Path(trl_ext.__file__).parents[1]
-LAUNCHERS = {
-    "single": [],
-    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "zero2": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero2.yaml")],
-    "zero3": ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero3.yaml")],
-}
 CHAINS = {
     "ddp": ["DistributedDataParallel", "AcceleratedOptimizer", "AdamW"],
     "zero2": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
@@ -33,17 +32,68 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this process, started when it is first needed."""
+    return ForkServer()
+
+
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """What a launcher tells each process of a node."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def deepspeed_environment(config: str, script: str, *options: str) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment for a DeepSpeed configuration."""
+    arguments = ["--config_file", str(CONFIGS / config), *options, script]
+    parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    environment = prepare_deepspeed_cmd_env(parsed)[1]
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
+def launch(argv: list[str], environments: list[dict[str, str]]) -> str:
+    """Runs a script in forked processes; returns what they wrote to the standard output."""
+    with tempfile.TemporaryDirectory() as folder:
+        status, printed, errors = fork_server().run([str(part) for part in argv], environments, folder)
+    assert status == 0, errors[-4000:]
+    return printed
+
+
 def run(launcher, script, model, output, *options):
-    command = [sys.executable, *LAUNCHERS[launcher]]
+    """Runs a training script alone, or in two processes; returns what it found."""
+    environments = [{}] if launcher == "single" else rank_environments(2)
     if launcher.startswith("zero"):
-        command += ["--main_process_port", free_port()]
-    result = subprocess.run(
-        [*command, script, "--model", model, "--output", str(output), *options],
-        capture_output=True, text=True, timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
+        # There is no configuration of stage 1
+        config, stage = f"cpu_{launcher}.yaml".replace("zero1", "zero2"), launcher.removeprefix("zero")
+        deepspeed = deepspeed_environment(config, script, "--zero_stage", stage)
+        environments = [{**deepspeed, **environment} for environment in environments]
+    launch([script, "--model", model, "--output", output, *options], environments)
     return json.loads((Path(output) / "found.json").read_text())
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, by whichever process of the test run needed it first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        root = root.parent
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, model: str, *options: str):
+    """Folder and findings of a training script that runs alone, [`once`]."""
+    folder = once(tmp_path_factory, name, lambda folder: run("single", script, model, folder, *options))
+    return folder, json.loads((folder / "found.json").read_text())
 
 
 def assert_same_numbers(found, expected, tolerance, count=12):

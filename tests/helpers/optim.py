@@ -1,7 +1,5 @@
 """What the optimizers' tests share: gradients of every kind, parts of weights in flat tensors, training settings."""
 
-import socket
-
 import torch
 from transformers import TrainingArguments
 
@@ -104,9 +102,3 @@ def arguments(tmp_path, **settings):
 
 def text_data():
     return tiny_pairs(8).select_columns(["chosen"]).rename_column("chosen", "text")
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

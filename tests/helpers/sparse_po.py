@@ -10,6 +10,8 @@ from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
 
+# The loss of a policy that equals its reference, as float32 has it
+LOG2 = -torch.nn.functional.logsigmoid(torch.zeros(())).item()
 COMMON = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,

@@ -51,7 +51,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = {**FAMILIES[family], **overrides}
+    sizes = {**FAMILIES.get(family, {}), **overrides}
     sizes.setdefault("vocab_size", len(WORDS))
     config = AutoConfig.for_model(family, **sizes)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import trl_ext
-from tests.helpers.optim import free_port
+from tests.helpers.launching import free_port
 
 
 @pytest.fixture(scope="module")

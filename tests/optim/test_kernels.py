@@ -1,5 +1,6 @@
 """The compiled CPU kernels, and those for GPUs, against the paths in torch."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from tests.helpers.optim import copy_of, local_of
 from trl_ext.optim import AdamP
-from trl_ext.optim.kernels import cpu
+from trl_ext.optim.kernels import cpu, library
 from trl_ext.optim.shards import Shard
 from trl_ext.optim.weights import LocalTensor, Weight
 
@@ -29,7 +30,7 @@ def updated(local, by_rows, compiled):
 
 @pytest.fixture(autouse=True)
 def _needs_a_compiler():
-    if cpu.compiled_library() is None:
+    if library.compiled_library() is None:
         pytest.skip("no C compiler")
 
 
@@ -56,21 +57,30 @@ def test_threads_share_a_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"maximize": True}])
-@pytest.mark.parametrize("projected", [False, True])
-def test_the_short_way_rounds_as_the_long_one(projected, options):
-    """AdamW's step first, redone where the test passes, or the dot products first and then the step."""
-    local = local_of((30, 7), **options)
+@pytest.mark.parametrize("shape", [(30, 7), (9, 16), (5, 40), (2, 300), (40, 1)])
+def test_the_short_way_rounds_as_the_long_one(shape, options):
+    """AdamW's step after a test alone, or the dot products first and then the step; and the table as both."""
+    local = local_of(shape, weight_decay=0.5, lr=0.1, delta=1e-9, **options)
     short, long = (Weight(copy_of(local), local.shards[0]) for _ in range(2))
-    coefficient = torch.linspace(-0.5, 0.5, 30) if projected else torch.zeros(1)
-    short.old = torch.empty(210)
-    cpu.measure(short, 0.95, short.old)
-    if projected:
-        cpu.apply(short, 0.99, coefficient)
+    assert cpu.test(short) is None
+    cpu.step(short)
     cpu.measure(long)
-    cpu.apply(long, 0.99 if projected else 0.95, coefficient)
-    assert torch.equal(short.dots, long.dots)
+    assert cpu.find_level(long) is None
+    cpu.apply(long, 0.95, torch.zeros(1))
     assert torch.equal(short.local.flat, long.local.flat)
     assert not torch.equal(short.local.flat, local.flat)
+    for expected in (0, 1):
+        table = copy_of(local)
+        part = cpu._part(table, table.shards[0], cpu.LEVELS.index("test"))
+        part[cpu.EXPECTED] = expected
+        parts, hits = torch.tensor([part]), torch.zeros(1, 2)
+        options_here, coefficients = cpu.options_of(table.group, table.step), torch.zeros(shape[0])
+        found = library.compiled_library().adamp_update_weights(
+            cpu._at(parts, 0), *map(ctypes.c_int64, (0, 1)), ctypes.byref(options_here), ctypes.c_int64(1),
+            cpu._at(coefficients, 0), ctypes.c_int64(len(coefficients)), cpu._at(hits, 0),
+        )  # fmt: skip
+        assert found == 1 and not hits.any() and parts[0, cpu.EXPECTED] == 0
+        assert torch.equal(table.flat, long.local.flat)
 
 
 def test_what_the_last_step_did_has_no_influence():
@@ -82,9 +92,10 @@ def test_what_the_last_step_did_has_no_influence():
         generator, ways = torch.Generator().manual_seed(1), []
         for _ in range(30):
             weight.grad = torch.randn(8, 6, generator=generator)
-            if always_long:
-                optimizer._projected.add((0, 0))
-            ways.append(len(optimizer._projected))
+            for plan in optimizer._plans:
+                if always_long:
+                    plan._table[:, cpu.EXPECTED] = 1
+                ways.append(int(plan._table[0, cpu.EXPECTED] > 0))
             optimizer.step()
         assert 0.2 < next(iter(optimizer.report().values()))["layer"] < 0.9
         assert always_long or {0, 1} == set(ways)
@@ -123,8 +134,8 @@ def test_sums_are_exact_enough():
 def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu._build.cache_clear()
-    cpu.compiled_library.cache_clear()
+    library._build.cache_clear()
+    library.compiled_library.cache_clear()
     try:
         for fused in (None, True):
             weight = torch.nn.Parameter(torch.ones(4, 3))
@@ -134,8 +145,8 @@ def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwa
             warned = [str(warning.message) for warning in recwarn if "torch's own" in str(warning.message)]
             assert len(warned) == (fused is True)
     finally:
-        cpu._build.cache_clear()
-        cpu.compiled_library.cache_clear()
+        library._build.cache_clear()
+        library.compiled_library.cache_clear()
 
 
 def test_triton_kernels_in_the_interpreter():

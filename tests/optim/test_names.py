@@ -7,7 +7,16 @@ from transformers import Trainer
 from tests.helpers.optim import arguments
 from tests.helpers.tiny import tiny_model
 from trl_ext.core.parameter_groups import decay_groups
-from trl_ext.optim import SGDP, AdamP, names, optimizer_factory, register, register_optimizer, unregister
+from trl_ext.optim import (
+    SGDP,
+    AdamP,
+    names,
+    optimizer_factory,
+    register,
+    register_optimizer,
+    scale_invariant_weights,
+    unregister,
+)
 from trl_ext.optim.names import check_optim_args, parse_optim_args
 
 
@@ -143,7 +152,8 @@ def test_optim_args_have_types():
 
 def test_named_projection(registered, tmp_path):
     model = tiny_model("qwen3")
-    options = {"auto": r"\.(q_proj|k_proj)\.weight$", "q_proj|k_proj:layer": "q_proj|k_proj"}
+    (known,) = scale_invariant_weights(model.config)
+    options = {"auto": known, "q_proj|k_proj:layer": "q_proj|k_proj"}
     for value, pattern in options.items():
         args = arguments(tmp_path, optim="adamp", optim_args=f"projection={value},state_dtype=float32")
         optimizer = Trainer(model, args).create_optimizer()

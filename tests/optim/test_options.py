@@ -1,5 +1,8 @@
 """Options: values that are refused, what an optimizer is handed, and weights named in `projection`."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,6 +30,13 @@ BOTH = [(AdamP, {}), (SGDP, {"momentum": 0.9})]
         ({"projection": {"q_proj[": "layer"}}, "pattern"),
         ({"on_unknown_shards": "ignore"}, "`on_unknown_shards`"),
         ({"state_dtype": torch.int32}, "`state_dtype`"),
+        ({"state_dtype": torch.float16}, "`state_dtype=torch.float16` can't hold the running averages"),
+        ({"state_dtype": torch.float8_e4m3fn}, "can't hold the running averages"),
+        ({"lr": "1e-3"}, r"`lr` must be a number, got '1e-3' \(str\)"),
+        ({"eps": None}, r"`eps` must be a number, got None"),
+        ({"weight_decay": True}, "`weight_decay` must be a number, got True"),
+        ({"betas": "0.9"}, "`betas` must be two numbers"),
+        ({"betas": (0.9, None)}, r"`betas\[1\]` must be a number, got None"),
     ],
 )
 def test_wrong_options(options, message):
@@ -96,5 +106,44 @@ def test_projection_by_name():
     with pytest.raises(ValueError, match="'gpt2'"):
         scale_invariant_weights(AutoConfig.for_model("gpt2"))
     unnamed = AdamP(params_of((3, 3)), projection={"q_proj": "layer"})
-    with pytest.raises(ValueError, match="no names"):
+    with pytest.raises(ValueError, match="has no name"):
         unnamed.step()
+
+
+def test_names_in_multimodal_models_and_adapters():
+    """The language model's own and the copies that PEFT trains, not those of other towers."""
+    (gemma,) = scale_invariant_weights(SimpleNamespace(model_type="gemma3"))
+    tower, layer = "model.vision_tower.vision_model.encoder.layers.0", "model.language_model.layers.0"
+    assert not re.search(gemma, f"{tower}.self_attn.q_proj.weight")
+    assert re.search(gemma, f"{layer}.self_attn.q_proj.weight") and re.search(gemma, f"{layer}.mlp.down_proj.weight")
+    assert re.search(gemma, f"base_model.model.{layer}.mlp.up_proj.modules_to_save.default.weight")
+    assert not re.search(gemma, f"base_model.model.{layer}.mlp.up_proj.original_module.weight")
+    assert not re.search(gemma, f"base_model.model.{layer}.self_attn.q_proj.lora_A.default.weight")
+    assert not re.search(gemma, f"{layer}.mlp.gate_proj.weight")
+    biased = SimpleNamespace(model_type="qwen3_vl", text_config=SimpleNamespace(attention_bias=True))
+    assert not re.search(next(iter(scale_invariant_weights(biased))), f"{layer}.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "glm4", "gemma3_text", "gemma3n_text", "qwen3"])
+def test_named_weights_are_scale_invariant(model_type):
+    """The loss does not change with their norm: without the norms' epsilon the gradient is orthogonal to each."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"num_kv_shared_layers": 0, "laurel_rank": 4, "hidden_size_per_layer_input": 4}
+    settings |= {"activation_sparsity_pattern": None, "vocab_size_per_layer_input": 32}
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=32,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-12, pad_token_id=0,
+        **(settings if "gemma3n" in model_type else {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    ids = torch.arange(1, 17).view(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    (pattern,), found = scale_invariant_weights(config), 0
+    for name, weight in model.named_parameters():
+        if re.search(pattern, name):
+            found += 1
+            cosine = torch.nn.functional.cosine_similarity(weight.flatten(), weight.grad.flatten(), dim=0)
+            assert abs(float(cosine)) < 1e-4, (name, float(cosine))
+    assert found >= 2 * 2

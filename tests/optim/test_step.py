@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.optim import assert_close, assert_equal, gradients, params_of, run, tensors
 from trl_ext.optim import SGDP, AdamP
-from trl_ext.optim.kernels import cpu
 
 
 BOTH = [(AdamP, {}), (SGDP, {"momentum": 0.9})]
@@ -37,7 +36,7 @@ def test_host_is_read_once_for_all_tensors(cls, options, dtype, capturable, monk
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
     params = [torch.nn.Parameter(tensor) for tensor in tensors(dtype).values()]
     # On a CPU compiled kernels read what they like, on a GPU nothing may
-    monkeypatch.setattr(cpu, "is_usable", lambda local: False)
+    monkeypatch.setattr(cls, "CPU_KERNELS", None)
     optimizer = cls(params, lr=1e-3, capturable=capturable, **options)
     for step in range(3):
         for param, grad in zip(params, gradients(tensors(dtype), step).values(), strict=True):
@@ -221,12 +220,13 @@ def test_float32_state_makes_the_update_of_float32_arithmetic():
             torch.testing.assert_close(low[name], high[name].to(torch.bfloat16), rtol=2**-7, atol=1e-6)
 
 
-def test_stochastic_rounding_keeps_small_updates_on_average():
-    """An update of a tenth of a unit in the last place is lost when rounded to the nearest."""
-    size, num_steps = 4096, 40
+@pytest.mark.parametrize("shape", [(4096,), (64, 64), (512, 8)])
+def test_stochastic_rounding_keeps_small_updates_on_average(shape):
+    """An update of a tenth of a unit in the last place is lost when rounded to the nearest; kernels and torch."""
+    num_steps = 40
     for stochastic in (False, True):
         torch.manual_seed(0)
-        param = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+        param = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
         optimizer = AdamP([param], lr=2**-8 / 10, state_dtype=torch.float32, stochastic_rounding=stochastic)
         for _ in range(num_steps):
             param.grad = torch.ones_like(param)

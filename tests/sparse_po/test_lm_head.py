@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.helpers import tiny
+from tests.helpers.launching import launch, rank_environments
 from tests.helpers.sparse_po import PLAIN, TRANSFORMS, head_inputs, paired
 from tests.helpers.tiny import FAMILIES, tiny_model
 from trl_ext.sparse_po.lm_head.paired_log_probs import logit_transform, paired_log_probs
@@ -267,12 +268,7 @@ SHARDED = """
 def test_fsdp2_over_two_processes(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(textwrap.dedent(SHARDED))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agrees") == 2
+    assert launch([script], rank_environments(2)).count("agrees") == 2
 
 
 TRITON = """

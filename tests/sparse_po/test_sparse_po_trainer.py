@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.sparse_po import first_batch, gradients, losses, make_trainer, perturb
+from tests.helpers.sparse_po import LOG2, first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
 from trl_ext.sparse_po.policy_forward import MaskedCausalLMOutput
@@ -59,7 +59,7 @@ def test_ones_without_divergence_is_dpo(loss, tmp_path, tiny_path, tokenizer):
         # discopop divides the logits by its temperature of 0.05 and sppo_hard squares them, and rounding with them
         tolerance = 1e-4 if loss.get("loss_type") in (["discopop"], ["sppo_hard"]) else 2e-6
         assert (our_gradients[name] - gradient).abs().max() <= tolerance * max(1.0, gradient.abs().max()), name
-    for name in dpo_metrics.keys() - ({"logps/chosen", "logps/rejected"} if "ld_alpha" in loss else set()):
+    for name in dpo_metrics:
         assert our_metrics[name] == pytest.approx(dpo_metrics[name], rel=1e-4, abs=1e-5), name
 
 
@@ -202,7 +202,7 @@ def test_layer_states_are_hidden_states(tmp_path, tiny_path, tokenizer):
 
     trainer = make_trainer(tmp_path, tiny_path, tokenizer)
     batch = first_batch(trainer)
-    states = trainer._reference_states(batch)
+    states = trainer._reference_input(batch).states
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     hidden = tiny_model()(**inputs, output_hidden_states=True).hidden_states[1:]
     completion = batch["completion_mask"][:, 1:].bool()
@@ -236,6 +236,19 @@ def test_own_optimizer_trains_the_masks_too(tmp_path, tiny_path, tokenizer):
     before = [p.detach().clone() for p in trainer.masks.parameters()]
     trainer.train()
     assert all(not torch.equal(p, q) for p, q in zip(trainer.masks.parameters(), before, strict=True))
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {0.1}  # not `args.learning_rate`
+
+
+def test_own_optimizer_and_scheduler(tmp_path, tiny_path, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+    trainer = make_trainer(
+        tmp_path, model, tokenizer, max_steps=3, trainer_arguments={"optimizers": (optimizer, scheduler)}
+    )
+    trainer.train()
+    assert [entry["learning_rate"] for entry in trainer.state.log_history[:3]] == pytest.approx([0.0, 0.025, 0.05])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.075] * 3)
 
 
 def test_saved_policy_is_a_plain_model(tmp_path, tiny_path, tokenizer):
@@ -252,9 +265,15 @@ def test_saved_policy_is_a_plain_model(tmp_path, tiny_path, tokenizer):
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"independent_masks": True, "mask_learning_rate": 0.1}, {"peft": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"independent_masks": True, "mask_learning_rate": 0.1}, {"peft": True}, {"family": "mixtral"}],
+    ids=lambda settings: "-".join(settings) or "common",
+)
 def test_resumed_equals_uninterrupted(settings, tmp_path, tiny_path, tokenizer):
     settings = dict(settings)
+    if "family" in settings:
+        tiny_path = save_tiny_model(tmp_path / "model", settings.pop("family"))
     arguments = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])} if settings.pop("peft", False) else {}
     settings |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "trainer_arguments": arguments}
     uninterrupted = make_trainer(tmp_path / "a", tiny_path, tokenizer, **settings)
@@ -268,16 +287,22 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, tiny_path, tokenizer):
         assert torch.equal(p, q), name
 
 
-def test_load_best_model_restores_its_masks(tmp_path, tiny_path, tokenizer):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_load_best_model_restores_it_and_its_masks(family, tmp_path, tokenizer):
+    path = save_tiny_model(tmp_path / "model", family)
     trainer = make_trainer(
-        tmp_path, tiny_path, tokenizer, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps",
-        eval_steps=1, load_best_model_at_end=True, mask_learning_rate=0.1,
+        tmp_path, path, tokenizer, max_steps=4, learning_rate=1.0, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, mask_learning_rate=0.1,
         trainer_arguments={"eval_dataset": tiny_pairs(8, seed=1)},
     )  # fmt: skip
     trainer.train()
-    saved = load_file(f"{trainer.state.best_model_checkpoint}/token_masks.safetensors")
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("checkpoint-4")
+    saved = load_file(f"{best}/token_masks.safetensors")
     for name, parameter in trainer.masks.learned.named_parameters():
         assert torch.equal(parameter, saved[name]), name
+    for name, tensor in AutoModelForCausalLM.from_pretrained(best).state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(
@@ -305,7 +330,7 @@ def test_lora_trains_masks_against_the_disabled_adapter(tmp_path, tiny_path, tok
     batch = first_batch(trainer)
     full = make_trainer(tmp_path, tiny_path, tokenizer)
     torch.testing.assert_close(
-        trainer._reference_states(batch).hidden, full._reference_states(batch).hidden, rtol=1e-5, atol=1e-6
+        trainer._reference_input(batch).states.hidden, full._reference_input(batch).states.hidden, rtol=1e-5, atol=1e-6
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -333,7 +358,7 @@ def test_qlora(tmp_path, tokenizer):
     assert {name.split(".")[-1] for name in before} >= {"layer_weight", "weight"}
     assert all(p.dtype == torch.float32 for p in trainer.masks.parameters())
     assert all(not torch.equal(trainer.model.get_parameter(name), old) for name, old in before.items())
-    assert trainer.state.log_history[0]["kl/chosen"] == pytest.approx(0, abs=1e-4) and losses(trainer)[2] > 0
+    assert trainer.state.log_history[0]["kl/chosen"] == 0 and losses(trainer)[0] == LOG2 != losses(trainer)[2]
 
 
 def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
@@ -345,7 +370,7 @@ def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
     batch = first_batch(trainer)
     trainer.compute_loss(trainer.model, batch)
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    assert metrics["kl/chosen"] == pytest.approx(0, abs=1e-5)  # the "ref" adapter starts as a copy
+    assert metrics["kl/chosen"] == 0  # the "ref" adapter starts as a copy
     trainer.train()
     head = trainer.model.get_base_model().get_output_embeddings()
     assert trainer._reference_input(batch).head is head.modules_to_save["ref"]
@@ -379,7 +404,8 @@ def test_bfloat16(tmp_path, tiny_path, tokenizer):
     pure.train()
     assert next(pure.masks.parameters()).dtype == torch.float32
     for trainer in (mixed, pure):
-        assert losses(trainer) == pytest.approx(losses(reference), abs=0.05)
+        assert losses(trainer)[0] == losses(reference)[0] == LOG2
+        assert losses(trainer)[1] == pytest.approx(losses(reference)[1], abs=0.05)
 
 
 def test_conversational_data_and_evaluation(tmp_path, tiny_path, tokenizer):

@@ -1,15 +1,16 @@
 """Each wrong input raises before any step, with the field, the value and the remedy; nothing saved is lost."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PromptTuningConfig
-from transformers import T5Config, T5ForConditionalGeneration
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import DPOConfig
 
-from tests.helpers.sparse_po import COMMON, losses, make_trainer
+from tests.helpers.sparse_po import COMMON, LOG2, losses, make_trainer
 from tests.helpers.tiny import tiny_model, tiny_pairs
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
@@ -40,6 +41,7 @@ def replaced(row, **values):
         ({"use_liger_kernel": True}, "use_kernels"),
         ({"loss_type": ["sft"]}, "'sft'.*sigmoid"),
         ({"loss_type": ["aot"]}, "'aot'.*sigmoid"),
+        ({"strict_pairs": True, "drop_invalid_pairs": True}, "strict_pairs=True.*drop_invalid_pairs=True"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type.*reverse_kl"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -56,45 +58,19 @@ def test_plain_dpo_config(tmp_path, tiny_path, tokenizer):
         )
 
 
-def chosen_without_text():
-    return replaced(3, chosen="  ")
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (lambda: tiny_pairs().remove_columns("chosen"), "'chosen'"),
         (lambda: tiny_pairs().rename_column("rejected", "refused"), "'rejected'.*refused"),
-        (chosen_without_text, "row 3.*`chosen` is empty.*drop_invalid_pairs"),
-        (lambda: replaced(2, rejected=""), "row 2.*`rejected` is empty"),
-        (lambda: replaced(1, chosen=" good", rejected=" good"), "row 1.*equals.*drop_invalid_pairs"),
-        (
-            lambda: Dataset.from_list(
-                [
-                    *tiny_pairs(2, conversational=True).to_list(),
-                    {"prompt": [{"role": "user", "content": "a"}]}
-                    | {side: [{"role": "assistant", "content": ""}] for side in ("chosen", "rejected")},
-                ]
-            ),
-            "row 2.*`chosen` is empty",
-        ),
-        (lambda: IterableDataset.from_generator(lambda: iter(replaced(0, chosen=" "))), "row 0.*`chosen` is empty"),
+        (lambda: replaced(4, chosen=None), "Row 4.*no `chosen`"),
+        (lambda: tiny_pairs(1).select([]), "train dataset is empty"),
     ],
-    ids=["no-chosen", "no-rejected", "empty-chosen", "empty-rejected", "equal", "conversational", "iterable"],
+    ids=["no-chosen", "no-rejected", "none", "empty"],
 )  # fmt: skip
 def test_data(data, message, tmp_path, tiny_path, tokenizer):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tiny_path, tokenizer, data=data(), max_steps=1)
-
-
-def test_invalid_pairs_are_dropped_on_request(tmp_path, tiny_path, tokenizer):
-    trainer = make_trainer(
-        tmp_path, tiny_path, tokenizer, data=chosen_without_text(), drop_invalid_pairs=True, max_steps=1
-    )
-    assert len(trainer.train_dataset) == 5
-    empty = Dataset.from_list([{"prompt": "a", "chosen": "", "rejected": ""}])
-    with pytest.raises(ValueError, match="Every pair of the train dataset"):
-        make_trainer(tmp_path, tiny_path, tokenizer, data=empty, drop_invalid_pairs=True)
 
 
 def test_prompts_longer_than_max_length(tmp_path, tiny_path, tokenizer, caplog):
@@ -117,6 +93,31 @@ def test_vocabulary_mismatch(tmp_path, tiny_path, tokenizer):
         make_trainer(tmp_path, tiny_path, tokenizer, trainer_arguments={"ref_model": reference})
 
 
+def test_resized_embeddings_without_a_reference(tmp_path, tiny_path, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    model.resize_token_embeddings(64)
+    with pytest.raises(ValueError, match=r"64 tokens and its reference model of 36.*copy.deepcopy\(model\)"):
+        make_trainer(tmp_path, model, tokenizer)
+    reference = {"ref_model": copy.deepcopy(model)}  # the model is as it was
+    trainer = make_trainer(tmp_path, model, tokenizer, max_steps=1, trainer_arguments=reference)
+    trainer.train()
+    assert losses(trainer) == [LOG2]
+
+
+def test_model_from_nowhere(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"ref_model=copy.deepcopy\(model\)"):
+        make_trainer(tmp_path, tiny_model(), tokenizer)
+
+
+def test_trained_biases(tmp_path, tiny_path, tokenizer):
+    config = LoraConfig(target_modules=["q_proj"], bias="all")
+    with pytest.raises(ValueError, match="bias='all'.*bias='none'"):
+        make_trainer(tmp_path, tiny_path, tokenizer, trainer_arguments={"peft_config": config})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_path), config)
+    with pytest.raises(ValueError, match=r"model.peft_config\['default'\].*bias='all'"):
+        make_trainer(tmp_path, model, tokenizer)
+
+
 def test_prompt_learning(tmp_path, tiny_path, tokenizer):
     config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="prompt learning.*LoraConfig"):
@@ -134,9 +135,8 @@ def test_activation_mask_without_activations(tmp_path, tiny_path, tokenizer, mon
 
     monkeypatch.setattr(activations, "MLP_NAMES", ())
     monkeypatch.setattr(activations, "OUT_PROJECTION_NAMES", ())
-    trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=1)
     with pytest.raises(ValueError, match="'mlp'.*LlamaForCausalLM.*mask_type='learned'"):
-        trainer.train()
+        make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", max_steps=1)
 
 
 def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_path, tokenizer):
@@ -195,5 +195,5 @@ def test_dead_masks_warn_once(tmp_path, tiny_path, tokenizer, caplog):
         trainer.masks.learned["common"].mixer_weight.fill_(-1.0)
     trainer.train()
     assert trainer.state.log_history[0]["mask/dead_sequences"] == 1.0
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses(trainer)[0] == LOG2
     assert sum("token mask is zero" in record.getMessage() for record in caplog.records) == 1

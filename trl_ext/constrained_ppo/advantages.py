@@ -8,7 +8,7 @@
 `tests/constrained_ppo/test_minimal.py` holds the two equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -180,13 +180,22 @@ def policy_advantages(
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float,
+    gae_lambda: float | torch.Tensor,
+    critic_lambda: float | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Generalised advantage estimation (https://huggingface.co/papers/1506.02438) over the response tokens.
 
     `delta_t = r_t + gamma * V_{t+1} - V_t` and `A_t = delta_t + gamma * lambda * A_{t+1}`, where `t + 1` is the next
-    token that `mask` keeps; after the last one value and advantage are zero.
+    token that `mask` keeps; after the last one value and advantage are zero. Each token is an affine map of the
+    advantage behind it; their composition takes about log2(T) steps for all tokens at once, and nothing is divided.
+
+    With `critic_lambda` the returns are those of another lambda (decoupled GAE,
+    https://huggingface.co/papers/2504.05118): 1 gives the critic targets without bias.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, T)` or `(K, B, T)`):
@@ -197,8 +206,10 @@ def gae(
             Response tokens.
         gamma (`float`):
             Discount, in `[0, 1]`.
-        gae_lambda (`float`):
-            Decay of the estimator, in `[0, 1]`.
+        gae_lambda (`float` or `torch.Tensor` of shape `(B,)`):
+            Decay of the estimator, in `[0, 1]`: one for all responses, or one for each, such as [`adaptive_lambda`].
+        critic_lambda (`float` or `torch.Tensor` of shape `(B,)`, *optional*):
+            Decay of the estimator that the returns are made of, in `[0, 1]`. Defaults to `gae_lambda`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: advantages and returns `A + V`, each of the shape of `rewards`, zero
@@ -212,21 +223,63 @@ def gae(
             f"`rewards`, `values` and `mask` must share one shape `(B, T)`, the first two with or without streams in "
             f"front, got {tuple(rewards.shape)}, {tuple(values.shape)} and {tuple(mask.shape)}."
         )
-    for name, coefficient in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        if not 0 <= coefficient <= 1:
+    lambdas = (("gae_lambda", gae_lambda), ("critic_lambda", gae_lambda if critic_lambda is None else critic_lambda))
+    for name, coefficient in (("gamma", gamma), *lambdas):
+        # Those of a tensor come from masks, and to look at them would wait for the device
+        if not isinstance(coefficient, torch.Tensor) and not 0 <= coefficient <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1], got {coefficient}.")
     values, inside = values.detach(), mask.bool()
-    found: list[torch.Tensor] = []
-    next_value, next_advantage = torch.zeros_like(values[..., 0]), torch.zeros_like(values[..., 0])
-    steps = zip(rewards.unbind(-1), values.unbind(-1), inside.unbind(-1), strict=True)
-    for reward, value, is_inside in reversed(list(steps)):
-        delta = reward + gamma * next_value - value
-        advantage = delta + gamma * gae_lambda * next_advantage
-        next_value = torch.where(is_inside, value, next_value)
-        next_advantage = torch.where(is_inside, advantage, next_advantage)
-        found.append(advantage)
-    advantages = torch.stack(found[::-1], dim=-1).masked_fill(~inside, 0.0)
-    return advantages, (advantages + values).masked_fill(~inside, 0.0)
+    length = mask.size(1)
+    # Position of the next token that the mask keeps, `length` where there is none
+    positions = torch.arange(length, device=mask.device).expand_as(mask).masked_fill(~inside, length)
+    following = positions.flip(-1).cummin(dim=-1).values.flip(-1)
+    following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=length)
+    padded = torch.nn.functional.pad(values, (0, 1))
+    delta = rewards + gamma * padded.gather(-1, following.expand_as(values)) - values
+    delta = delta.masked_fill(~inside, 0.0)
+    advantages = _discounted_sums(delta, inside, gamma * gae_lambda).masked_fill(~inside, 0.0)
+    targets = advantages
+    if critic_lambda is not None:
+        targets = _discounted_sums(delta, inside, gamma * critic_lambda).masked_fill(~inside, 0.0)
+    return advantages, (targets + values).masked_fill(~inside, 0.0)
+
+
+def _discounted_sums(terms: torch.Tensor, inside: torch.Tensor, decay: float | torch.Tensor) -> torch.Tensor:
+    """`S_t = x_t + decay S_{t+1}` where `inside`, `S_t = S_{t+1}` elsewhere, of terms `x` that are zero there."""
+    # The map of token t, S_{t+1} -> slope S_{t+1} + offset; after a step it spans twice as many tokens
+    decay = decay.to(terms).view(-1, 1) if isinstance(decay, torch.Tensor) else terms.new_full((1, 1), decay)
+    slopes, offsets = torch.where(inside, decay, 1.0), terms.clone()
+    span, length = 1, terms.size(-1)
+    while span < length:
+        # In place: the products are whole before they are added
+        offsets[..., :-span] += slopes[:, :-span] * offsets[..., span:]
+        if 2 * span < length:
+            slopes = torch.nn.functional.pad(slopes[:, :-span] * slopes[:, span:], (0, span))
+        span *= 2
+    return offsets
+
+
+def adaptive_lambda(mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """
+    Lambda of each response by its length, `1 - 1 / (alpha * length)` (VAPO, https://huggingface.co/papers/2504.05118):
+    the weights of the errors of all following tokens then sum to `alpha * length`.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+        alpha (`float`):
+            Share of a response that an advantage looks ahead, greater than 0; the paper's is 0.05.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, float32, in `[0, 1)`; 0 where `alpha * length` is at most 1.
+
+    Raises:
+        ValueError: If `alpha` is not positive.
+    """
+    if not alpha > 0:
+        raise ValueError(f"`alpha` must be greater than 0, got {alpha}.")
+    reach = alpha * mask.sum(dim=1).float()
+    return 1 - 1 / reach.clamp_min(1.0)
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8, reduce: Reduce | None = None) -> torch.Tensor:
@@ -260,9 +313,54 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-8, reduce: 
     return torch.where(deviation > rounding, centered / (deviation + eps), 0.0)
 
 
-def reward_streams(rewards: torch.Tensor, kl_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def token_moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Rewards of every token: each reward at the last token of its response, and the KL at every token.
+    What [`merged_moments`] makes mean and variance of.
+
+    Args:
+        values (`torch.Tensor` of shape `(S, B, T)`):
+            Numbers of tokens.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Tokens to count.
+
+    Returns:
+        `torch.Tensor` of shape `(2, S)`: means, and sums of squared distances from them, 0 without tokens. Unlike sums
+        of squares they keep their digits where a mean is large beside the spread.
+    """
+    inside = mask.to(values.dtype)
+    means = (values * inside).sum(dim=(-2, -1)) / inside.sum().clamp_min(1)
+    return torch.stack([means, ((values - means.view(-1, 1, 1)) * inside).square().sum(dim=(-2, -1))])
+
+
+def merged_moments(moments: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and variance over the tokens of all processes.
+
+    Args:
+        moments (`torch.Tensor` of shape `(P, 2, S)`):
+            [`token_moments`] of each process.
+        counts (`torch.Tensor` of shape `(P,)`):
+            Tokens of each process.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: mean and variance, without Bessel's correction, each of shape `(S,)`.
+    """
+    means, squares = moments.unbind(dim=1)
+    shares = (counts / counts.sum().clamp_min(1)).unsqueeze(-1)
+    mean = (shares * means).sum(dim=0)
+    between = (shares * (means - mean).square()).sum(dim=0)
+    return mean, squares.sum(dim=0) / counts.sum().clamp_min(1) + between
+
+
+def reward_streams(
+    rewards: torch.Tensor,
+    kl_rewards: torch.Tensor,
+    mask: torch.Tensor,
+    token_rewards: Mapping[int, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Rewards of every token: each reward at the last token of its response, and the KL at every token. Of a reward that
+    says what its tokens earned, the last token gets the rest, so that a response earns its reward in all.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, K)`):
@@ -271,14 +369,20 @@ def reward_streams(rewards: torch.Tensor, kl_rewards: torch.Tensor, mask: torch.
             Reward of each token for staying at the reference.
         mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
             Response tokens.
+        token_rewards (`Mapping[int, torch.Tensor]`, *optional*):
+            What each token earned, `(B, T)`, by the index of its reward.
 
     Returns:
         `torch.Tensor` of shape `(K+1, B, T)`, the KL last, zero outside the mask; a response with no token gets none.
     """
     inside = mask.bool()
     positions = torch.arange(mask.size(1), device=mask.device)
-    last = positions.where(inside, -1).amax(dim=1, keepdim=True)
-    streams = torch.where(positions == last, rewards.t().unsqueeze(-1), 0.0)
+    is_last = positions == positions.where(inside, -1).amax(dim=1, keepdim=True)
+    streams = torch.where(is_last, rewards.t().unsqueeze(-1), 0.0)
+    for index, earned in (token_rewards or {}).items():
+        earned = earned.to(streams).masked_fill(~inside, 0.0)
+        rest = streams[index] - earned.sum(dim=1, keepdim=True)
+        streams[index] = earned + torch.where(is_last, rest, 0.0)
     return torch.cat([streams, kl_rewards.masked_fill(~inside, 0.0).unsqueeze(0)])
 
 

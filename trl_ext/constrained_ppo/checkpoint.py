@@ -1,4 +1,4 @@
-"""Files of a checkpoint beside weights and optimizer: the critic, adapting state and the open rollout."""
+"""Files of a checkpoint beside weights and optimizer: the critic, adapting state and the open rollout; and resume."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,30 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from datasets import IterableDataset
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import cached_file
+from trl import GRPOTrainer
 
+from .._upstream import open_rollout, restore_rollout
 from ..core.companion import read_companion
+from ..core.dropout import stated_probabilities
 from ..equilibrium.value_heads import EPValueHeads
+from .adaptation import RolloutController
 from .critic import CRITIC_FILE, SeparateCritic, ValueHeads
+from .ensemble import EnsembleMonitor
+from .prompts import stream_position
+from .scores import ScoreScaling
 
 
 MULTIPLIERS_FILE = "multipliers.json"
 STATE_FILE = "ppo_state.json"
 STOP_FILE = "stop_reason.json"
 ROLLOUT_FILE = "rollout_{rank}.pt"
+# A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
+_EPOCH_ROUNDING = 1e-6
 
 
 def critic_from_pretrained(name_or_path: str) -> nn.Module:
@@ -34,7 +45,8 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
         to be called with token ids and their attention mask. In evaluation mode, float32.
 
     Raises:
-        ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it.
+        ValueError: If the critic is a module of the user's own: build it and load `critic.safetensors` into it. Also
+            if the file does not hold exactly the critic's tensors.
     """
     path = str(cached_file(name_or_path, CRITIC_FILE))
     state, metadata = read_companion(path)
@@ -54,7 +66,13 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
             f"{path} holds a module of the author's own, with {sorted(state)[:3]}. Build that module and call "
             "`load_state_dict` with the file's content."
         )
-    critic.load_state_dict(state, strict=False)
+    expected, found = critic.state_dict().keys(), state.keys()
+    if expected != found:
+        raise ValueError(
+            f"{path} does not fit the critic that its metadata describe: it lacks {sorted(expected - found)[:3]} and "
+            f"has {sorted(found - expected)[:3]} too many. Build the critic yourself and load the tensors by name."
+        )
+    critic.load_state_dict(state)
     return critic.eval()
 
 
@@ -91,3 +109,76 @@ def load_rollout(folder: str | Path, rank: int, device: torch.device) -> list[di
     if not path.is_file():
         return None
     return send_to_device(torch.load(path, map_location="cpu", weights_only=True), device)
+
+
+class CheckpointMixin(GRPOTrainer):
+    """What [`ConstrainedPPOTrainer`], whose base this is, saves and takes up again."""
+
+    controller: RolloutController
+    ensembles: EnsembleMonitor
+    scores: ScoreScaling | None
+    search_callback: Any
+    has_companion: Any
+    resumed: bool
+    _dropped: list
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        step, batches = open_rollout(self)
+        own = {"ensembles": self.ensembles.state_dict()}
+        if self.args.should_save:
+            if self.scores is not None:
+                own["scores"] = self.scores.state_dict()
+            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
+            if self.controller.multipliers is not None:
+                write_json(folder, MULTIPLIERS_FILE, self.controller.multipliers.state_dict())
+            if self.search_callback is not None:
+                self.search_callback.save(folder)
+        if _internal_call and batches is not None:
+            save_rollout(folder, self.accelerator.process_index, batches)
+        with stated_probabilities(self._dropped):
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        if checkpoint is None or self.args.ignore_data_skip or not isinstance(self.train_dataset, IterableDataset):
+            return position
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        return stream_position(saved, self.args.gradient_accumulation_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.has_companion and (Path(resume_from_checkpoint) / CRITIC_FILE).is_file():
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} has a critic and this run has `critic='none'`. Resume with "
+                "the `critic` of the saved run, or train from its weights without `resume_from_checkpoint`."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        # Kept for a resumed run, which draws the orders of the epochs before it
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        remedy = "Resume from a checkpoint of a run with the same `method` and constraints."
+        state = read_json(checkpoint, STATE_FILE, remedy)
+        if self.controller.multipliers is not None:
+            self.controller.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
+        self.controller.load_state_dict(state)
+        if self.scores is not None:
+            self.scores.load_state_dict(state.get("scores", {}))
+        self.ensembles.load_state_dict(state.get("ensembles", {}))
+        if self.search_callback is not None:
+            self.search_callback.load(checkpoint)
+        # Each epoch draws its own order, which a new sampler would begin anew
+        if not isinstance(self.train_dataset, IterableDataset):
+            for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
+                next(iter(self._train_sampler), None)
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
+        self.resumed = True

@@ -11,7 +11,13 @@ from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
+from .gold import check_gold
+from .group_settings import check_without_critic, settle_without_critic
 from .multipliers import Squash
+from .retired import refuse_retired
+from .reward_functions import check_reward_functions
+from .scores import check_scores
+from .stop_tokens import check_stop_tokens
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -54,19 +60,14 @@ PRESETS: dict[str, Preset] = {
     "ppo-lag": Preset("rewards", None, "exp", whitening="mixture"),
 }
 # Fields that a preset fills in where they are not given, and the preset's names of them
-PRESET_FIELDS = {
-    "objective": "objective",
-    "mixing": "mixing",
-    "whitening": "whitening",
-    "multiplier_squash": "squash",
-    "multiplier_units": "units",
-    "multiplier_learning_rate": "learning_rate",
-    "multiplier_momentum": "momentum",
-    "multiplier_proportional": "proportional",
-    "multiplier_drift": "drift",
-    "multiplier_anti_windup": "anti_windup",
-    "multiplier_max": "maximum",
-}
+PRESET_FIELDS = (
+    {name: name for name in ("objective", "mixing", "whitening")}
+    | {
+        f"multiplier_{name}": name
+        for name in ("squash", "units", "learning_rate", "momentum", "proportional", "drift", "anti_windup")
+    }
+    | {"multiplier_max": "maximum"}
+)
 logger = logging.getLogger(__name__)
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -89,7 +90,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     Configuration of [`ConstrainedPPOTrainer`].
 
     Fields of [`~trl.GRPOConfig`] keep their meaning, but for those that speak of groups of completions: advantages
-    come from a critic.
+    come from a critic, unless `critic="none"`.
 
     Parameters:
         > Parameters that control the method
@@ -178,7 +179,8 @@ class ConstrainedPPOConfig(GRPOConfig):
         gae_lambda (`float`, *optional*, defaults to `0.95`):
             Decay of generalised advantage estimation.
         kl_coef (`float`, *optional*, defaults to `0.2`):
-            Coefficient of the KL as a reward of every token. It takes the place of `beta`.
+            Coefficient of the KL as a reward of every token; without a critic, of GRPO's KL term in the loss, and may
+            then be given as `beta`.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
             `"k1"`, the log-ratio of the sampled token, or `"k3"`, which is never negative.
         kl_target (`float`, *optional*):
@@ -199,10 +201,33 @@ class ConstrainedPPOConfig(GRPOConfig):
             Taken from every reward of a training response that ends without an end-of-sequence token; constraints
             and logs see the reward itself.
 
+        > Parameters that control the units of scores and values, and what the gradients see
+
+        use_score_scaling (`bool`, *optional*, defaults to `False`):
+            Whether critic and policy are trained on rewards divided by their standard deviation over all responses so
+            far. A reward times 1,000 then gives the same run; `kl_coef`, `cliprange_value` and `missing_eos_penalty`
+            are in units of that spread. Constraints and logs see the reward itself.
+        use_score_norm (`bool`, *optional*, defaults to `False`):
+            With `use_score_scaling`, whether their mean is subtracted, too: for rewards far from zero, where the
+            critic starts.
+        score_clip (`float`, *optional*):
+            Bound on the size of a score, after scaling.
+        cliprange_value_unit (`str`, *optional*, defaults to `"score"`):
+            Unit of `cliprange_value`: `"score"`, that of the rewards as they are trained on, or `"spread"`, for each
+            stream the spread of its returns over the rollout around the mean of its values.
+        critic_max_grad_norm (`float`, *optional*):
+            Bound on the gradient norm of the critic's own parameters, which `max_grad_norm` then leaves to it. What
+            the value loss does to a shared backbone counts as the policy's. Defaults to `max_grad_norm` for all
+            parameters together.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether dropout is off in policy, reference and critic, adapters and functional dropout included; the
+            saved configuration keeps its probabilities.
+
         > Parameters that control the critic
 
         critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`, value heads on the policy's last hidden state, or `"separate"`, with a backbone of their own.
+            `"shared"`, value heads on the policy's last hidden state; `"separate"`, with a backbone of their own; or
+            `"none"`: advantages relative to the other completions of the prompt, as in GRPO.
         critic_model_name_or_path (`str`, *optional*):
             Model that a separate critic's backbone starts from, such as a reward model with the policy's
             tokenizer. Defaults to a copy of the policy's.
@@ -221,6 +246,43 @@ class ConstrainedPPOConfig(GRPOConfig):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
             Whether the value loss leaves the policy's backbone alone, for a shared critic.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            First steps that train the critic alone: the policy does not move, and multipliers and `kl_coef` only
+            observe.
+        critic_score_reward (`str`, *optional*):
+            Reward whose value head starts from the score head of `critic_model_name_or_path`, a reward model, for a
+            separate critic.
+
+        > Parameters that control rewards and what is estimated from them
+
+        token_rewards (`list[str]`, *optional*):
+            Reward functions that return, for each completion, a list with a number for each of its `completion_ids`.
+            Constraints and logs see the sum.
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take.
+        reward_retries (`int`, *optional*, defaults to `0`):
+            Further calls of a reward function that failed or took too long.
+        reward_retry_seconds (`float`, *optional*, defaults to `1.0`):
+            Pause before the first of these, doubled before each further one.
+        ensemble_alarm (`str`, *optional*, defaults to `"warn"`):
+            What happens when the members of a [`RewardEnsemble`] disagree more than at the start: `"warn"` or
+            `"stop"`. The start is the first `calibration_samples` responses, at least one rollout.
+        ensemble_alarm_deviations (`float`, *optional*, defaults to `2.0`):
+            How far a rollout's mean disagreement may rise above the start's, in standard deviations over responses.
+        critic_lambda (`float`, *optional*):
+            Decay of the estimator that the values are trained on. Defaults to that of the advantages.
+        adaptive_lambda_alpha (`float`, *optional*):
+            Takes `1 - 1 / (alpha * length)` of each response as lambda of its advantages, in place of `gae_lambda`
+            (VAPO, https://huggingface.co/papers/2504.05118, which has 0.05 and `critic_lambda=1`).
+
+        > Parameters that control training without a critic
+
+        group_baseline (`str`, *optional*, defaults to `"mean"`):
+            What a completion's reward is compared with under `critic="none"`: the `"mean"` over its prompt's
+            completions, as in GRPO, or `"leave_one_out"`, the mean over the others, as in RLOO. `scale_rewards` and
+            `multi_objective_aggregation` scale the objective's rewards as in GRPO; `whitening` scales the advantages
+            of constraints: by the reward's `"spread"`, `"streams"`, each as `scale_rewards` says, `"mixture"`, the
+            mixed advantages by their deviation over the rollout, or `"none"`.
 
         > Parameters that control when training ends and what is shown
 
@@ -312,8 +374,25 @@ class ConstrainedPPOConfig(GRPOConfig):
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken from the rewards of a response without an end-of-sequence token."}
     )
-    critic: Literal["shared", "separate"] = field(
-        default="shared", metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate')."}
+    use_score_scaling: bool = field(
+        default=False, metadata={"help": "Train on rewards divided by their running standard deviation."}
+    )
+    use_score_norm: bool = field(
+        default=False, metadata={"help": "With `use_score_scaling`, subtract the running mean, too."}
+    )
+    score_clip: float | None = field(default=None, metadata={"help": "Bound on the size of a score, after scaling."})
+    cliprange_value_unit: Literal["score", "spread"] = field(
+        default="score", metadata={"help": "Unit of `cliprange_value`: 'score', or 'spread' of the returns."}
+    )
+    critic_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Bound on the gradient norm of the critic's own parameters."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether dropout is off in policy, reference and critic."}
+    )
+    critic: Literal["shared", "separate", "none"] = field(
+        default="shared",
+        metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate'), or 'none', as GRPO."},
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model that a separate critic's backbone starts from."}
@@ -337,6 +416,35 @@ class ConstrainedPPOConfig(GRPOConfig):
     critic_detach: bool = field(
         default=False, metadata={"help": "Stop the gradient of the value loss at the policy's backbone."}
     )
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First steps that train the critic alone."})
+    critic_score_reward: str | None = field(
+        default=None, metadata={"help": "Reward whose value head starts from the critic model's score head."}
+    )
+    token_rewards: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions that return a number for each token."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take."}
+    )
+    reward_retries: int = field(default=0, metadata={"help": "Further calls of a reward function that failed."})
+    reward_retry_seconds: float = field(
+        default=1.0, metadata={"help": "Pause before the first retry, doubled before each further one."}
+    )
+    ensemble_alarm: Literal["warn", "stop"] = field(
+        default="warn", metadata={"help": "What happens when members of an ensemble disagree: 'warn' or 'stop'."}
+    )
+    ensemble_alarm_deviations: float = field(
+        default=2.0, metadata={"help": "How far disagreement may rise above the start's, in standard deviations."}
+    )
+    critic_lambda: float | None = field(
+        default=None, metadata={"help": "Decay of the estimator that the values are trained on."}
+    )
+    adaptive_lambda_alpha: float | None = field(
+        default=None, metadata={"help": "Lambda of each response is 1 - 1 / (alpha * length), not `gae_lambda`."}
+    )
+    group_baseline: Literal["mean", "leave_one_out"] = field(
+        default="mean", metadata={"help": "Baseline without a critic: 'mean' of the group or 'leave_one_out'."}
+    )
     kl_ceiling: float | None = field(
         default=None, metadata={"help": "KL of a response, in nats, above which training ends."}
     )
@@ -350,13 +458,23 @@ class ConstrainedPPOConfig(GRPOConfig):
     num_generations: int | None = field(
         default=1, metadata={"help": "Completions of each prompt. One is enough: advantages come from a critic."}
     )
-    beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
+    beta: float = field(default=0.0, metadata={"help": "Other name of `kl_coef` without a critic; not used with one."})
+
+    # What stands for a preset where `method` names none
+    _no_method = Preset("kl")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ConstrainedPPOConfig":
+        refuse_retired(kwargs, cls.__name__)
+        return super().__new__(cls)
 
     def __post_init__(self):
+        check_choice(self, "critic", choices=("shared", "separate", "none"))
+        if self.critic == "none":
+            settle_without_critic(self)
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
-        if self.beta:
+        if self.critic != "none" and self.beta:
             raise ValueError(
                 f"`beta={self.beta}` adds GRPO's KL loss; here the KL is a reward of every token. Use `kl_coef`."
             )
@@ -367,6 +485,10 @@ class ConstrainedPPOConfig(GRPOConfig):
             self.num_generations = 1
         self._apply_preset()
         self._check_numbers()
+        check_scores(self)
+        check_stop_tokens(self.generation_kwargs, self.use_vllm)
+        check_reward_functions(self)
+        self._check_estimation()
         self._check_method()
         self._check_search()
 
@@ -394,7 +516,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     def _apply_preset(self) -> None:
         if self.method is not None and self.method not in PRESETS:
             raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
-        preset = PRESETS[self.method] if self.method is not None else Preset("kl")
+        preset = PRESETS[self.method] if self.method is not None else self._no_method
         if self.multiplier_drift is None and (self.multiplier_window > 1 or self.multiplier_ema > 0):
             self.multiplier_drift = 0.0
         for name, own in PRESET_FIELDS.items():
@@ -421,13 +543,41 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "compute. Set `kl_coef` to a small positive number."
             )
 
+    def _check_estimation(self) -> None:
+        """Refuses settings of estimators and warm-up that cannot be used."""
+        check_number(self, "critic_warmup_steps", at_least=0)
+        if self.critic_warmup_steps != int(self.critic_warmup_steps):
+            raise ValueError(f"`critic_warmup_steps` must be a whole number, got {self.critic_warmup_steps}.")
+        check_number(self, "adaptive_lambda_alpha", above=0, optional=True, remedy="Leave it out to go without.")
+        check_number(self, "critic_lambda", at_least=0, at_most=1, optional=True)
+        if self.critic_warmup_steps and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
+            raise ValueError(
+                f"`critic_warmup_steps={self.critic_warmup_steps}` holds the policy through its learning rate, which "
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` does not set anew at each step. Choose another "
+                "scheduler."
+            )
+        if self.critic_score_reward is not None and (self.critic != "separate" or self.critic_head != "linear"):
+            raise ValueError(
+                f"`critic_score_reward={self.critic_score_reward!r}` needs `critic='separate'` and "
+                f"`critic_head='linear'`, got {self.critic!r} and {self.critic_head!r}: a score head reads its own "
+                "backbone."
+            )
+
     def _check_method(self) -> None:
-        if self.loss_type not in _LOSS_TYPES:
+        check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
+        if self.critic == "none":
+            check_without_critic(self)
+        elif self.group_baseline != "mean":
+            raise ValueError(
+                f"`group_baseline={self.group_baseline!r}` needs `critic='none'`: with a critic its values are the "
+                "baseline."
+            )
+        elif self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` reads one advantage for each response; here every token has its own. "
                 f"Use one of {_LOSS_TYPES}; 'dapo' is the mean over tokens."
             )
-        if self.off_policy_mask_threshold is not None or self.sync_ref_model:
+        elif self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
             raise ValueError(f"`{name}` is not supported with a critic in the policy. Leave it out.")
         if self.early_stop_kl is not None and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
@@ -459,7 +609,8 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`kl_coef=0` leaves nothing to maximise under the constraints, because `objective='kl'` is minus the "
                 "divergence times `kl_coef`. Give a positive number, or `objective='rewards'`."
             )
-        if self.whitening != "streams":
+        # Without a critic the KL has no stream that could be whitened
+        if self.whitening != "streams" or self.critic == "none":
             return
         if self.kl_target is not None:
             raise ValueError(
@@ -541,18 +692,7 @@ def checked_config(args: Any, model: Any, gold_reward: Any, eval_dataset: Any) -
             f"`args` must be a `ConstrainedPPOConfig`, got `{type(args).__name__}`. For plain PPO give "
             "`ConstrainedPPOConfig(output_dir, method='ppo')`."
         )
-    needs_gold = ["gold_patience"] if args.gold_patience else []
-    if args.search_config is not None and args.search_config.gold_metric == "eval_gold":
-        needs_gold.append("search")
-    if gold_reward is None and needs_gold:
-        raise ValueError(
-            f"`{needs_gold[0]}={getattr(args, needs_gold[0])}` needs a gold metric. Give `gold_reward`, a function "
-            "like a reward function, and `eval_dataset`."
-        )
-    if gold_reward is not None and eval_dataset is None:
-        raise ValueError(
-            "`gold_reward` is measured in evaluation and there is no `eval_dataset`. Give a validation split."
-        )
+    check_gold(args, gold_reward, eval_dataset)
     if gold_reward is not None and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = "gold", True
     return args

@@ -9,6 +9,7 @@
     _compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
     compute_loss                         skips the update where the policy has moved too far from the rollout
 
+Without a critic, `GroupRelativeMixin` takes the place of `_estimate` and of the value loss.
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
@@ -16,22 +17,24 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.logging import get_logger
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .._upstream import disable_gradient_checkpointing, open_rollout, restore_rollout
+from .._upstream import disable_gradient_checkpointing, reference_built_by
 from ..core.companion import CompanionMixin
+from ..core.dropout import disable_dropout
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
-from .advantages import gae, reward_streams, token_divergence
-from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
+from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
+from .checkpoint import STOP_FILE, CheckpointMixin, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
     VALUE_HEADS,
@@ -41,12 +44,24 @@ from .critic import (
     critic_sums,
     record_critic,
     record_heads,
+    record_update,
+    update_statistics,
     value_heads_of,
 )
+from .ensemble import EnsembleMonitor
+from .gold import GoldMetricMixin, gold_dataset
 from .multipliers import LagrangeMultipliers
+from .pretrained_critic import pretrained_critic
+from .prompts import random_rows
+from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
+from .retired import refuse_retired
+from .reward_functions import RewardFunction, guarded, note_reward, token_reward_tensors
 from .rollout import Rollout
+from .scores import ScoreScaling, size_warning, value_clipranges
+from .stop_tokens import stop_token_ids
 from .threshold_search.callback import ThresholdSearchCallback
+from .without_critic import GroupRelativeMixin
 
 
 logger = get_logger(__name__)
@@ -57,17 +72,28 @@ _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-# A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
-_EPOCH_ROUNDING = 1e-6
+# Rollouts that a critic may need to reach a reward's size before that is worth a word
+_FAR = 50
+# Standard errors by which the mean KL of a rollout must lie from zero for a warning, and nats
+_STANDARD_ERRORS, _NATS = 5.0, 0.05
 
 
-class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(
+    GroupRelativeMixin,
+    GoldMetricMixin,
+    CheckpointMixin,
+    CompanionMixin,
+    MethodCardMixin,
+    OwnOptimizerMixin,
+    GRPOTrainer,
+):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
 
     Generation, reward functions and models, PEFT, evaluation and logging are [`~trl.GRPOTrainer`]'s. The
-    critic has one value head for each reward and one for the KL.
+    critic has one value head for each reward and one for the KL; with `critic="none"` advantages are relative to the
+    other completions of a prompt, as in GRPO.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -84,10 +110,14 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             Tokenizer or processor. Defaults to the policy's.
         critic_model (`str`, [`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
             With `critic="separate"`, the model that the critic's backbone starts from. With `critic="shared"`, a
-            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads.
+            module from the policy's hidden states `(B, T, H)` to values `(B, T, K+1)`, in place of linear heads. With
+            either, the folder or Hub id of a policy beside which an earlier run saved its critic, to go on with that.
         gold_reward (`Callable`, *optional*):
-            The metric that the rewards stand in for, with the signature of a reward function, higher is better. It is
-            called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
+            The metric that the rewards stand in for, with the signature of a reward function, async or not, higher is
+            better. It is called in evaluation only, on `eval_dataset`, and logged as `eval_gold`.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Model that the KL is measured from. Defaults to a frozen copy of the policy as it is handed over, or to
+            the policy with its adapter off.
         kwargs (`Any`):
             The other arguments of [`~trl.GRPOTrainer`], by name.
 
@@ -98,7 +128,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         stop_reason (`str` or `None`): Why training ended before its last step.
 
     Raises:
-        TypeError: If `args` is not a [`ConstrainedPPOConfig`].
+        TypeError: If `args` is not a [`ConstrainedPPOConfig`], `gold_reward` is no function, or an argument is one of
+            TRL's `PPOTrainer`.
         ValueError: If a constraint names no reward, `critic_model` has another number of streams or width, or
             `train_dataset` holds less than one rollout.
 
@@ -124,6 +155,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     args: ConstrainedPPOConfig
     beta: float
     reward_func_names: list[str]
+    eos_token_ids: list[int]
+    reward_funcs: list[Any]
 
     def __init__(
         self,
@@ -134,35 +167,48 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         eval_dataset: Any = None,
         processing_class: Any = None,
         critic_model: str | nn.Module | None = None,
-        gold_reward: Callable[..., list[float]] | None = None,
+        gold_reward: Callable[..., Any] | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         **kwargs: Any,
     ):
+        refuse_retired(kwargs, type(self).__name__)
         args = checked_config(args, model, gold_reward, eval_dataset)
+        check_reference(ref_model, model, kwargs.get("peft_config"), args.kl_coef)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if any(isinstance(reward, str) for reward in rewards):
             # TRL loads rewards given by name with an auto class; they may have an equilibrium head
             from ..equilibrium import register_auto_classes
 
             register_auto_classes()
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with reference_built_by(reference_builder(model, ref_model), loads_policy=isinstance(model, str)):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         self._check_prompts()
+        self.eos_token_ids = stop_token_ids(args.generation_kwargs, self.eos_token_ids)
+        self._has_own_reference = ref_model is not None
+        self.gold_dataset = gold_dataset(args.metric_for_best_model, eval_dataset)
+        self._warned: set[str] = set()
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
         # TRL logs by name, and would take two rewards of one name for one
         self.reward_func_names = self.controller.reward_names
+        self.reward_funcs = guarded(self.reward_funcs, self.reward_func_names, args)
+        self.ensembles = EnsembleMonitor(self.reward_funcs, self.reward_weights.tolist(), args)
         self.value_coefs = self._value_coefs()
         self.rollout = Rollout()
         self.resumed = False
         self.stop_reason: str | None = None
+        self.scores = self._score_scaling()
         self._attach_critic(critic_model)
+        models = [one for one in (self.model, self.ref_model) if one is not None and args.disable_dropout]
+        self._dropped = [probability for one in models for probability in disable_dropout(one)]
         self.add_callback(CalibrationCallback(self))
         self.search_callback: ThresholdSearchCallback | None = None
         if args.search_config is not None:
@@ -182,9 +228,14 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return self.controller.multipliers
 
     @property
-    def critic(self) -> nn.Module:
-        """The critic, attached to the policy as its submodule `value_heads`."""
-        return getattr(self.policy, VALUE_HEADS)
+    def critic(self) -> nn.Module | None:
+        """The critic, attached to the policy as its submodule `value_heads`; `None` without one."""
+        return getattr(self.policy, VALUE_HEADS) if self.has_companion else None
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the step under way trains the critic alone."""
+        return self.model.training and self.state.global_step < self.args.critic_warmup_steps
 
     def _check_prompts(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
@@ -205,11 +256,27 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         ]
         return [*coefs, *own, self.args.kl_vf_coef]
 
+    def _score_scaling(self) -> ScoreScaling | None:
+        args = self.args
+        if not args.use_score_scaling and args.score_clip is None:
+            return None
+        return ScoreScaling(self.controller.stream_names, args.use_score_scaling, args.use_score_norm, args.score_clip)
+
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
-        args, policy, streams = self.args, self.policy, self.controller.stream_names
+        args, streams = self.args, self.controller.stream_names
+        if args.critic == "none":
+            if critic_model is not None:
+                raise ValueError("`critic_model` is given and `critic='none'`. Leave it out, or set `critic`.")
+            return
+        if args.critic_max_grad_norm is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"`critic_max_grad_norm={args.critic_max_grad_norm}` clips the critic's gradients apart; DeepSpeed "
+                "and FSDP clip all gradients at once. Leave it out."
+            )
+        critic_model = pretrained_critic(critic_model, self.policy, streams, args)
         companion = CriticCompanion(
-            policy,
-            build_critic(policy, len(streams) + 1, args, critic_model),
+            self.policy,
+            build_critic(self.accelerator.unwrap_model(self.model), len(streams) + 1, args, critic_model),
             streams,
             learning_rate=args.critic_learning_rate,
             detach=args.critic_detach,
@@ -222,17 +289,39 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
         rollout = self.rollout
+        if self.args.critic == "none":
+            self._compare_in_groups(rollout, output)
+            return output
         self._estimate(rollout, output)
         # Values and returns as `(B, T, K+1)`: TRL shuffles and splits a batch along the first dimension
         output["state_returns"] = rollout.returns.movedim(0, -1)
         output["old_state_values"] = rollout.values
+        if self.args.cliprange_value_unit == "spread":
+            ranges = value_clipranges(
+                rollout.returns, rollout.values, rollout.mask, self.args.cliprange_value, self._sum
+            )
+            output["value_clipranges"] = ranges.expand(len(rollout.mask), 1, -1)
         self._close_rollout(rollout)
         output["advantages"] = self._mixed(rollout.advantages, rollout.mask)
+        self._log_advantages(output["advantages"], rollout.mask)
         if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
             output["stream_advantages"] = rollout.advantages.permute(1, 2, 0)
             signals = self.controller.constrained_signals(rollout.rewards, self._group_size())
             output["episode_rewards"] = self._own_rows(signals, len(rollout.mask))
         return output
+
+    def _log_advantages(self, advantages: torch.Tensor, mask: torch.Tensor) -> None:
+        """Puts means over the tokens of each response where TRL has logged the advantages over its group."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if (self.num_generations if self.model.training else self.num_generations_eval) == 1:
+            metrics.pop("frac_reward_zero_std", None)  # of groups of one
+        if not self.log_completions:
+            return
+        means = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        found, logged = self.accelerator.gather(means).tolist(), self._logs["advantages"]
+        for _ in range(min(len(found), len(logged))):
+            logged.pop()
+        logged.extend(found)
 
     def _open_rollout(self, inputs: Any, purpose: Literal["training", "evaluation", "calibration"]) -> dict[str, Any]:
         """TRL's generation and scoring, within which the next two hooks fill in the rollout."""
@@ -242,38 +331,45 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
-        if missing:
-            names = [self.reward_func_names[index] for index in missing]
-            raise ValueError(
-                f"The rewards {names} returned None, NaN or an infinite value for a completion, and every value head "
-                "needs a target. Return a finite number for every completion."
-            )
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except Exception as error:
+            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+            batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
+            note_reward(error, self.reward_funcs, self.reward_func_names, {**batch, "trainer_state": self.state})
+            raise
+        self._check_rewards(rewards, prompts)
         self.rollout.rewards = rewards
+        for index, reward in enumerate(self.reward_funcs):
+            if isinstance(reward, RewardFunction) and reward.token_rewards is not None:
+                self.rollout.token_rewards[index] = reward.token_rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
-            self._measure_gold(self.gold_reward, inputs, prompts, completions, completion_ids_list)
+            self._measure_gold(inputs, prompts, completions, completion_ids_list)
         return rewards
 
-    def _measure_gold(
-        self, gold_reward: Callable, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> None:
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        gold = gold_reward(
-            prompts=prompts, completions=completions, completion_ids=completion_ids_list, trainer_state=self.state,
-            **columns,
-        )  # fmt: skip
-        if len(gold) != len(completions) or not all(value is not None and value == value for value in gold):
-            raise ValueError(
-                f"`gold_reward` returned {list(gold)[:4]} for {len(completions)} completions. Return one number for "
-                "every completion."
-            )
-        local = torch.tensor(gold, dtype=torch.float32, device=self.accelerator.device)
-        self._metrics["eval"]["gold"].extend(self.accelerator.gather(local).tolist())
+    def _check_rewards(self, rewards: torch.Tensor, prompts: Any) -> None:
+        missing = ~torch.isfinite(rewards)
+        if self.args.critic == "none":
+            # As in GRPO, a reward without a constraint may say nothing of a completion
+            constrained = set(self.controller.constrained)
+            missing[:, [index for index in range(rewards.size(1)) if index not in constrained]] = False
+        rows, columns = missing.nonzero().t().tolist()
+        if not rows:
+            return
+        needing = "every value head needs a target" if self.args.critic != "none" else "a constraint needs their means"
+        names = [self.reward_func_names[index] for index in sorted(set(columns))]
+        own = rows[0] - self.accelerator.process_index * len(prompts)
+        prompt = f", whose prompt is {prompts[own]!r}" if 0 <= own < len(prompts) else ""
+        raise ValueError(
+            f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. "
+            f"The first is row {rows[0]} of the rollout{prompt}. Return a finite number for every "
+            "completion."
+        )
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        if model is self.model and self.rollout.scored is None and self.rollout.purpose != "calibration":
+        wanted = self.args.critic != "none" and self.rollout.purpose != "calibration"
+        if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
@@ -291,10 +387,20 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             log_probs, reference = scored.last_tokens("log_probs", length), output["ref_per_token_logps"]
             rollout.divergence = token_divergence(log_probs, reference, self.args.kl_estimator) * rollout.mask
         kl_rewards = -self.controller.kl_coef * rollout.divergence
-        streams = reward_streams(self._trained_rewards(rollout, output), kl_rewards, rollout.mask)
-        rollout.advantages, rollout.returns = gae(
-            streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
+        streams = reward_streams(
+            self._trained_rewards(rollout, output), kl_rewards, rollout.mask, self._token_rewards(rollout)
         )
+        alpha, args = self.args.adaptive_lambda_alpha, self.args
+        gae_lambda = args.gae_lambda if alpha is None else adaptive_lambda(rollout.mask, alpha)
+        rollout.advantages, rollout.returns = gae(
+            streams, rollout.values.movedim(-1, 0), rollout.mask, args.gamma, gae_lambda, args.critic_lambda
+        )
+
+    def _token_rewards(self, rollout: Rollout) -> dict[int, torch.Tensor]:
+        """What tokens earned, but for rewards in whose place distances of whole responses are trained on."""
+        distances = self.controller.constrained if self.args.method == "sat" else []
+        found = {index: values for index, values in rollout.token_rewards.items() if index not in distances}
+        return token_reward_tensors(found, rollout.mask) if found else {}
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -316,6 +422,10 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _trained_rewards(self, rollout: Rollout, output: dict[str, Any]) -> torch.Tensor:
         """Rewards `(B, K)` that this process's completions are trained on."""
         rewards = self.controller.trained_rewards(rollout.rewards, self._group_size())
+        if self.scores is not None:
+            if rollout.purpose == "training":
+                self.scores.observe(rewards)
+            rewards = self.scores(rewards)
         rewards = self._own_rows(rewards, len(output["completion_ids"]))
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
@@ -336,21 +446,52 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         """Lets the controller adapt, and records the rollout."""
         training, rewards = rollout.purpose == "training", rollout.rewards
         divergences = None
-        if self.args.kl_coef > 0:
+        if self.args.kl_coef > 0 and rollout.divergence.numel():
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
-        reason = self.controller.close_rollout(metrics, rewards, divergences, training, self._group_size())
+        reason = self.controller.close_rollout(
+            metrics, rewards, divergences, training, self._group_size(), adapts=not self.warms_up
+        )
+        if self.ensembles.ensembles:
+            alarm = self.ensembles.observe(metrics, self.accelerator.gather, self.accelerator.device, training)
+            reason = reason or alarm
         if reason is not None:
             self.end_training(reason)
         if not training:
             return
-        record_heads(metrics, value_heads_of(self.companion.module))
+        if self.args.critic != "none":
+            record_heads(metrics, value_heads_of(self.companion.module))
+            self._check_rollout(rollout)
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
             logger.warning_once(
                 f"The reward {name!r} was the same for every completion of a rollout, so it said nothing about their "
                 "tokens. If it stays so, check the reward function."
             )
+
+    def _check_rollout(self, rollout: Rollout) -> None:
+        """Warns once of rewards too large for the critic, and of a KL that cannot be."""
+        args, rewards = self.args, rollout.rewards
+        if self.scores is not None:
+            for name, spread in zip(self.scores.names, self.scores.spreads().tolist(), strict=True):
+                self._metrics["train"][f"score_spread/{name}"].append(spread)
+        elif args.cliprange_value > 0 and args.cliprange_value_unit == "score":
+            sizes = rewards.float().square().mean(dim=0).sqrt()
+            if (sizes > _FAR * args.cliprange_value).any():
+                message = size_warning(sizes, self.reward_func_names, args.cliprange_value, _FAR)
+                self._warn_once("rewards", message)
+        if args.kl_coef == 0 or args.kl_estimator != "k1" or len(rewards) < 2:
+            return
+        found = self.accelerator.gather((rollout.divergence * rollout.mask).sum(dim=1).float())
+        mean, error = found.mean().item(), found.std().item() / len(found) ** 0.5
+        is_first = self.state.global_step == 0 and not self._has_own_reference
+        if (mean < 0 or is_first) and abs(mean) > max(_STANDARD_ERRORS * error, _NATS):
+            self._warn_once("divergence", divergence_warning(mean, error))
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning(message, main_process_only=True)
 
     def _mixed(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.controller.mix(advantages, mask, self.reward_weights, self._sum)
@@ -361,16 +502,21 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     # From the batch to the loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.args.critic == "none":
+            return self._group_relative_loss(model, inputs)
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
             inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
         recorder = ForwardRecorder(model, _WITH_VALUES)
-        with self._without_kl_loss():
+        cast(CriticCompanion, self.companion).detach = self.args.critic_detach or self.warms_up
+        with self._kl_in_loss(0.0):
             policy_loss = super()._compute_loss(recorder, inputs)
+        if self.warms_up:
+            # Gradients of zero and not none: an engine waits for those of every parameter
+            policy_loss = policy_loss * 0.0
         values = recorder.last_tokens("state_values", mask.size(1))
-        errors = clipped_value_loss(
-            values, inputs["old_state_values"], inputs["state_returns"], self.args.cliprange_value
-        )
+        cliprange = inputs.get("value_clipranges", self.args.cliprange_value)
+        errors = clipped_value_loss(values, inputs["old_state_values"], inputs["state_returns"], cliprange)
         errors = (errors * mask.unsqueeze(-1)).sum(dim=(0, 1))
         loss = policy_loss + (errors.new_tensor(self.value_coefs) * errors).sum() / self._token_normalizer(inputs)
         homeostasis = [output.homeostasis_loss for output in recorder.outputs if output.homeostasis_loss is not None]
@@ -386,23 +532,32 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         self,
         loss: torch.Tensor,
         log_probs: torch.Tensor,
-        values: torch.Tensor,
-        errors: torch.Tensor,
+        values: torch.Tensor | None,
+        errors: torch.Tensor | None,
         inputs: dict[str, Any],
     ) -> None:
         """Records the critic, ends a run whose loss is not finite, and sees whether the rollout is spent."""
         mask, metrics = self._loss_mask(inputs), self._metrics["train" if self.model.training else "eval"]
-        moved = loss.new_zeros(())
-        if "old_per_token_logps" in inputs:
-            moved = (token_divergence(inputs["old_per_token_logps"], log_probs, "k3") * mask).sum()
-        sums = critic_sums(values, inputs["state_returns"], errors, mask)
-        # One collective for the critic's metrics, the check of the loss and how far the policy has moved
+        old_log_probs = inputs.get("old_per_token_logps", log_probs)
+        moved = (token_divergence(old_log_probs, log_probs, "k3") * mask).sum()
+        sums = statistics = loss.new_zeros(0)
+        if values is not None and errors is not None:
+            returns = inputs["state_returns"]
+            sums = critic_sums(values, returns, errors, mask)
+            statistics = update_statistics(
+                log_probs - old_log_probs, inputs["advantages"], returns, inputs["old_state_values"], mask
+            )
+        # One collective and one wait for the device: metrics, the check of the loss, how far the policy has moved
         checks = torch.stack([(~torch.isfinite(loss)).float(), moved.float()])
-        local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
-        totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
-        means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-        record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
-        num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
+        parts = [sums.flatten(), checks, statistics, mask.sum().view(1)]
+        gathered = self.accelerator.gather(torch.cat(parts).float().unsqueeze(0)).cpu()
+        sums_of, checks_of, statistics_of, counts = gathered.split([len(part) for part in parts], dim=1)
+        num_broken, moved_sum = checks_of.sum(dim=0).tolist()
+        num_tokens = float(counts.sum())
+        if values is not None:
+            names = [*self.controller.stream_names, "kl"]
+            record_critic(metrics, names, sums_of.sum(dim=0).view_as(sums) / max(num_tokens, 1.0))
+            record_update(metrics, names, statistics_of, counts.squeeze(1))
         if not self.model.training:
             return
         if num_broken:
@@ -421,8 +576,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return normalizer
 
     @contextmanager
-    def _without_kl_loss(self) -> Iterator[None]:
-        beta, self.beta = self.beta, 0.0
+    def _kl_in_loss(self, coefficient: float) -> Iterator[None]:
+        beta, self.beta = self.beta, coefficient
         try:
             yield
         finally:
@@ -432,15 +587,16 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return loss
-        if "episode_rewards" in inputs:
+        if "episode_rewards" in inputs and not self.warms_up:
             self._minibatch_dual_step(inputs["episode_rewards"], self._loss_mask(inputs))
-        if not self.rollout.spent:
+        if not (self.rollout.spent or self.warms_up):
             return loss
         # With a rate of zero no optimizer moves, and the scheduler sets the next step's anew. Before the backward
         # pass, at whose end DeepSpeed steps: a callback before the optimizer's step would come too late there
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        return loss * 0.0
+            if self.rollout.spent or not group.get(VALUE_HEADS):
+                group["lr"] = 0.0
+        return loss * 0.0 if self.rollout.spent else loss
 
     def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
         """The official code's dual step: on rewards of episodes weighted by their length."""
@@ -459,7 +615,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             self.args.per_device_train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
         )  # fmt: skip
         num_batches = -(-num_samples // (local * world))
-        rows = list(itertools.islice(itertools.cycle(self.train_dataset), num_batches * world * local))
+        rows = random_rows(self.train_dataset, num_batches * world * local, self.args.seed)
         training, devices = self.model.training, [self.accelerator.device] if torch.cuda.is_available() else []
         rewards = []
         with torch.random.fork_rng(devices):
@@ -497,9 +653,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         self.control.should_training_stop = True
         logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if self.is_in_train and "eval_gold" in metrics:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train and metric_key_prefix == "eval" and "eval_gold" in metrics:
             reason = self.controller.stopping.check_gold(metrics["eval_gold"])
             if reason is not None:
                 self.end_training(reason)
@@ -508,38 +666,13 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _method_section(self, model_id: str) -> str:
         return run_section(self, model_id)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        step, batches = open_rollout(self)
-        if self.args.should_save:
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), "step": step})
-            if self.multipliers is not None:
-                write_json(folder, MULTIPLIERS_FILE, self.multipliers.state_dict())
-            if self.search_callback is not None:
-                self.search_callback.save(folder)
-        if _internal_call and batches is not None:
-            save_rollout(folder, self.accelerator.process_index, batches)
-        super().save_model(output_dir, _internal_call=_internal_call)
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        # Kept for a resumed run, which draws the orders of the epochs before it
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        remedy = "Resume from a checkpoint of a run with the same `method` and constraints."
-        state = read_json(checkpoint, STATE_FILE, remedy)
-        if self.multipliers is not None:
-            self.multipliers.load_state_dict(read_json(checkpoint, MULTIPLIERS_FILE, remedy))
-        self.controller.load_state_dict(state)
-        if self.search_callback is not None:
-            self.search_callback.load(checkpoint)
-        # Each epoch draws its own order, which a new sampler would begin anew
-        for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
-            next(iter(self._train_sampler), None)
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
-        self.resumed = True
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        limit = self.args.critic_max_grad_norm
+        if limit is None:
+            return super()._clip_grad_norm(model)
+        critic = [parameter for _, parameter in self.companion.own_parameters(model)]
+        own = {id(parameter) for parameter in critic}
+        policy = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales all gradients first
+        self._metrics["train"]["critic/grad_norm"].append(float(nn.utils.clip_grad_norm_(critic, limit)))
+        return norm

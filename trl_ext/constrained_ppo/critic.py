@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .._upstream import FusedCausalLMOutput, gathered_state_dict
-from ..core.companion import Companion
+from .._upstream import FusedCausalLMOutput, copy_parameters, gathered_state_dict, is_partitioned
+from ..core.companion import Companion, base_policy
 from ..core.recorder import Forward, last_hidden_states
 from ..equilibrium.value_heads import EPValueHeads
+from .advantages import merged_moments, token_moments
 from .constrained_ppo_config import ConstrainedPPOConfig
 
 
@@ -31,15 +33,16 @@ Metrics = dict[str, list[float]]
 
 
 def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float | torch.Tensor
 ) -> torch.Tensor:
     """
     Half the squared error of values against returns, element by element; where a value has moved by more than
-    `cliprange` since generation (0 for no bound), the larger of the errors of the value and of the clipped value.
+    `cliprange` since generation (a number, 0 for no bound, or a tensor that broadcasts against the values), the larger
+    of the errors of the value and of the clipped value.
     """
     error = (values - returns).square()
-    if cliprange > 0:
-        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    if isinstance(cliprange, torch.Tensor) or cliprange > 0:
+        clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)  # type: ignore[arg-type]
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error
 
@@ -186,8 +189,13 @@ def value_heads_of(critic: nn.Module) -> nn.Module:
     return critic.heads if isinstance(critic, SeparateCritic) else critic
 
 
-def kind_of(critic: nn.Module) -> str:
-    """`"shared"` or `"separate"` for a critic that can be rebuilt from its file, `"module"` for the user's own."""
+def kind_of(critic: nn.Module | None) -> str:
+    """
+    `"shared"` or `"separate"` for a critic that can be rebuilt from its file, `"module"` for the user's own, `"none"`
+    without one.
+    """
+    if critic is None:
+        return "none"
     kinds = {ValueHeads: "shared", EPValueHeads: "shared", SeparateCritic: "separate"}
     return kinds.get(type(critic), "module")
 
@@ -205,15 +213,18 @@ def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -
 
 
 def build_critic(
-    policy: PreTrainedModel, num_heads: int, args: ConstrainedPPOConfig, critic_model: str | nn.Module | None = None
+    policy: Any, num_heads: int, args: ConstrainedPPOConfig, critic_model: str | nn.Module | None = None
 ) -> nn.Module:
     """
     The critic that a configuration and the argument `critic_model` of the trainer ask for; refuses one that does not
-    fit the policy or the number of streams.
+    fit the policy or the number of streams. The policy may have an adapter.
     """
+    adapted, policy = policy, base_policy(policy)
     if args.critic == "separate":
+        if isinstance(critic_model, SeparateCritic):
+            return critic_model
         if critic_model is None or isinstance(critic_model, str):
-            backbone = _backbone(policy, critic_model or args.critic_model_name_or_path)
+            backbone = _backbone(adapted, critic_model or args.critic_model_name_or_path)
         elif isinstance(critic_model, PreTrainedModel):
             backbone = critic_model.base_model
         else:
@@ -261,21 +272,44 @@ def _check_module(critic_model: nn.Module, states: torch.Tensor, num_heads: int,
         )
 
 
-def _backbone(policy: PreTrainedModel, name_or_path: str | None) -> PreTrainedModel:
+def _backbone(adapted: Any, name_or_path: str | None) -> PreTrainedModel:
     """The backbone of a model, such as a reward model, or a copy of the policy's, whose token ids it is given."""
-    if name_or_path is None and is_deepspeed_zero3_enabled():
-        name_or_path = policy.config.name_or_path or None
-    if name_or_path is None:
-        backbone = copy.deepcopy(policy.base_model)
+    policy = base_policy(adapted)
+    if name_or_path is None and is_deepspeed_zero3_enabled() and policy.config.name_or_path:
+        # A model in pieces cannot be copied; one from its folder can take its weights
+        backbone = AutoModel.from_pretrained(policy.config.name_or_path, dtype=policy.dtype)
+        if is_partitioned(policy) and not is_peft_model(adapted):
+            copy_parameters(policy.base_model, backbone)
+    elif name_or_path is None:
+        backbone = _copied_backbone(adapted)
     else:
         backbone = AutoModel.from_pretrained(name_or_path, dtype=policy.dtype)
+    check_vocabulary(backbone, policy, name_or_path)
+    return backbone.requires_grad_(True)
+
+
+def check_vocabulary(backbone: PreTrainedModel, policy: PreTrainedModel, name_or_path: str | None) -> None:
+    """Refuses a critic's backbone, of the name given, that does not know every token id of the policy."""
     size, needed = backbone.config.get_text_config().vocab_size, policy.config.get_text_config().vocab_size
     if size < needed:
         raise ValueError(
             f"`critic_model_name_or_path={name_or_path!r}` has a vocabulary of {size} tokens and the policy one of "
             f"{needed}; the critic reads the policy's token ids. Choose a model with the policy's tokenizer."
         )
-    return backbone.requires_grad_(True)
+
+
+def _copied_backbone(adapted: Any) -> PreTrainedModel:
+    """A copy of the policy's backbone as plain layers: an adapter's weights are merged into them."""
+    if any(not parameter.is_floating_point() for parameter in adapted.base_model.parameters()):
+        raise ValueError(
+            "`critic='separate'` starts from a copy of the policy, whose quantised weights cannot be trained. Set "
+            "`critic_model_name_or_path`, which is loaded in full, or `critic='shared'`."
+        )
+    if not is_peft_model(adapted):
+        return copy.deepcopy(adapted.base_model)
+    if adapted.active_peft_config.is_prompt_learning:
+        return copy.deepcopy(base_policy(adapted).base_model)
+    return copy.deepcopy(adapted).merge_and_unload().base_model
 
 
 def critic_sums(values: torch.Tensor, returns: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -289,6 +323,72 @@ def record_critic(metrics: Metrics, names: Sequence[str], means: torch.Tensor) -
     for name, column in zip(names, means.t().tolist(), strict=True):
         for metric, value in zip(("loss", "value", "return"), column, strict=True):
             metrics[f"critic/{name}/{metric}"].append(value)
+
+
+def update_statistics(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    old_values: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    What one process's minibatch says of an update, for [`record_update`].
+
+    Args:
+        log_ratio (`torch.Tensor` of shape `(B, T)`):
+            Log-probability of each token less the one at generation.
+        advantages (`torch.Tensor` of shape `(B, T)`):
+            Advantages that the policy follows.
+        returns (`torch.Tensor` of shape `(B, T, K+1)`):
+            Targets of the values.
+        old_values (`torch.Tensor` of shape `(B, T, K+1)`):
+            Values at generation.
+        mask (`torch.Tensor` of shape `(B, T)`, bool or integer):
+            Response tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(3 + 2 (2K+3),)`: sum, largest and smallest ratio, and [`token_moments`] of the
+        returns, of what the values left unexplained and of the advantages.
+    """
+    inside, ratio = mask.bool(), log_ratio.exp()
+    extremes = [
+        ratio.masked_fill(~inside, 0.0).sum(),
+        ratio.masked_fill(~inside, -torch.inf).amax(),
+        ratio.masked_fill(~inside, torch.inf).amin(),
+    ]
+    streams = [returns.movedim(-1, 0), (returns - old_values).movedim(-1, 0), advantages.unsqueeze(0)]
+    return torch.cat([torch.stack(extremes), token_moments(torch.cat(streams), mask).flatten()])
+
+
+def record_update(metrics: Metrics, names: Sequence[str], statistics: torch.Tensor, counts: torch.Tensor) -> None:
+    """
+    Records ratios, advantages and how much of the returns the values explain, unless there is not one token.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            Where to record.
+        names (`Sequence[str]`):
+            Names of the streams.
+        statistics (`torch.Tensor` of shape `(P, 3 + 2 (2K+3))`):
+            [`update_statistics`] of each process.
+        counts (`torch.Tensor` of shape `(P,)`):
+            Tokens of each process.
+    """
+    num_tokens = float(counts.sum())
+    if not num_tokens:
+        return
+    metrics["ratio/mean"].append(float(statistics[:, 0].sum()) / num_tokens)
+    metrics["ratio/max"].append(float(statistics[:, 1].amax()))
+    metrics["ratio/min"].append(float(statistics[:, 2].amin()))
+    means, variances = merged_moments(statistics[:, 3:].unflatten(1, (2, -1)), counts)
+    metrics["advantage/mean"].append(float(means[-1]))
+    metrics["advantage/std"].append(float(variances[-1].sqrt()))
+    for index, name in enumerate(names):
+        spread, left = float(variances[index]), float(variances[len(names) + index])
+        metrics[f"critic/{name}/return_std"].append(spread**0.5)
+        # Returns that do not vary leave nothing to explain
+        metrics[f"critic/{name}/explained_variance"].append(1 - left / spread if spread > 0 else 0.0)
 
 
 def record_heads(metrics: Metrics, heads: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What one rollout carries from generation to the loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ class Rollout:
 
     purpose: Literal["training", "evaluation", "calibration"] = "training"  # Calibration wants the rewards alone
     rewards: torch.Tensor = _UNKNOWN  # (N, K), from `_calculate_rewards`
+    # From `_calculate_rewards` too: what each token of this process's completions earned, by the index of the reward
+    token_rewards: dict[int, list[list[float]]] = field(default_factory=dict)
     # Forwards that gave log-probabilities and values, from `_get_per_token_logps_and_entropies`, until they are read
     scored: ForwardRecorder | None = None
     # From `_estimate`
@@ -29,5 +31,7 @@ class Rollout:
     divergence: torch.Tensor = _UNKNOWN  # (B, T), KL from the reference at each token, in nats
     advantages: torch.Tensor = _UNKNOWN  # (K+1, B, T), of each reward and, last, of the KL, before they are mixed
     returns: torch.Tensor = _UNKNOWN  # (K+1, B, T), targets of the values
+    # Without a critic and where no log-probabilities are known before the loss: KL and mask of each micro-batch so far
+    losses_divergences: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     # Whether the policy has moved so far that the updates left are skipped, from `_check_update`
     spent: bool = False

@@ -6,7 +6,7 @@ owned by DeepSpeed and FSDP like any layer. [`CompanionMixin`] sees to the rest 
 
     attached after `super().__init__()`   attach_companion: submodule, wider forward, refused where it would be lost
     trained in groups of its own          create_optimizer: last, so that the logged learning rate is the policy's
-    stripped from every saved model       attach_companion: `_keys_to_ignore_on_save`
+    stripped from every saved model       attach_companion: `_keys_to_ignore_on_save`, and `state_dict()`
     kept beside it                        save_model: one safetensors file, whole tensors in float32
     restored first                        _load_from_checkpoint, _load_best_model: refused before anything changes
 """
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .._upstream import SyncRefModelCallback, gathered_state_dict, keep_from_vllm
+from .converted_weights import restore_converted_weights
 from .parameter_groups import move_to_own_groups
 from .recorder import Forward, extend_forward
 
@@ -173,7 +174,7 @@ def base_policy(model: Any) -> PreTrainedModel:
 class CompanionMixin(Trainer):
     """
     Base of a trainer, before TRL's, whose policy has a companion. Call [`CompanionMixin.attach_companion`] after
-    `super().__init__()`: earlier, PEFT would freeze it.
+    `super().__init__()`: earlier, PEFT would freeze it. Where it is not called, the trainer is its parent.
 
     Example:
 
@@ -215,6 +216,11 @@ class CompanionMixin(Trainer):
     companion: Companion
 
     @property
+    def has_companion(self) -> bool:
+        """Whether a companion is attached."""
+        return hasattr(self, "companion")
+
+    @property
     def policy(self) -> PreTrainedModel:
         """The transformers model that holds the companion, without the wrappers of engines and adapters."""
         return base_policy(self.accelerator.unwrap_model(self.model))
@@ -239,6 +245,8 @@ class CompanionMixin(Trainer):
         extend_forward(policy, forward)
         names = {f"{companion.name}.{name}" for name in companion.module.state_dict()}
         policy._keys_to_ignore_on_save = set(policy._keys_to_ignore_on_save or ()) | names
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # their checkpoints are made of it
+            leave_out_of_state_dict(policy, companion.name)
         trained = any(parameter.requires_grad for parameter in companion.module.parameters())
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
         if trained and "optimizer" in config:
@@ -253,31 +261,69 @@ class CompanionMixin(Trainer):
             self.add_callback(_SyncWithoutCompanion(companion, self.ref_model, self.accelerator))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        given = self.optimizer is not None  # the policy's learning rate is then that optimizer's
         optimizer = super().create_optimizer(model)
+        if not self.has_companion:
+            return optimizer
         named = self.companion.own_parameters(self.model if model is None else model)
         rate = self.companion.learning_rate
         move_to_own_groups(
             optimizer,
             self.companion.parameter_groups(named),
-            self.args.learning_rate if rate is None else rate,
+            self.args.learning_rate if rate is None and not given else rate,
             tag=self.companion.name,
+            scheduler=self.lr_scheduler,
         )
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.companion.save(self.args.output_dir if output_dir is None else output_dir, self.args.should_save)
+        if self.has_companion:
+            self.companion.save(self.args.output_dir if output_dir is None else output_dir, self.args.should_save)
         super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(self, "companion") and is_peft_model(model):
+            # PEFT knows nothing of `_keys_to_ignore_on_save` and takes by name what an adapter trains, such as biases
+            state = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state.items() if f"{self.companion.name}." not in name}
+        super()._save(output_dir, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # First: a checkpoint without it is refused before anything is overwritten. FSDP restores its own shards
-        if not self.is_fsdp_enabled:
+        if self.has_companion and not self.is_fsdp_enabled:
             self.companion.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            restore_converted_weights(self.policy, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self.has_companion and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.companion.load(str(self.state.best_model_checkpoint))
+            restore_converted_weights(self.policy, str(self.state.best_model_checkpoint))
+
+
+def leave_out_of_state_dict(model: nn.Module, name: str) -> None:
+    """
+    Makes `model.state_dict()` that of the model without a submodule, and lets `load_state_dict` miss nothing then.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+        name (`str`):
+            Name of the submodule.
+    """
+
+    def leave_out(_model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}{name}.")]:
+            del state[key]
+
+    def expect_nothing(_model: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if name not in key.split(".")]
+
+    model.register_state_dict_post_hook(leave_out)
+    model.register_load_state_dict_post_hook(expect_nothing)
 
 
 class _SyncWithoutCompanion(SyncRefModelCallback):

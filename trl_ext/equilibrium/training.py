@@ -91,7 +91,9 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
                 ([parameter for parameter in group["params"] if id(parameter) in heads], group["weight_decay"])
                 for group in optimizer.param_groups
             ]
-            move_to_own_groups(optimizer, groups, self.args.head_learning_rate, tag="equilibrium_head")
+            move_to_own_groups(
+                optimizer, groups, self.args.head_learning_rate, tag="equilibrium_head", scheduler=self.lr_scheduler
+            )
         return optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:

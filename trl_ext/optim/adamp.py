@@ -131,6 +131,7 @@ class AdamP(ProjectedOptimizer):
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
+    CPU_KERNELS = cpu
 
     def __init__(
         self,
@@ -173,9 +174,6 @@ class AdamP(ProjectedOptimizer):
 
     def _decay(self, group: dict[str, Any]) -> Any:
         return group["lr"] * group["weight_decay"]
-
-    def _kernels(self, local: LocalTensor) -> Any:
-        return cpu if cpu.is_usable(local) else None
 
     def _displace(self, block: Block, out: torch.Tensor) -> None:
         group = block.local.group

@@ -2,36 +2,44 @@
 
 import math
 import re
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 
+from .weights import is_backed, is_plain, local_tensor
 
+
+# Options that are numbers, besides `betas`
+NUMBERS = ("lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening")
+# What running averages can be kept in
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Values of `projection`, and of its patterns
 PROJECTIONS = ("test", "channel", "layer", "none")
 
 
-def projection_of(group: dict[str, Any], index: int) -> str:
+def projection_of(group: dict[str, Any], name: str | None) -> str:
     """
-    What `projection` says of the weight at a place of a group: `"channel"` or `"layer"`, the level at which it is
-    known to be scale-invariant, `"test"` to find out, or `"none"`.
+    What `projection` says of a group's weight of some name: `"channel"` or `"layer"`, the level at which it is known
+    to be scale-invariant, `"test"` to find out, or `"none"`.
 
     Weights that no pattern matches are not projected: where the scale-invariant ones are named, a test of the others
     could only hit by chance.
 
     Raises:
-        ValueError: If the group has patterns but no names.
+        ValueError: If the group has patterns and the weight has no name.
     """
     projection = group["projection"]
     if not isinstance(projection, dict):
         return projection or "test"
-    names = group.get("param_names")
-    if names is None or index >= len(names):
+    if name is None:
         raise ValueError(
-            "`projection` has patterns, but the parameters have no names. Build the optimizer with "
-            "`model.named_parameters()`, or give the groups `(name, parameter)` pairs."
+            "`projection` has patterns, but a parameter has no name. Build the optimizer with "
+            "`model.named_parameters()`, or give the groups `(name, parameter)` pairs; add a parameter to "
+            "`param_names` of its group as well as to `params`."
         )
-    return next((level for pattern, level in projection.items() if re.search(pattern, names[index])), "none")
+    return next((level for pattern, level in projection.items() if re.search(pattern, name)), "none")
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
@@ -43,6 +51,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         RuntimeError: If two execution options exclude each other.
     """
     lr = options["lr"]
+    _check_numbers(name, options)
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"{name}: a tensor `lr` must have one element, got shape {tuple(lr.shape)}.")
     for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
@@ -69,8 +78,26 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {dtype!r}."
         )
+    if dtype is not None and dtype not in STATE_DTYPES:
+        raise ValueError(
+            f"{name}: `state_dtype={dtype}` can't hold the running averages: squares of gradients below its smallest "
+            "number become 0, which the step divides by. Use `torch.float32`, `torch.float64` or `torch.bfloat16`."
+        )
     _check_projection(name, options.get("projection"))
     _check_execution(name, options)
+
+
+def _check_numbers(name: str, options: dict[str, Any]) -> None:
+    """Refuses what is no number, such as the strings of a configuration file."""
+    values = {option: options[option] for option in NUMBERS if option in options}
+    betas = options.get("betas", ())
+    if isinstance(betas, str) or not isinstance(betas, Sequence):
+        raise ValueError(f"{name}: `betas` must be two numbers, got {betas!r}.")
+    values |= {f"betas[{index}]": beta for index, beta in enumerate(betas)}
+    for option, value in values.items():
+        is_number = isinstance(value, Real | torch.Tensor) and not isinstance(value, bool)
+        if not is_number:
+            raise ValueError(f"{name}: `{option}` must be a number, got {value!r} ({type(value).__name__}).")
 
 
 def _check_projection(name: str, projection: Any) -> None:
@@ -118,6 +145,13 @@ def check_param(name: str, param: torch.Tensor) -> None:
             f"{name}: a gradient of shape {tuple(grad.shape)} on {grad.device} for a parameter of shape "
             f"{tuple(param.shape)} on {param.device}."
         )
+    for what, tensor in (("parameter", local_tensor(param)), ("gradient", local_tensor(grad))):
+        if is_plain(tensor) and not is_backed(tensor):
+            raise RuntimeError(
+                f"{name}: a {what} of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device} has a "
+                f"storage of {tensor.untyped_storage().nbytes()} bytes, which does not hold it: its memory was freed "
+                "or made smaller. Take the step before it is freed, or allocate it again."
+            )
 
 
 def check_state(name: str, param: torch.Tensor, state: torch.Tensor) -> None:

@@ -63,14 +63,14 @@ class SGDP(ProjectedOptimizer):
     Args:
         params (`Iterable[torch.nn.Parameter]` or `Iterable[dict]`):
             Parameters, named parameters or groups.
-        lr (`float` or `torch.Tensor`):
+        lr (`float` or `torch.Tensor`, *optional*, defaults to `1e-3`):
             Learning rate.
         momentum (`float`, *optional*, defaults to `0.0`):
             Momentum, below 1.
-        weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled weight decay, of `lr * weight_decay / (1 - momentum)` each step.
         dampening (`float`, *optional*, defaults to `0.0`):
             Taken off the gradient's part in the momentum, from the first step on.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled weight decay, of `lr * weight_decay / (1 - momentum)` each step.
         nesterov (`bool`, *optional*, defaults to `False`):
             Whether to use Nesterov's momentum.
         eps (`float`, *optional*, defaults to `1e-8`):
@@ -120,15 +120,15 @@ class SGDP(ProjectedOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor = 1e-3,
         momentum: float = 0.0,
-        weight_decay: float = 0.0,
         dampening: float = 0.0,
+        weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
         eps: float = 1e-8,
         delta: float = 0.1,
         wd_ratio: float = 0.1,
-        *,
         project_momentum: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,

@@ -9,13 +9,17 @@ under FSDP1, and one flat tensor for a whole group of parameters under DeepSpeed
 
 import math
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+
+
+# Key of a group that stays the group's own: its index does not, since wrappers drop and split groups
+GROUP_KEY = "projection_group"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Shard:
             holds it whole.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that hold the weight together.
+        name (`str`, *optional*):
+            The weight's name, where the optimizer was given named parameters.
     """
 
     index: int
@@ -48,6 +54,7 @@ class Shard:
     numel: int
     borders: tuple[int, ...] = ()
     process_group: Any = None
+    name: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -71,48 +78,197 @@ class UnknownShardsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Original:
-    """A parameter as it was handed to the optimizer; wrappers may replace, flatten or free it afterwards."""
+    """
+    A parameter as it was handed to the optimizer; wrappers may replace, flatten or free it afterwards. A lazy one has
+    no dimensions and no size yet.
+    """
 
     reference: weakref.ref[torch.Tensor]
-    ndim: int
+    ndim: int | None
+    numel: int | None
+    name: str | None = None
 
     @classmethod
-    def of(cls, param: torch.Tensor) -> "Original":
-        return cls(weakref.ref(param), param.ndim)
+    def of(cls, param: torch.Tensor, name: str | None = None) -> "Original":
+        if torch.nn.parameter.is_lazy(param):
+            return cls(weakref.ref(param), None, None, name)
+        return cls(weakref.ref(param), param.ndim, param.numel(), name)
 
 
-def read_shards(param: torch.Tensor, place: int, num_params: int, originals: Sequence[Original]) -> list[Shard]:
+class Layout(NamedTuple):
+    """A tensor that was stepped on, its shapes then, where its weights lie in it, and its group."""
+
+    reference: weakref.ref[torch.Tensor]
+    shapes: tuple[torch.Size, torch.Size]
+    shards: list[Shard]
+    group_key: int
+
+
+class Layouts:
     """
-    The weights in one tensor of a group, `param` at its `place` among `num_params`, in the order of the `originals`
-    that the group was made with. What no shard covers is padding.
+    The weights in each tensor that an optimizer steps on, and the parameters that its groups were made of.
+
+    A tensor's layout is read at its first step, and again when its shape changed: a plain parameter may be grown, cut,
+    added, moved or left out between two steps. Such parameters are known by themselves, whatever their place in their
+    group is by then, and keep the names that they came with.
+    """
+
+    def __init__(self) -> None:
+        self._originals: dict[int, list[Original]] = {}
+        self._layouts: dict[int, Layout] = {}
+        # Names as the groups had them when they were last looked at
+        self._names: dict[int, list[str] | None] = {}
+
+    def __contains__(self, group_key: Any) -> bool:
+        return group_key in self._originals
+
+    def new_key(self) -> int:
+        """A key that no group has."""
+        return max(self._originals, default=-1) + 1
+
+    def remember(self, group: dict[str, Any]) -> None:
+        """Records the parameters of a new group."""
+        key, params, names = group[GROUP_KEY], group["params"], group.get("param_names")
+        own = names if names is not None and len(names) == len(params) else [None] * len(params)
+        self._originals[key] = [Original.of(param, name) for param, name in zip(params, own, strict=True)]
+        self._names[key] = None if names is None else list(names)
+
+    def renew_names(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Takes over what was changed in the groups' names, where there is one for each parameter."""
+        for group in groups:
+            key, names = group[GROUP_KEY], group.get("param_names")
+            if names == self._names[key]:
+                continue
+            self._names[key] = None if names is None else list(names)
+            if names is None or len(names) != len(group["params"]):
+                continue
+            originals = self._originals[key]
+            for param, name in zip(group["params"], names, strict=True):
+                index = _index_of(param, originals)
+                if index is not None:
+                    originals[index] = replace(originals[index], name=name)
+            self._layouts = {name: found for name, found in self._layouts.items() if found.group_key != key}
+
+    def read(self, param: torch.Tensor, place: int, group: dict[str, Any]) -> list[Shard]:
+        """
+        The weights in a tensor of a group, at its `place` there.
+
+        Raises:
+            UnknownShardsError: If the layout can't be read, unless the group's `on_unknown_shards` is `"adamw"`.
+        """
+        shapes, known = _shapes(param), self._layouts.get(id(param))
+        if known is not None and known.reference() is param and known.shapes == shapes:
+            return known.shards
+        key = group[GROUP_KEY]
+        originals = self._originals[key]
+        try:
+            shards = read_shards(param, place, group["params"], originals)
+        except UnknownShardsError:
+            if group["on_unknown_shards"] == "raise":
+                raise
+            shards = []
+        if len(shards) == 1 and tuple(param.shape) == shards[0].shape:
+            self._adopt(param, shards[0].index, place, group)
+        # A flat parameter of FSDP1 may be all that the group was made of
+        names = {index: original.name for index, original in enumerate(originals)}
+        shards = [replace(shard, name=names.get(shard.index)) for shard in shards]
+        self._layouts = {name: layout for name, layout in self._layouts.items() if layout.reference() is not None}
+        self._layouts[id(param)] = Layout(weakref.ref(param), shapes, shards, key)
+        return shards
+
+    def _adopt(self, param: torch.Tensor, index: int, place: int, group: dict[str, Any]) -> None:
+        """Records a whole parameter that was added, or that replaced another one, after the group was made."""
+        originals, names = self._originals[group[GROUP_KEY]], group.get("param_names")
+        name = names[place] if names is not None and len(names) == len(group["params"]) else None
+        if any(original.name == name for other, original in enumerate(originals) if other != index):
+            name = None  # The names still stand as they did before parameters were left out
+        if index == len(originals):
+            if name is None:  # It may come from another group
+                everywhere = [original for own in self._originals.values() for original in own]
+                found = _index_of(param, everywhere)
+                name = None if found is None else everywhere[found].name
+            originals.append(Original.of(param, name))
+        elif originals[index].reference() is not param and param.ndim > 1:
+            originals[index] = Original.of(param, name or originals[index].name)
+
+    def current(self) -> Iterator[tuple[torch.Tensor, list[Shard], int]]:
+        """Tensors that were stepped on and still have the shape of then, with their weights and the group's key."""
+        for layout in self._layouts.values():
+            param = layout.reference()
+            if param is not None and layout.shapes == _shapes(param):
+                yield param, layout.shards, layout.group_key
+
+
+def _shapes(param: torch.Tensor) -> tuple[torch.Size, torch.Size]:
+    return param.shape, param._local_tensor.shape if isinstance(param, DTensor) else param.shape
+
+
+def _index_of(param: torch.Tensor, originals: Sequence[Original]) -> int | None:
+    return next((index for index, original in enumerate(originals) if original.reference() is param), None)
+
+
+def read_shards(
+    param: torch.Tensor, place: int, params: Sequence[torch.Tensor], originals: Sequence[Original]
+) -> list[Shard]:
+    """
+    The weights in one tensor of a group, `param` at its `place` among `params`, in the order of the `originals` that
+    the group was made with. A whole parameter that is none of them gets the index behind the last of them. What no
+    shard covers is padding.
 
     Raises:
         UnknownShardsError: If the layout can't be read.
     """
+    is_in_place = place < len(originals) and originals[place].reference() is param
+    own = place if is_in_place else _index_of(param, originals)
+    index = _index_of_replacement(place, params, originals) if own is None else own
     if isinstance(param, DTensor):
-        return [_distributed_tensor_shard(param, place)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [_distributed_tensor_shard(param, index)]
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed:
         from .._upstream import fsdp1_layout  # Imports TRL, which one process can do without
 
         layout = fsdp1_layout(param)
         if layout is not None:
-            return _fsdp1_shards(param, place, layout)
-    if any(original.reference() is param for original in originals):
+            return _fsdp1_shards(param, index, layout)
+    if own is not None:
         if tuple(getattr(param, "ds_shape", param.shape)) != tuple(param.shape):
             raise _unknown(param, "a ZeRO-3 parameter outside DeepSpeed's optimizer")
-        if param.ndim != originals[place].ndim and len(originals) == num_params:
-            raise _unknown(param, f"a parameter that had {originals[place].ndim} dimensions when it was added")
-        return [_whole(param, place)]
+        ndim = originals[own].ndim
+        if ndim is not None and param.ndim < 2 <= ndim:
+            raise _unknown(param, f"a parameter that had {ndim} dimensions when it was added")
+        return [_whole(param, own)]
     if param.ndim > 1:
-        return [_whole(param, place)]
-    alive = [(index, original.reference()) for index, original in enumerate(originals)]
-    trainable = [(index, original) for index, original in alive if original is not None and original.requires_grad]
+        return [_whole(param, index)]
+    alive = [(place, original.reference()) for place, original in enumerate(originals)]
+    trainable = [(place, original) for place, original in alive if original is not None and original.requires_grad]
     shards = _zero3_shards(param, trainable) or _zero12_shards(param, trainable)
     if shards is not None:
         return shards
-    if len(originals) == num_params and param.ndim == originals[place].ndim:
-        return [_whole(param, place)]
+    is_alike = index < len(originals) and param.ndim == originals[index].ndim
+    if (is_alike and len(originals) == len(params)) or not _may_hold_others(param, params, originals, is_distributed):
+        return [_whole(param, index)]
     raise _unknown(param, f"a tensor in place of {len(originals)} parameters, the first {_describe(trainable)}")
+
+
+def _index_of_replacement(place: int, params: Sequence[torch.Tensor], originals: Sequence[Original]) -> int:
+    """Index of what is none of the parameters that the group was made with: of the one it replaces, or a new one."""
+    if place < len(originals):
+        replaced = originals[place].reference()
+        if replaced is None or not any(param is replaced for param in params):
+            return place
+    return len(originals)
+
+
+def _may_hold_others(
+    param: torch.Tensor, params: Sequence[torch.Tensor], originals: Sequence[Original], is_distributed: bool
+) -> bool:
+    """
+    Whether a tensor may be a flat one that wrappers made of parameters: matrices are gone from the group, and it is
+    large enough for one of them. Of several processes each may hold no more than a piece.
+    """
+    present = {id(other) for other in params}
+    gone = [original for original in originals if id(original.reference()) not in present]
+    return any((o.ndim or 0) > 1 and (is_distributed or (o.numel or 0) <= param.numel()) for o in gone)
 
 
 def _whole(param: torch.Tensor, place: int) -> Shard:

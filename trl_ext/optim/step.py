@@ -6,49 +6,46 @@ One step of AdamP or SGDP, on whole weights or shards:
 3. exchange: add them up over processes for the weights that shard borders cut ([`Exchange`]);
 4. apply: decide whether and at which level a weight is scale-invariant, and apply decay and the projected update.
 
-On a GPU the kernels of kernels/triton.py do it for all tensors together, over the table of kernels/plan.py. On a CPU
-measuring and applying are done by the compiled passes of kernels/cpu.py where they take a tensor. Elsewhere it is done
-in blocks of torch operations around the update that a subclass writes; what is surely not projected goes through
-torch's fused kernels.
+A plan does it for many tensors together: on a GPU the kernels of kernels/triton.py over the table of kernels/plan.py,
+on a CPU the compiled passes of kernels/cpu.py, which also take single weights that threads or processes share.
+Elsewhere it is done in blocks of torch operations around the update that a subclass writes; what is surely not
+projected goes through torch's fused kernels.
 """
 
 import operator
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .kernels import cpu
 from .kernels import plan as plans
 from .kernels.plan import CutWeight, Plan
 from .kernels.rounding import RoundingNoise, copy_rounded_
 from .options import check_options, check_param, check_state, projection_of
 from .projection import LEVELS, is_scale_invariant, threshold
-from .shards import Exchange, Original, Shard, UnknownShardsError, read_shards
+from .resume import take_over
+from .shards import GROUP_KEY, Exchange, Layouts, Shard
 from .weights import (
-    GROUP_KEY,
     Block,
     LocalTensor,
+    ProjectionCounts,
+    Scratch,
     Weight,
     has_order_of,
     is_flat,
+    is_plain,
     layer_dots,
     local_part,
+    local_tensor,
     memory,
     plain_blocks,
+    shared_scratch,
 )
 
 
 # Largest update kept between the pass that measures it and the one that applies it; larger ones are computed anew
 MAX_KEPT_UPDATE = 2**26
-
-
-class Layout(NamedTuple):
-    """A tensor that was stepped on, where its weights lie in it, and its group."""
-
-    reference: weakref.ref
-    shards: list[Shard]
-    group_key: int
 
 
 class Place(NamedTuple):
@@ -76,6 +73,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     }
     # Names of the running averages in a parameter's state
     MOMENTS: tuple[str, ...] = ()
+    # Module of compiled passes on a CPU (kernels/cpu.py), or `None`
+    CPU_KERNELS: Any = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_options(type(self).__name__, defaults)
@@ -83,12 +82,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _prepare(self) -> None:
-        self._originals: dict[int, list[Original]] = {}
-        self._layouts: dict[int, Layout] = {}
-        self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._layouts = Layouts()
+        # On other devices than a CPU its own, whose memory a CUDA graph may have captured
+        self._scratch, self._own_scratch = Scratch(), Scratch()
         self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
         self._noise = RoundingNoise()
-        self._plans: list[Plan] = []
+        self._plans: list[Plan | cpu.Plan] = []
         # What the plans were made from, and what is not in them
         self._planned_params: list[torch.Tensor] = []
         self._outside: list[Place] = []
@@ -100,21 +99,18 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Adds a group, as `torch.optim.Optimizer` does, after a check of its options."""
         check_options(type(self).__name__, {**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._remember(self.param_groups[-1], max(self._originals, default=-1) + 1)
-
-    def _remember(self, group: dict[str, Any], key: int) -> None:
-        group[GROUP_KEY] = key
-        self._originals[key] = [Original.of(param) for param in group["params"]]
+        self.param_groups[-1][GROUP_KEY] = self._layouts.new_key()
+        self._layouts.remember(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not hasattr(self, "_originals"):  # Unpickled
+        if not hasattr(self, "_layouts"):  # Unpickled
             self._prepare()
         for place, group in enumerate(self.param_groups):
             for option, value in self.OPTIONS.items():
                 group.setdefault(option, value)
-            if group.setdefault(GROUP_KEY, place) not in self._originals:
-                self._remember(group, group[GROUP_KEY])
+            if group.setdefault(GROUP_KEY, place) not in self._layouts:
+                self._layouts.remember(group)
             for param in group["params"]:
                 self._settle_step(param, group)
 
@@ -129,10 +125,28 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.state[param]["step"] = int(step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, also one of the official package's; running averages keep what `state_dtype` asks for."""
+        """
+        Loads a state, also one of the official package's or of torch's AdamW or SGD; running averages keep what
+        `state_dtype` asks for. Options come from the checkpoint, as in torch; those that it changes are warned of.
+
+        Raises:
+            ValueError: If the state lacks the running averages.
+        """
         keys = [group.get(GROUP_KEY) for group in self.param_groups]
         dtypes = [group.get("state_dtype") for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def after_all_hooks(_: torch.optim.Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            needed = [name for name in self.defaults if name not in self.OPTIONS]
+            loaded.update(take_over(found, self.param_groups, needed, self.MOMENTS, type(self).__name__))
+            return loaded
+
+        hook = self.register_load_state_dict_pre_hook(after_all_hooks)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        state_dict = loaded
         for group, key, dtype, saved in zip(self.param_groups, keys, dtypes, state_dict["param_groups"], strict=True):
             group[GROUP_KEY], group["state_dtype"] = key, dtype
             for param, saved_key in zip(group["params"], saved["params"], strict=True):
@@ -177,8 +191,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for weight, total in zip(weights, totals, strict=True):
             squared_norm, update_squared, radial, steps, channel, layer = total.tolist()
             group, index = weight.local.group, weight.shard.index
-            names = group.get("param_names")
-            name = names[index] if names else f"{group[GROUP_KEY]}.{index}"
+            name = weight.shard.name or f"{group[GROUP_KEY]}.{index}"
             norm, num_steps = squared_norm**0.5, round(steps)
             tangential = max(update_squared - radial**2 / squared_norm, 0.0) ** 0.5 if norm else 0.0
             found[name] = {
@@ -194,9 +207,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The weights of at least two dimensions that steps were taken on, in the order of the first step."""
         groups = {group[GROUP_KEY]: group for group in self.param_groups}
         found = []
-        for reference, shards, key in self._layouts.values():
-            param = reference()
-            if param is None or key not in groups:
+        for param, shards, key in self._layouts.current():
+            if key not in groups:
                 continue
             state = self.state.get(param, {})
             moments = [memory(state[name]) for name in self.MOMENTS if name in state]
@@ -241,6 +253,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _take_step(self) -> None:
         # Resolve
+        self._scratch = shared_scratch()
+        self._layouts.renew_names(self.param_groups)
         tensors, single = self._local_tensors(self._places_outside_plans())
         for plan in self._plans:
             plan.update()
@@ -287,8 +301,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _is_planned(self, place: Place) -> bool:
-        on_device = place.param.device.type in plans.DEVICE_TYPES
-        return on_device and plans.takes(place.param, place.group, self.state.get(place.param, {}), self.MOMENTS)
+        param, group, _ = place
+        kernels = self.CPU_KERNELS if param.device.type == "cpu" else plans
+        if param.device.type in plans.DEVICE_TYPES:  # A CPU too, in Triton's interpreter
+            kernels = plans
+        if kernels is None or not kernels.takes(param, group, self.state.get(param, {}), self.MOMENTS):
+            return False
+        return kernels is plans or cpu.takes_shards(group, self._layouts.read(param, place.number, group))
 
     def _make_plans(self) -> None:
         by_device: dict[torch.device, list[LocalTensor]] = {}
@@ -299,14 +318,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 if not self._is_planned(place):
                     self._outside.append(place)
                     continue
-                shards = self._shards(param, index, group)
+                shards = self._layouts.read(param, index, group)
                 check_param(type(self).__name__, param)
                 local = self._local_tensor(param, group, shards, flatten=True)
                 by_device.setdefault(local.flat.device, []).append(local)
         self._plans = []
-        for tensors in by_device.values():
+        for device, tensors in by_device.items():
             states = [self.state[local.param] for local in tensors]
-            self._plans.append(Plan(tensors, states, self.param_groups, self.MOMENTS, self.projection_counts))
+            plan_class = Plan if device.type in plans.DEVICE_TYPES else cpu.Plan
+            self._plans.append(plan_class(tensors, states, self.param_groups, self.MOMENTS, self.projection_counts))
             self._plans[-1].watch.is_current(self.state)
 
     def _local_tensors(self, places: Sequence[Place]) -> tuple[list[LocalTensor], list[LocalTensor]]:
@@ -314,7 +334,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         found: list[LocalTensor] = []
         single: list[LocalTensor] = []
         for param, group, number in places:
-            shards = self._shards(param, number, group)
+            shards = self._layouts.read(param, number, group)
             if param.grad is None:
                 if any(shard.borders for shard in shards):  # The other processes wait for this one
                     found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
@@ -339,6 +359,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 )
             return False
         if group["differentiable"] or (group["foreach"] is False and group["fused"] is False):
+            return True
+        tensors = (param, param.grad, *(self.state.get(param, {}).get(name) for name in self.MOMENTS))
+        if not all(is_plain(local_tensor(tensor)) for tensor in tensors if tensor is not None):
             return True
         return self._has_low_precision_state(param, group) or not is_flat(param)
 
@@ -366,32 +389,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             moments = [memory(moment) for moment in moments]
         return LocalTensor(param, group, shards, flat, grad, tuple(moments), state.get("step", 0))
 
-    def _shards(self, param: torch.Tensor, place: int, group: dict[str, Any]) -> list[Shard]:
-        """The tensor's layout, read at its first step."""
-        known = self._layouts.get(id(param))
-        if known is not None and known.reference() is param:
-            return known.shards
-        key = group[GROUP_KEY]
-        try:
-            shards = read_shards(param, place, len(group["params"]), self._originals[key])
-        except UnknownShardsError:
-            if group["on_unknown_shards"] == "raise":
-                raise
-            shards = []
-        self._layouts = {name: layout for name, layout in self._layouts.items() if layout.reference() is not None}
-        self._layouts[id(param)] = Layout(weakref.ref(param), shards, key)
-        return shards
-
     def _weights(self, tensors: Iterable[LocalTensor]) -> Iterable[Weight]:
         """The weights whose update may be projected."""
         for local in tensors:
             for shard in local.shards:
-                projection = projection_of(local.group, shard.index)
+                projection = projection_of(local.group, shard.name)
                 if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or projection == "none":
                     continue
                 if shard.borders or (shard.numel and local.grad is not None):
                     weight = Weight(local, shard, None if projection == "test" else projection)
-                    weight.kernels = self._kernels(local) if weight.numel else None
+                    if weight.numel and self.CPU_KERNELS is not None and local.flat.device.type == "cpu":
+                        weight.kernels = self.CPU_KERNELS if self.CPU_KERNELS.is_usable(local) else None
                     yield weight
 
     # ------------------------------------------------------------------ measure
@@ -435,13 +443,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._measure_in_blocks(weight)
             return
         kernels, is_tested = weight.kernels, weight.level is None and not weight.shard.borders
-        short = is_tested and weight.numel <= MAX_KEPT_UPDATE
-        # Most weights are not projected: they take AdamW's step at once and need no second pass
-        if short and weight.key not in self._projected:
-            weight.old = self._scratch_tensor(weight.numel, weight.local)
-            kernels.measure(weight, self._keep(weight.local, 1.0), weight.old)
-        else:
-            kernels.measure(weight)
+        # Most weights are not projected: they are tested first, and take AdamW's step at once
+        if is_tested and weight.key not in self._projected and kernels.test(weight) is None:
+            kernels.step(weight)
+            weight.is_done = True
+            return
+        kernels.measure(weight)
 
     def _measure_in_blocks(self, weight: Weight) -> None:
         weight.allocate_dots()
@@ -482,13 +489,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _apply_whole(self, weight: Weight) -> None:
         """Second pass over a weight that is wholly here."""
+        if weight.is_done:
+            self.projection_counts.add(weight.key)
+            return
         if weight.level is None and weight.kernels:
             weight.level = weight.kernels.find_level(weight)
             if weight.level is None:
                 self._projected.discard(weight.key)
                 self.projection_counts.add(weight.key)
-                if weight.old is None:
-                    weight.kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
+                weight.kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
                 return
             self._projected.add(weight.key)
         self._apply(weight, *weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots()))
@@ -586,10 +595,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         levels: dict[int, str | None] = {}
         tested: list[tuple[LocalTensor, str, torch.Tensor]] = []
         for local in tensors:
-            group, projection = local.group, projection_of(local.group, local.shards[0].index if local.shards else 0)
+            group = local.group
+            projection = projection_of(group, local.shards[0].name) if local.shards else "none"
             if projection != "test" or local.param.ndim < 2 or local.param.numel() == 0:
                 levels[id(local)] = projection if projection in LEVELS and local.param.ndim > 1 else None
-            elif not (group["foreach"] is False and group["fused"] is False):
+            elif is_plain(local.flat) and not (group["foreach"] is False and group["fused"] is False):
                 assert local.grad is not None
                 for level in LEVELS:
                     answer = is_scale_invariant(local.flat, local.grad, level, group["delta"], group["eps"])
@@ -605,11 +615,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 self.projection_counts.add_known(key, hit)
 
     def _scratch_tensor(self, numel: int, local: LocalTensor) -> torch.Tensor:
-        """Memory kept from step to step, since fresh memory is page-faulted on a CPU."""
-        key = (local.flat.device, local.compute_dtype)
-        if key not in self._scratch or self._scratch[key].numel() < numel:
-            self._scratch[key] = torch.empty(numel, dtype=key[1], device=key[0])
-        return self._scratch[key][:numel]
+        scratch = self._scratch if local.flat.device.type == "cpu" else self._own_scratch
+        return scratch.take(numel, local.compute_dtype, local.flat.device)
 
     def _constant(self, value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (value, dtype, device)
@@ -624,10 +631,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for name in self.MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=group["state_dtype"], memory_format=torch.preserve_format)
-
-    def _kernels(self, local: LocalTensor) -> Any:
-        """The module of compiled passes for a tensor on a CPU (kernels/cpu.py), or `None`."""
-        return None
 
     def _decay(self, group: dict[str, Any]) -> Any:
         """What weight decay takes off a weight, as a share of it."""
@@ -654,39 +657,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
         """The reference on one tensor, at a given level, or `"test"`. Returns the level that was projected at."""
         raise NotImplementedError
-
-
-class ProjectionCounts:
-    """How often each weight was projected at which level; on the device, so that counting does not wait for it."""
-
-    def __init__(self) -> None:
-        self.steps: dict[tuple[int, int], int] = {}
-        self.hits: dict[tuple[int, int], torch.Tensor] = {}
-
-    def add(
-        self, key: tuple[int, int], channel: torch.Tensor | None = None, layer: torch.Tensor | None = None
-    ) -> None:
-        """Counts a step of a weight, and whether it was projected at the channel or the layer level."""
-        self.steps[key] = self.steps.get(key, 0) + 1
-        if channel is not None and layer is not None:
-            hit = torch.stack([channel.squeeze(), layer.squeeze()]).float()
-            self.hits[key] = self.hits[key].add_(hit) if key in self.hits else hit
-
-    def add_known(self, key: tuple[int, int], level: str | None) -> None:
-        """Counts a step of a weight whose level is known on the host."""
-        hit = None if level is None else [torch.tensor(float(level == name)) for name in LEVELS]
-        self.add(key, *(hit or ()))
-
-    def counts(self, key: tuple[int, int]) -> list[float]:
-        """Steps of a weight, and how many of them were projected at the channel and at the layer level."""
-        hits = self.hits[key].tolist() if key in self.hits else [0.0, 0.0]
-        return [float(self.steps.get(key, 0)), *hits]
-
-    def reset(self) -> None:
-        """Counts from 0 again."""
-        self.steps.clear()
-        for hits in self.hits.values():  # Kernels count in them
-            hits.zero_()
 
 
 def _read(answers: Sequence[torch.Tensor]) -> list[bool]:

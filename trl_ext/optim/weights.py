@@ -1,8 +1,11 @@
 """
 A weight whose update may be projected, in the part that this process holds: its dot products and the decision where to
-project, worked on in blocks of flat memory.
+project, worked on in blocks of flat memory; how often it was projected; and what tensors in memory look like.
 """
 
+import operator
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +13,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from .projection import passes, radial_coefficient
-from .shards import Shard
+from .projection import LEVELS, passes, radial_coefficient
+from .shards import GROUP_KEY, Shard
 
 
-# Key of a group that stays the group's own: its index does not, since wrappers drop and split groups
-GROUP_KEY = "projection_group"
 # Elements that are worked on at a time. On a CPU they stay in the cache, and no large temporary is allocated and
 # page-faulted each step.
 CPU_BLOCK, GPU_BLOCK = 2**16, 2**24
@@ -122,8 +123,8 @@ class Weight:
             Minus the update, where it is kept between the passes.
         squared_norm (`torch.Tensor` of shape `()`, *optional*):
             `<w, w>`, where the test has computed it.
-        old (`torch.Tensor` of shape `(numel,)`, *optional*):
-            The weights from before the step without projection, where that has been taken.
+        is_done (`bool`, *optional*, defaults to `False`):
+            Whether the step has been taken already, without projection.
     """
 
     local: LocalTensor
@@ -134,7 +135,7 @@ class Weight:
     dots: torch.Tensor = field(default_factory=lambda: torch.zeros(4, 1))
     displacement: torch.Tensor | None = None
     squared_norm: torch.Tensor | None = None
-    old: torch.Tensor | None = None
+    is_done: bool = False
 
     def __post_init__(self) -> None:
         if self.level == "layer":
@@ -312,6 +313,39 @@ def squared_norm(flat: torch.Tensor, local: LocalTensor) -> torch.Tensor:
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()
 
 
+class ProjectionCounts:
+    """How often each weight was projected at which level; on the device, so that counting does not wait for it."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[int, int], int] = {}
+        self.hits: dict[tuple[int, int], torch.Tensor] = {}
+
+    def add(
+        self, key: tuple[int, int], channel: torch.Tensor | None = None, layer: torch.Tensor | None = None
+    ) -> None:
+        """Counts a step of a weight, and whether it was projected at the channel or the layer level."""
+        self.steps[key] = self.steps.get(key, 0) + 1
+        if channel is not None and layer is not None:
+            hit = torch.stack([channel.squeeze(), layer.squeeze()]).float()
+            self.hits[key] = self.hits[key].add_(hit) if key in self.hits else hit
+
+    def add_known(self, key: tuple[int, int], level: str | None) -> None:
+        """Counts a step of a weight whose level is known on the host."""
+        hit = None if level is None else [torch.tensor(float(level == name)) for name in LEVELS]
+        self.add(key, *(hit or ()))
+
+    def counts(self, key: tuple[int, int]) -> list[float]:
+        """Steps of a weight, and how many of them were projected at the channel and at the layer level."""
+        hits = self.hits[key].tolist() if key in self.hits else [0.0, 0.0]
+        return [float(self.steps.get(key, 0)), *hits]
+
+    def reset(self) -> None:
+        """Counts from 0 again."""
+        self.steps.clear()
+        for hits in self.hits.values():  # Kernels count in them
+            hits.zero_()
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a distributed tensor that is here, and other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -340,6 +374,147 @@ def has_order_of(tensor: torch.Tensor, like: torch.Tensor) -> bool:
 
 
 def memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as a flat view."""
+    """A tensor's memory as a flat view. Raises `RuntimeError` where there is none, or it was freed or cut."""
     tensor = local_part(tensor).detach()
+    if not is_plain(tensor):
+        raise RuntimeError(
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)}, layout {tensor.layout}, is not plain memory: "
+            "the shards and rows in it can't be found. Give it to the optimizer whole and without `capturable`."
+        )
+    if not is_backed(tensor):
+        raise RuntimeError(
+            f"A tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device} has a storage of "
+            f"{tensor.untyped_storage().nbytes()} bytes, which does not hold it: its memory was freed or cut. "
+            "Take the step before it is freed, or allocate it again."
+        )
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a distributed tensor that is here, without a call of autograd's."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is memory with strides, and not a wrapper of other tensors."""
+    return (
+        tensor.layout is torch.strided
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
+
+
+def is_backed(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a plain tensor holds all its elements."""
+    last = tensor.numel() - 1
+    if last >= 0 and not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = tensor.storage_offset() + last + 1
+    return last < 0 or end * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+class Watch:
+    """
+    Compares tensors at each step with those that a table of pointers was made from.
+
+    Args:
+        params (`Sequence[torch.Tensor]`):
+            The parameters, with gradients, plain or distributed.
+        states (`Sequence[dict]`):
+            Their states.
+        moments (`Sequence[str]`):
+            Names of the running averages.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], moments: Sequence[str]):
+        self.params, self.states, self._names = list(params), list(states), tuple(moments)
+        self._is_distributed = any(isinstance(param, DTensor) for param in params)
+        self._all_states: list[dict[str, Any]] = []
+        self._kept = self._kept_tensors()
+        self.memory = [*self._locals(self.params), *self._locals(self._kept)]
+        self._types, self._found = [*map(type, self.memory)], self._describe(self.memory)
+        # Gradients' addresses, 0 where there is none
+        self.grads: list[int] = []
+        self._grads_found = [self._describe_grad(grad) for grad in self._locals([p.grad for p in params])]
+        self._steps = [state.get("step") for state in states]
+
+    def stepped_memory(self) -> list[torch.Tensor]:
+        """The weights and running averages that a step changes."""
+        if all(self.grads):
+            return self.memory
+        owners = [*range(len(self.params)), *(n for n in range(len(self.params)) for _ in self._names)]
+        return [tensor for tensor, owner in zip(self.memory, owners, strict=True) if self.grads[owner]]
+
+    def _kept_tensors(self) -> list[Any]:
+        return [state.get(name) for state in self.states for name in self._names]
+
+    def _locals(self, tensors: list[Any]) -> list[Any]:
+        return [local_tensor(tensor) for tensor in tensors] if self._is_distributed else tensors
+
+    @staticmethod
+    def _describe(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+        return (
+            [tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors],
+            [tensor.stride() for tensor in tensors], [tensor.dtype for tensor in tensors],
+            [tensor.untyped_storage().nbytes() for tensor in tensors],
+        )  # fmt: skip
+
+    @staticmethod
+    def _describe_grad(grad: torch.Tensor) -> tuple[Any, ...]:
+        return type(grad), grad.shape, grad.stride(), grad.dtype, grad.device, grad.is_neg()
+
+    def is_current(self, state: dict[torch.Tensor, dict[str, Any]]) -> bool:
+        """Whether the table's pointers are right but for the gradients', which are looked up."""
+        # Looking a tensor up takes longer than all the rest
+        if len(state) != len(self._all_states) or not all(map(operator.is_, state.values(), self._all_states)):
+            self.states = [state.get(param, {}) for param in self.params]
+            self._all_states = list(state.values())
+        kept, params = self._kept_tensors(), self._locals(self.params)
+        if not all(map(operator.is_, kept, self._kept)):
+            return False
+        tensors = [*params, *self._locals(kept)]
+        if [*map(type, tensors)] != self._types or self._describe(tensors) != self._found:
+            return False
+        for found, before in zip(self.states, self._steps, strict=True):
+            step = found.get("step")
+            if step is not before and (isinstance(step, torch.Tensor) or isinstance(before, torch.Tensor)):
+                return False
+        grads = self._locals([param.grad for param in self.params])
+        for grad, expected in zip(grads, self._grads_found, strict=True):
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided or self._describe_grad(grad) != expected or not is_backed(grad):
+                return False
+        self.grads = [0 if grad is None else grad.data_ptr() for grad in grads]
+        return True
+
+
+class Scratch:
+    """
+    Memory for work, kept from step to step, since fresh memory is page-faulted on a CPU. The optimizers that step in
+    one thread share one ([`shared_scratch`]), so that one optimizer for each parameter keeps no more than one for all.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Elements of any value, shape `(numel,)`, until the next call for this device and dtype."""
+        key = (device, dtype)
+        if key not in self.tensors or self.tensors[key].numel() < numel:
+            self.tensors.pop(key, None)
+            self.tensors[key] = torch.empty(numel, dtype=dtype, device=device)
+        return self.tensors[key][:numel]
+
+
+_scratches: "weakref.WeakValueDictionary[int, Scratch]" = weakref.WeakValueDictionary()
+
+
+def shared_scratch() -> Scratch:
+    """The scratch of this thread, which goes with the last optimizer that holds it."""
+    key = threading.get_ident()
+    found = _scratches.get(key)
+    if found is None:
+        found = _scratches[key] = Scratch()
+    return found

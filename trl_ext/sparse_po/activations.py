@@ -158,7 +158,8 @@ def _uses_attention_interface(attention: nn.Module) -> bool:
 def mean_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Mean logit over the vocabulary, `(2B, T, H)` to `(2B, T)` float32, without holding the logits."""
     scale, softcap = logit_transform(model.config.get_text_config())
-    with gathered_head(model.get_output_embeddings()) as (weight, bias):
+    no_autocast = torch.autocast(hidden.device.type, enabled=False)
+    with no_autocast, gathered_head(model.get_output_embeddings()) as (weight, bias):
         hidden = hidden.float()
         if softcap is None:
             # The mean passes through the head: it is the projection on the head's mean row

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..core.companion import base_policy
 from .lm_head.paired_log_probs import gathered_head, logit_transform, paired_log_probs
 from .masks import TokenMasks, scatter_tokens
-from .reference_pass import original_head, read_reference
+from .reference_pass import read_reference, reference_head
 
 
 @dataclass
@@ -186,9 +186,9 @@ def _divergences(
     reference = policy if ref_model is None else ref_model
     with switched_off:
         ref_hidden = reference.base_model(**inputs).last_hidden_state[:, :-1][predicted]
+        ref_head = reference_head(reference)
     scale, softcap = logit_transform(policy.config.get_text_config())
     ref_scale, ref_softcap = logit_transform(reference.config.get_text_config())
-    ref_head = original_head(reference.get_output_embeddings())
     with (
         gathered_head(policy.get_output_embeddings()) as (weight, bias),
         gathered_head(ref_head) as (ref_weight, ref_bias),

@@ -138,3 +138,22 @@ def mask_l1_penalty(
     num_pairs = reward_mask.size(0) // 2
     scale = (0.5 if common_mask else 1.0) / num_pairs
     return scale * (l1_reward * reward_mask.abs().sum() + l1_divergence * divergence_mask.abs().sum())
+
+
+def length_desensitized_weights(completion_mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """
+    Weights of tokens in LD-DPO (https://huggingface.co/papers/2409.06411), as TRL's `ld_alpha` has them: one up to the
+    length of the pair's shorter response, `alpha` after it.
+
+    Args:
+        completion_mask (`torch.Tensor` of shape `(2B, T-1)`, bool):
+            Response tokens, chosen rows first.
+        alpha (`float`):
+            Weight of the tokens that only the longer response has.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, T-1)`, float32, zero outside the completion.
+    """
+    lengths = completion_mask.sum(dim=1)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2).unsqueeze(1)
+    return torch.where(completion_mask.cumsum(dim=1) <= shared, 1.0, alpha) * completion_mask

@@ -1,8 +1,8 @@
 r"""Token masks of SparsePO: from states of the reference model to one weight for each response token.
 
     learned      m(y_t) = ReLU(sum_l c_l * ReLU(w_l . LN(h_l) + b_l)), a sum over the layers `l` of the reference model
-    activation   the mean over groups of activations, each rescaled to [0, 1] over the response
     ones         m(y_t) = 1
+    others       functions without parameters, in the table of mask_kinds.py: "activation" is the paper's MaPO
 
 The weight of token `y_t` is computed from the states `h_l` at position `t - 1`, which predict it, never from `y_t`
 itself. [`TokenMasks`] holds what a setting uses, and [`TokenMaskCompanion`] keeps it beside the policy.
@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from ..core.companion import Companion, read_companion
+from .mask_kinds import MASK_KINDS, TokenInputs, kind_weights
+from .mask_kinds import ActivationTokenMask as ActivationTokenMask
+from .mask_kinds import rescale_to_unit as rescale_to_unit
 from .reference_pass import ReferenceStates
 
 
@@ -110,57 +113,6 @@ class LearnedTokenMask(nn.Module):
         return [self.layer_weight, self.mixer_weight]
 
 
-class ActivationTokenMask:
-    """
-    Mask read off the reference model's activations, the paper's MaPO, without parameters.
-
-    Each hooked activation, reduced to its mean over the features, is one map of scalars over the tokens. A map is
-    rescaled in each sequence to `[0, 1]` over the response tokens; maps are averaged in their group (MLP, attention,
-    residual stream, logits), and the groups are averaged.
-    """
-
-    def __call__(self, maps: dict[str, list[torch.Tensor]], completion_mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            maps (`dict[str, list[torch.Tensor]]`):
-                For each group, maps of shape `(2B, T-1)`.
-            completion_mask (`torch.Tensor` of shape `(2B, T-1)`, bool):
-                Response tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(2B, T-1)`, float32, in `[0, 1]`, zero outside the completion.
-        """
-        groups = [
-            torch.stack([rescale_to_unit(values, completion_mask) for values in group]).mean(dim=0)
-            for group in maps.values()
-        ]
-        return torch.stack(groups).mean(dim=0)
-
-
-def rescale_to_unit(values: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """
-    Min-max rescaling over the response tokens of each sequence. A z-norm before it, as the paper has, changes nothing.
-
-    A sequence whose values are all equal, such as a response of one token, says nothing about its tokens and gets
-    weights of one.
-
-    Args:
-        values (`torch.Tensor` of shape `(2B, T-1)`):
-            One scalar for each token.
-        completion_mask (`torch.Tensor` of shape `(2B, T-1)`, bool):
-            Response tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(2B, T-1)`, float32, zero outside the completion.
-    """
-    values = values.float()
-    lowest = values.masked_fill(~completion_mask, torch.inf).amin(dim=1, keepdim=True)
-    highest = values.masked_fill(~completion_mask, -torch.inf).amax(dim=1, keepdim=True)
-    spread = highest - lowest
-    rescaled = torch.where(spread > 0, (values - lowest) / spread.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    return rescaled.masked_fill(~completion_mask, 0.0)
-
-
 class TokenMasks(nn.Module):
     """
     The learned masks that a setting uses, and the rule by which they weight the two terms.
@@ -173,7 +125,7 @@ class TokenMasks(nn.Module):
         hidden_size (`int`):
             Size of its hidden states.
         mask_type (`str`, *optional*, defaults to `"learned"`):
-            `"learned"`, `"activation"` or `"ones"`.
+            `"learned"`, `"ones"` or a name in [`MASK_KINDS`].
         independent (`bool`, *optional*, defaults to `False`):
             Whether rewards and divergences have masks of their own.
         mask_reward (`bool`, *optional*, defaults to `True`):
@@ -217,32 +169,32 @@ class TokenMasks(nn.Module):
         """Whether one learned mask weights both terms."""
         return self.mask_type == "learned" and not self.independent and self.masks_reward and self.masks_divergence
 
-    def forward(self, states: ReferenceStates, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, states: ReferenceStates, predicted: torch.Tensor, tokens: TokenInputs | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             states ([`ReferenceStates`]):
                 States of the reference model.
             predicted (`torch.Tensor` of shape `(2B, T-1)`, bool):
                 Positions that predict a response token.
+            tokens ([`TokenInputs`], *optional*):
+                What else a kind of [`MASK_KINDS`] may read.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: reward mask and divergence mask, each `(2B, T-1)` float32, zero
             outside the completion.
         """
-        ones = predicted.float()
-        weights: dict[str, torch.Tensor]
-        if self.mask_type == "activation":
-            if states.activation_maps is None:
-                raise ValueError("`states` has no activation maps: read them with `mask_type='activation'`.")
-            weights = {"common": ActivationTokenMask()(states.activation_maps, predicted)}
-        else:
+        reward_mask = divergence_mask = ones = predicted.float()
+        if self.mask_type in MASK_KINDS:
+            reward_mask, divergence_mask = kind_weights(self.mask_type, tokens or TokenInputs(predicted, states))
+        elif self.learned:
             weights = {
                 name: scatter_tokens(mask(states.layer_states), predicted) for name, mask in self.learned.items()
             }
-        reward_name, divergence_name = ("reward", "divergence") if self.independent else ("common", "common")
-        reward_mask = weights[reward_name] if self.masks_reward else ones
-        divergence_mask = weights[divergence_name] if self.masks_divergence else ones
-        return reward_mask, divergence_mask
+            reward_mask = weights.get("reward", weights.get("common", ones))
+            divergence_mask = weights.get("divergence", weights.get("common", ones))
+        return reward_mask if self.masks_reward else ones, divergence_mask if self.masks_divergence else ones
 
 
 def scatter_tokens(values: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

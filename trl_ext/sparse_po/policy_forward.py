@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._upstream import FusedCausalLMOutput
-from .lm_head.paired_log_probs import logit_transform, paired_log_probs
+from .lm_head.paired_log_probs import head_parameters, logit_transform, paired_log_probs
 from .loss import sparse_po_terms
+from .mask_kinds import TokenInputs
 from .masks import TOKEN_MASKS, scatter_tokens
 from .reference_pass import ReferenceStates, backbone_inputs
 
@@ -58,13 +58,16 @@ class ReferenceInput:
             The reference model's states on the batch.
         model ([`~transformers.PreTrainedModel`]):
             Causal language model whose config says how logits are scaled and capped.
-        head (`torch.nn.Module`):
-            Its language-model head, sharded or not.
+        head (`torch.nn.Module`, or anything with its `weight` and `bias`):
+            Its language-model head, sharded or not (see [`reference_head`]).
+        given (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Weights of the batch's tokens that came with the data, each `(2B, T-1)`, float32.
     """
 
     states: ReferenceStates
     model: PreTrainedModel
-    head: nn.Linear
+    head: Any
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def policy_forward(
@@ -93,7 +96,11 @@ def policy_forward(
     log_probs, ref_log_probs, divergences, entropy, mean_logits, is_top1 = (
         scatter_tokens(values, predicted) for values in _head_outputs(model, hidden, labels[predicted], reference)
     )
-    reward_mask, divergence_mask = getattr(model, TOKEN_MASKS)(reference.states, predicted)
+    tokens = TokenInputs(
+        predicted, reference.states, labels, log_probs.detach(), ref_log_probs, divergences.detach(), entropy,
+        reference.given,
+    )  # fmt: skip
+    reward_mask, divergence_mask = getattr(model, TOKEN_MASKS)(reference.states, predicted, tokens)
     terms = sparse_po_terms(
         log_probs - ref_log_probs,
         divergences if divergence_coef else divergences.detach(),
@@ -125,17 +132,18 @@ def _head_outputs(
     model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, reference: ReferenceInput
 ) -> tuple[torch.Tensor, ...]:
     """Both models' log-probabilities, divergences, and the policy's entropy, mean logits and top-1, each `(N,)`."""
-    head = model.get_output_embeddings()
+    weight, bias = head_parameters(model.get_output_embeddings())
+    ref_weight, ref_bias = head_parameters(reference.head)
     scale, softcap = logit_transform(model.config.get_text_config())
     ref_scale, ref_softcap = logit_transform(reference.model.config.get_text_config())
     *values, statistics = paired_log_probs(
         hidden,
-        head.weight,
+        weight,
         reference.states.hidden.to(hidden.device),
-        reference.head.weight,
+        ref_weight,
         labels,
-        policy_bias=getattr(head, "bias", None),
-        ref_bias=getattr(reference.head, "bias", None),
+        policy_bias=bias,
+        ref_bias=ref_bias,
         policy_logit_scale=scale,
         policy_softcap=softcap,
         ref_logit_scale=ref_scale,

@@ -1,74 +1,180 @@
-"""Checks of preference data before training starts."""
+"""Checks of preference data before training starts: its columns, and by their tokens, which pairs say something."""
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 
 logger = get_logger(__name__)
 
+ROW = "pair_row"  # column that says which row of the user's data a prepared pair was
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REMEDY = "Filter the dataset, or set `strict_pairs=False`, which leaves such pairs out."
 
-def check_preference_dataset(
-    dataset: Dataset | IterableDataset, name: str, drop_invalid_pairs: bool = False
-) -> Dataset | IterableDataset:
+
+def check_preference_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
     """
-    Refuses, or drops, the pairs that say nothing: an empty completion, or a chosen equal to the rejected.
+    Refuses data that is no preference data.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference data as TRL takes it, plain or conversational. Of an iterable data set only the first example is
-            read, unless `drop_invalid_pairs` is set.
+            Preference data as TRL takes it, plain or conversational. Of an iterable dataset only the first example is
+            read.
         name (`str`):
-            Name of the data set in messages, such as `"train"`.
-        drop_invalid_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop such pairs instead of raising.
-
-    Returns:
-        The data set, without the dropped pairs.
+            Name of the dataset in messages, such as `"train"`.
 
     Raises:
-        ValueError: If it is empty, lacks `chosen` or `rejected`, or has an invalid pair.
+        ValueError: If it is empty, or lacks `chosen` or `rejected` altogether or in a row.
     """
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty. Give at least one pair with `chosen` and `rejected`.")
     if "chosen_ids" in first:
-        return dataset
+        return
     missing = [column for column in ("chosen", "rejected") if column not in first]
     if missing:
         raise ValueError(
             f"The {name} dataset has no column {' and '.join(map(repr, missing))}; its columns are {sorted(first)}. "
             "SparsePO trains on preference pairs: rename or add the columns `prompt`, `chosen` and `rejected`."
         )
-    if isinstance(dataset, IterableDataset):
-        if drop_invalid_pairs:
-            return dataset.filter(lambda pair: invalid_pair_reason(pair) is None)
-        _refuse([(0, invalid_pair_reason(first))], name)
-        return dataset
-    columns = dataset.select_columns([c for c in ("prompt", "chosen", "rejected") if c in dataset.column_names])
-    invalid: list[tuple[int, str | None]]
-    invalid = [(row, reason) for row, pair in enumerate(columns) if (reason := invalid_pair_reason(pair)) is not None]
-    if not drop_invalid_pairs:
-        _refuse(invalid, name)
-        return dataset
-    if invalid:
-        logger.warning(f"Dropping {len(invalid)} of {len(dataset)} pairs of the {name} dataset, which say nothing.")
-        dropped = {row for row, _ in invalid}
-        dataset = dataset.select([row for row in range(len(dataset)) if row not in dropped])
-    if len(dataset) == 0:
-        raise ValueError(f"Every pair of the {name} dataset has an empty completion or equal completions.")
-    return dataset
+    for column in ("prompt", "chosen", "rejected"):
+        if isinstance(dataset, Dataset) and column in first and dataset.data.column(column).null_count:
+            row = next((row for row, value in enumerate(dataset[column]) if value is None), None)
+            if row is not None:
+                raise ValueError(f"Row {row} of the {name} dataset has no `{column}`. Fill it in, or filter the row.")
 
 
-def invalid_pair_reason(pair: dict[str, Any]) -> str | None:
-    """Says what is wrong with a pair, or `None`."""
-    for side in ("chosen", "rejected"):
-        if not _text_of_last_turn(pair[side]).strip():
-            return f"`{side}` is empty"
-    if pair["chosen"] == pair["rejected"]:
+def pair_fault(
+    prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int], max_length: int | None, keep_end: bool
+) -> str | None:
+    """
+    Says why a pair has no signal, or `None`.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Tokens of the prompt.
+        chosen_ids (`list[int]`):
+            Tokens of the chosen completion.
+        rejected_ids (`list[int]`):
+            Tokens of the rejected completion.
+        max_length (`int` or `None`):
+            Tokens that prompt and completion are cut to.
+        keep_end (`bool`):
+            Whether the end is kept, and not the start.
+    """
+    for side, ids in (("chosen", chosen_ids), ("rejected", rejected_ids)):
+        if not ids:
+            return f"`{side}` has no token"
+    if chosen_ids == rejected_ids:
         return "`chosen` equals `rejected`"
-    return None
+    if max_length is None:
+        return None
+    kept = slice(-max_length, None) if keep_end else slice(max_length)
+    first, second = ((prompt_ids + ids)[kept] for ids in (chosen_ids, rejected_ids))
+    # What is left of equal length is equally split into prompt and completion, unless the end of a prompt is left
+    same_split = not keep_end or min(len(chosen_ids), max_length) == min(len(rejected_ids), max_length)
+    return "`chosen` equals `rejected` within `max_length`" if first == second and same_split else None
+
+
+def pairs_without_signal(dataset: Dataset, max_length: int | None, keep_end: bool = False) -> dict[int, str]:
+    """
+    Finds the tokenised pairs that say nothing (see [`pair_fault`]).
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        max_length (`int` or `None`):
+            Tokens that prompt and completion are cut to.
+        keep_end (`bool`, *optional*, defaults to `False`):
+            Whether the end is kept, and not the start.
+
+    Returns:
+        `dict[int, str]`: rows, and what is wrong with each.
+    """
+    found: dict[int, str] = {}
+    start = 0
+    for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(1000):
+        columns = [table.column(name).combine_chunks() for name in _IDS]
+        prompt, chosen, rejected = (column.value_lengths().to_numpy(zero_copy_only=False) for column in columns)
+        lengths = [prompt + completion for completion in (chosen, rejected)]
+        if max_length is not None:
+            lengths = [np.minimum(length, max_length) for length in lengths]
+        # Only completions that end up equally long can be equal: few rows are looked at token by token
+        for row in np.flatnonzero((chosen == 0) | (rejected == 0) | (lengths[0] == lengths[1])).tolist():
+            prompt_ids, chosen_ids, rejected_ids = (column[row].as_py() for column in columns)
+            fault = pair_fault(prompt_ids, chosen_ids, rejected_ids, max_length, keep_end)
+            if fault is not None:
+                found[start + row] = fault
+        start += len(table)
+    return found
+
+
+def drop_pairs_without_signal(
+    prepared: Dataset | IterableDataset,
+    name: str,
+    max_length: int | None,
+    keep_end: bool = False,
+    strict: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Leaves out the tokenised pairs that say nothing (see [`pair_fault`]), with one warning that counts them.
+
+    Args:
+        prepared ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`. An iterable dataset is judged as it is
+            read, and its pairs are not counted.
+        name (`str`):
+            Name of the dataset in messages, such as `"train"`.
+        max_length (`int` or `None`):
+            Tokens that prompt and completion are cut to.
+        keep_end (`bool`, *optional*, defaults to `False`):
+            Whether the end is kept, and not the start.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to refuse such pairs. The column `pair_row`, where there is one, names the row.
+
+    Returns:
+        The dataset, without the dropped pairs.
+
+    Raises:
+        ValueError: If no pair is left, or, with `strict`, at the first pair without a signal.
+    """
+    if isinstance(prepared, IterableDataset):
+        options = {"max_length": max_length, "keep_end": keep_end, "name": name, "strict": strict}
+        prepared = prepared.filter(_has_signal, with_indices=True, fn_kwargs=options)
+        if strict:
+            next(iter(prepared), None)
+        return prepared
+    faults = pairs_without_signal(prepared, max_length, keep_end)
+    if not faults:
+        return prepared.remove_columns([ROW] if ROW in prepared.column_names else [])
+    if strict:
+        row, fault = next(iter(faults.items()))
+        row = prepared[row].get(ROW, row)
+        raise ValueError(
+            f"{len(faults)} pairs of the {name} dataset say nothing; the first is row {row}: {fault}. {_REMEDY}"
+        )
+    counts = ", ".join(f"in {count} {fault}" for fault, count in Counter(faults.values()).items())
+    if len(faults) == len(prepared):
+        raise ValueError(
+            f"No pair of the {name} dataset says anything: {counts}. Check the columns and the chat template."
+        )
+    logger.warning(
+        f"{len(faults)} of {len(prepared)} pairs of the {name} dataset say nothing ({counts}) and are left out. "
+        "`strict_pairs=True` refuses them."
+    )
+    return prepared.select([row for row in range(len(prepared)) if row not in faults])
+
+
+def _has_signal(
+    pair: dict[str, Any], row: int, max_length: int | None, keep_end: bool, name: str, strict: bool
+) -> bool:
+    fault = pair_fault(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"], max_length, keep_end)
+    if fault is not None and strict:
+        raise ValueError(f"A pair of the {name} dataset says nothing; it is row {row}: {fault}. {_REMEDY}")
+    return fault is None
 
 
 def check_prepared_dataset(before: Dataset, after: Dataset, name: str, max_length: int | None) -> None:
@@ -87,22 +193,3 @@ def check_prepared_dataset(before: Dataset, after: Dataset, name: str, max_lengt
     if len(after) == 0:
         raise ValueError(f"{message}, so no pair is left. Raise `max_length`, or set `max_length=None` to keep all.")
     logger.warning(f"{message} and were dropped.")
-
-
-def _refuse(invalid: list[tuple[int, str | None]], name: str) -> None:
-    found = [(row, reason) for row, reason in invalid if reason is not None]
-    if found:
-        row, reason = found[0]
-        raise ValueError(
-            f"{len(found)} pairs of the {name} dataset say nothing; the first is row {row}: {reason}. Set "
-            "`drop_invalid_pairs=True` to leave them out, or filter the dataset."
-        )
-
-
-def _text_of_last_turn(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else None
-    if isinstance(content, list):
-        return " ".join(str(part.get("text") or "image") for part in content)
-    return content or ("tool calls" if completion and completion[-1].get("tool_calls") else "")

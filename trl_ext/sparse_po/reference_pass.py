@@ -7,6 +7,7 @@ The pass runs inside the reference model's own forward, so that the engine that 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import is_peft_available
 
 from .._upstream import FusedCausalLMOutput
 from .activations import ActivationObserver
+from .lm_head.paired_log_probs import head_parameters
 
 
 # The adapter of a PEFT policy that TRL keeps as the reference, where a trained adapter is trained further
@@ -118,11 +120,17 @@ def _read_layers(model: PreTrainedModel, predicted: torch.Tensor, *args: Any, **
         states.append(standardize(_predicting(hidden, predicted)))
 
     with ExitStack() as hooks:
-        # The last layer's state is taken after the final norm, as `hidden_states[-1]` is
-        for layer in list(decoder_layers(model))[:-1]:
+        for layer in decoder_layers(model):
             hooks.callback(layer.register_forward_hook(append).remove)
         hidden = _predicting(model.base_model(*args, **kwargs).last_hidden_state, predicted)
-    states.append(standardize(hidden))
+    # The last layer's state is taken after the final norm, as `hidden_states[-1]` is, unless a projection follows too
+    if hidden.size(-1) == states[-1].size(-1):
+        states[-1] = standardize(hidden)
+    if len({state.size(-1) for state in states}) > 1:
+        raise ValueError(
+            f"The layers of {type(model).__name__} have states of {sorted({state.size(-1) for state in states})} "
+            "features, and `mask_type='learned'` reads layers of one width. Use `mask_type='activation'` or 'ones'."
+        )
     return ReferenceStates(hidden, layer_states=torch.stack([state.to(hidden.device) for state in states]))
 
 
@@ -159,14 +167,21 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
-def original_head(head: Any) -> Any:
-    """The head of a reference pass: where PEFT trains a copy, the reference adapter's or the untrained original."""
+def reference_head(model: PreTrainedModel) -> Any:
+    """
+    The head of a reference model; of a policy, to be asked for while its adapter is switched off or the reference
+    adapter is active. What PEFT wraps is unwrapped, since later the policy's own adapter is active again.
+    """
+    head = model.get_output_embeddings()
     if not is_peft_available():
         return head
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-    if not isinstance(head, ModulesToSaveWrapper):
+    if not isinstance(head, AuxiliaryTrainingWrapper):
         return head
-    if REFERENCE_ADAPTER in head.modules_to_save:
-        return head.modules_to_save[REFERENCE_ADAPTER]
-    return head.original_module
+    if head.disable_adapters:
+        return head.original_module
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.modules_to_save[head.active_adapters[0]]
+    weight, bias = head_parameters(head)
+    return SimpleNamespace(weight=weight.detach(), bias=bias)

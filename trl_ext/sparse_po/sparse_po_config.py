@@ -7,6 +7,7 @@ from trl import DPOConfig
 
 from ..core.checks import check_choice, check_number
 from ..optim.names import post_init_with_own_optimizer
+from .mask_kinds import MASK_KINDS
 
 
 UNSUPPORTED_LOSS_TYPES = {
@@ -28,7 +29,10 @@ class SparsePOConfig(DPOConfig):
 
         mask_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`: a small network on the reference model's hidden states; `"activation"`: read off the reference
-            model's activations, the paper's MaPO; `"ones"`: no mask, which gives TDPO1, TDPO2 or DPO.
+            model's activations, the paper's MaPO; `"ones"`: no mask, which gives TDPO1, TDPO2 or DPO; `"given"`:
+            weights in the data, `chosen_token_weights` and `rejected_token_weights`; `"confidence"`: the tokens of
+            which the policy is less sure than of the response on average (ConfPO); `"log_ratio"`: exponentials of the
+            log-ratios (in the form of TIS-DPO); or a kind added by [`register_mask_kind`].
         independent_masks (`bool`, *optional*, defaults to `False`):
             Learned masks only: one mask for the rewards and another for the divergences, instead of a common one.
         mask_reward (`bool`, *optional*, defaults to `True`):
@@ -57,14 +61,18 @@ class SparsePOConfig(DPOConfig):
 
         > Parameters that control the data
 
+        strict_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to refuse, naming the row, what is otherwise left out with one warning: pairs without a signal,
+            whose completions are equal or have no token once tokenised and cut to `max_length`.
         drop_invalid_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop pairs with an empty completion or with equal completions, instead of raising.
+            What happens now without it, unless `strict_pairs` is set. Kept for old scripts.
     """
 
-    mask_type: Literal["learned", "activation", "ones"] = field(
+    mask_type: str = field(
         default="learned",
         metadata={
-            "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO) or 'ones' (no mask).",
+            "help": "Source of the token masks: 'learned', 'activation' (the paper's MaPO), 'ones' (no mask), 'given' "
+            "(weights in the data), 'confidence', 'log_ratio', or a kind of your own.",
         },
     )
     independent_masks: bool = field(
@@ -102,9 +110,13 @@ class SparsePOConfig(DPOConfig):
         default=False,
         metadata={"help": "Stop the gradient through the chosen divergence, as TDPO2 does."},
     )
+    strict_pairs: bool = field(
+        default=False,
+        metadata={"help": "Refuse pairs whose completions are equal or have no token, instead of leaving them out."},
+    )
     drop_invalid_pairs: bool = field(
         default=False,
-        metadata={"help": "Drop pairs with an empty completion or with equal completions, instead of raising."},
+        metadata={"help": "Without effect: pairs without a signal are left out unless `strict_pairs` is set."},
     )
 
     def __post_init__(self):
@@ -113,7 +125,7 @@ class SparsePOConfig(DPOConfig):
         self._check_inherited_fields()
 
     def _check_masks(self) -> None:
-        check_choice(self, "mask_type", choices=("learned", "activation", "ones"))
+        check_choice(self, "mask_type", choices=("learned", "ones", *MASK_KINDS))
         check_choice(self, "mask_init", choices=("positive", "paper"))
         weights = ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef")
         check_number(self, *weights, at_least=0, remedy="Use 0 to switch it off.")
@@ -134,6 +146,10 @@ class SparsePOConfig(DPOConfig):
             )
 
     def _check_inherited_fields(self) -> None:
+        if self.strict_pairs and self.drop_invalid_pairs:
+            raise ValueError(
+                "`strict_pairs=True` refuses what `drop_invalid_pairs=True` leaves out. Remove one of them."
+            )
         for loss_type in self.loss_type:
             if loss_type in UNSUPPORTED_LOSS_TYPES:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """SparsePO's trainer. One batch's path:
 
 SparsePOTrainer._compute_loss, in DPOTrainer.training_step
-    _reference_states: the reference model runs, and reference_pass.read_reference keeps what the masks read
+    _reference_input: the reference model runs, and reference_pass.read_reference keeps what the masks read
     super()._compute_loss: calls policy_forward.policy_forward in place of the policy's forward
         lm_head.paired_log_probs: log-probabilities of both models and KL(reference || policy), tile by tile
         masks.TokenMasks.forward: one weight for each response token in each of the two terms
@@ -11,6 +11,7 @@ SparsePOTrainer._compute_loss, in DPOTrainer.training_step
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,19 +32,27 @@ from trl import DPOTrainer
 
 from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.companion import CompanionMixin, extend_forward
+from ..core.dropout import DroppedProbability, disable_dropout, stated_probabilities
 from ..core.model_card import MethodCardMixin
 from ..optim.install import OwnOptimizerMixin
-from .loss import mask_l1_penalty
+from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
+from .loss import length_desensitized_weights, mask_l1_penalty
+from .mask_kinds import MASK_KINDS
 from .masks import TokenMaskCompanion, TokenMasks
+from .model_check import check_head, check_vocabularies, evaluating, probe_inputs, vocabulary_size
 from .policy_forward import MaskedCausalLMOutput, ReferenceInput, policy_forward
-from .preference_data import check_preference_dataset, check_prepared_dataset
+from .preference_data import (
+    ROW,
+    check_preference_dataset,
+    check_prepared_dataset,
+    drop_pairs_without_signal,
+)
 from .reference_pass import (
     REFERENCE_ADAPTER,
     ReferenceCollector,
-    ReferenceStates,
     decoder_layers,
-    original_head,
     reference_forward,
+    reference_head,
 )
 from .report import CITATION, method_section
 from .sparse_po_config import SparsePOConfig
@@ -54,6 +63,9 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+# Kinds of masks that nothing but the reference model tells
+REFERENCE_ONLY = ("learned", "activation", "ones")
 
 
 class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
@@ -69,8 +81,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
             Policy, decoder-only. See [`~trl.DPOTrainer`].
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            Reference model with the policy's vocabulary. Defaults to a copy of the policy, or to the policy with its
-            adapter switched off (or its `"ref"` adapter) under PEFT.
+            Reference model with the policy's vocabulary. Defaults to the model at the policy's `name_or_path`, or to
+            the policy with its adapter switched off (or its `"ref"` adapter) under PEFT.
         args ([`SparsePOConfig`], *optional*):
             Configuration.
         data_collator (`DataCollator`, *optional*):
@@ -111,7 +123,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
     ```
     """
 
-    _tag_names = ["trl", "trl_ext", "sparse-po"]
+    _tag_names = ["trl", "dpo", "trl_ext", "sparse-po"]
     _name = "SparsePO"
     _paper = {
         "title": "SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks",
@@ -121,6 +133,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     args: SparsePOConfig
     companion: TokenMaskCompanion
+    data_collator: DataCollator
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -156,15 +170,31 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             peft_config=peft_config,
         )
         self._warned_of_dead_masks = False
+        self._reference: PreTrainedModel = (
+            self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        )
+        check_vocabularies(
+            (vocabulary_size(self.policy), vocabulary_size(self._reference)),
+            None if ref_model is not None else self.policy.config.name_or_path,
+        )
+        self._dropped: list[DroppedProbability] = []
+        if args.disable_dropout:
+            self._dropped = [*disable_dropout(self.model), *disable_dropout(self._reference)]
+        if args.mask_type == "given":
+            self.data_collator = TokenWeightsCollator(self.data_collator)
         self._attach_masks()
+        self._check_forward()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.mask_type == "given":
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *WEIGHT_COLUMNS]))
 
     def _attach_masks(self) -> None:
-        reference = self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        reference, args = self._reference, self.args
         extend_forward(reference, partial(reference_forward, reference))
-        self._reference: PreTrainedModel = reference
-        args = self.args
         masks = TokenMasks(
-            num_layers=len(decoder_layers(reference)),
+            num_layers=len(decoder_layers(reference)) if args.mask_type == "learned" else 0,
             hidden_size=reference.config.get_text_config().hidden_size,
             mask_type=args.mask_type,
             independent=args.independent_masks,
@@ -178,20 +208,54 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             partial(policy_forward, self.policy, args.divergence_coef, args.detach_chosen_divergence),
         )
 
+    def _check_forward(self) -> None:
+        """Runs reference, and policy where it is another model, on a few tokens: what fails, fails here."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        models = [self._reference] if type(self._reference) is type(self.policy) else [self._reference, self.policy]
+        for model in models:
+            owned = model is not self.policy and sharded  # an engine that runs already has the parameters
+            partitioned = any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
+            if not owned and (partitioned or model.device.type != self.accelerator.device.type):
+                logger.info(
+                    f"{type(model).__name__} is not whole on {self.accelerator.device} before training starts, so its "
+                    "head is not compared with SparsePO's."
+                )
+                return
+            if owned:
+                check_head(model, self.ref_model, self._reference_backbone)
+            else:
+                check_head(model)
+        # A mask that reads the policy waits for the engine that will have its parameters
+        if self.args.mask_type in REFERENCE_ONLY or not (sharded or self.args.mask_type == "given"):
+            with evaluating(self.model, self._reference):
+                self._mask_weights(probe_inputs(self._reference), None)
+
+    def _reference_backbone(self, input_ids: torch.Tensor, **inputs: Any) -> None:
+        """Runs the reference model's backbone alone, through the engine that has its parameters."""
+        self.ref_model(input_ids=input_ids, labels=input_ids, reference_collector=ReferenceCollector("ones"), **inputs)
+
     @property
     def masks(self) -> TokenMasks:
         """The masks, attached to the policy as its submodule `token_masks`."""
         return self.companion.module
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        dataset = check_preference_dataset(dataset, dataset_name, args.drop_invalid_pairs)
+        check_preference_dataset(dataset, dataset_name)
+        # Messages name rows of the user's data, and TRL drops some
+        if (args.strict_pairs or args.mask_type == "given") and isinstance(dataset, Dataset):
+            dataset = dataset.map(lambda _pair, row: {ROW: row}, with_indices=True)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(prepared, Dataset):
             check_prepared_dataset(dataset, prepared, dataset_name, args.max_length)
-        return prepared
+        if args.mask_type == "given":
+            prepared = attach_token_weights(prepared, dataset_name, self._tokenizer)
+        return drop_pairs_without_signal(
+            prepared, dataset_name, args.max_length, args.truncation_mode == "keep_end", args.strict_pairs
+        )
 
-    def _reference_states(self, inputs: dict[str, Any]) -> ReferenceStates:
-        collector = ReferenceCollector(self.args.mask_type)
+    def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
+        kind = MASK_KINDS.get(self.args.mask_type)
+        collector = ReferenceCollector(self.args.mask_type if kind is None else kind.reads)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         if self.ref_model is None:
@@ -204,21 +268,21 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
+            # accelerate's own lies below the reference's wider forward, and the policy's runs in it as a whole
+            self.accelerator.autocast(),
         ):
             model(**model_inputs, labels=labels, reference_collector=collector)
+            head = reference_head(self._reference)
         assert collector.states is not None
-        return collector.states
-
-    def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
-        head = original_head(self._reference.get_output_embeddings())
-        return ReferenceInput(self._reference_states(inputs), self._reference, head)
+        return ReferenceInput(collector.states, self._reference, head)
 
     def _compute_loss(self, model, inputs, return_outputs):
+        inputs, given = _without_given_weights(inputs)
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
         masked_inputs = {
             **inputs,
-            "reference": self._reference_input(inputs),
+            "reference": replace(self._reference_input(inputs), given=given),
             # The reference's log-probabilities are inside the per-token terms already
             "ref_chosen_logps": zeros,
             "ref_rejected_logps": zeros,
@@ -247,7 +311,8 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _record_token_metrics(self, outputs: MaskedCausalLMOutput, completion_mask: torch.Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in token_metrics(outputs, completion_mask, self.accelerator.gather).items():
+        found = token_metrics(outputs, completion_mask, self.accelerator.gather, self.args.ld_alpha)
+        for name, value in found.items():
             if name.startswith("logps/"):
                 metrics[name].pop()  # TRL recorded the sum of the masked terms under this name
             metrics[name].append(value)
@@ -283,21 +348,40 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             `dict[str, torch.Tensor]`: `"reward"` and `"divergence"`, each `(2B, T-1)`, float32, zero outside the
             completion. Column `t` weights token `t + 1`.
         """
-        inputs = self._prepare_inputs(dict(inputs))
-        with self.accelerator.autocast():
-            states = self._reference_states(inputs)
-        predicted = inputs["completion_mask"][:, 1:].bool()
-        reward_mask, divergence_mask = self.masks(states, predicted)
+        reward_mask, divergence_mask = self._mask_weights(*_without_given_weights(self._prepare_inputs(dict(inputs))))
         return {"reward": reward_mask, "divergence": divergence_mask}
+
+    def _mask_weights(self, inputs: dict[str, Any], given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        reference = replace(self._reference_input(inputs), given=given)
+        if self.args.mask_type in REFERENCE_ONLY:
+            return self.masks(reference.states, inputs["completion_mask"][:, 1:].bool())
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            output = self.model(**model_inputs, labels=labels, fused_lm_head=True, reference=reference)
+        return output.reward_mask, output.divergence_mask
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with stated_probabilities(self._dropped):
+            super().save_model(output_dir, _internal_call=_internal_call)
 
     def _method_section(self, model_id: str) -> str:
         return method_section(self.args, self.state.log_history, model_id)
+
+
+def _without_given_weights(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]:
+    """A batch as TRL's collator makes it, and the weights that came with it, each `(2B, T-1)`."""
+    if "reward_weights" not in inputs:
+        return inputs, None
+    rest = {name: value for name, value in inputs.items() if name not in ("reward_weights", "divergence_weights")}
+    return rest, (inputs["reward_weights"][:, 1:], inputs["divergence_weights"][:, 1:])
 
 
 def token_metrics(
     outputs: MaskedCausalLMOutput,
     completion_mask: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ld_alpha: float | None = None,
 ) -> dict[str, float]:
     """
     Metrics that SparsePO adds to TRL's, from the per-token outputs of one batch.
@@ -309,6 +393,8 @@ def token_metrics(
             Response tokens.
         gather (`Callable`, *optional*):
             Gathers a tensor over the processes along its first dimension.
+        ld_alpha (`float`, *optional*):
+            Weight in `logps/*` of the tokens past the shorter response's length, as in TRL.
 
     Returns:
         `dict[str, float]`: `logps/chosen` and `logps/rejected` (policy's sums, nats), `kl/chosen` and `kl/rejected`
@@ -319,8 +405,9 @@ def token_metrics(
     assert outputs.policy_log_probs is not None and outputs.divergences is not None
     assert outputs.reward_mask is not None and outputs.divergence_mask is not None
     lengths = completion_mask.sum(dim=1).clamp_min(1)
+    positions = length_desensitized_weights(completion_mask, 1.0 if ld_alpha is None else ld_alpha)
     per_sequence = {
-        "logps": outputs.policy_log_probs.sum(dim=1),
+        "logps": (outputs.policy_log_probs * positions).sum(dim=1),
         "kl": outputs.divergences.sum(dim=1),
     }
     dead = torch.zeros_like(lengths, dtype=torch.bool)
@@ -358,7 +445,7 @@ def _check_arguments(
     config = (
         AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         if isinstance(model, str)
-        else (model.config)
+        else model.config
     )
     if config.is_encoder_decoder:
         raise ValueError(
@@ -372,15 +459,37 @@ def _check_arguments(
             "`processing_class` or `train_dataset` is of a vision-language model, which SparsePO does not support: "
             "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
+    _check_adapters(model, peft_config)
+    if isinstance(train_dataset, Dataset) and not len(train_dataset):
+        raise ValueError("The train dataset is empty. Give at least one pair with `chosen` and `rejected`.")
+    alone = isinstance(model, PreTrainedModel) and peft_config is None and ref_model is None
+    if alone and not config.name_or_path:
         raise ValueError(
-            f"`peft_config` is prompt learning ({peft_config.peft_type}), whose virtual tokens have no counterpart in "
-            "the reference pass. Use an adapter such as `LoraConfig`."
+            "`model` was not loaded from anywhere (its config has no `name_or_path`), so its reference model cannot "
+            "be either. Pass `ref_model=copy.deepcopy(model)`."
         )
-    if isinstance(ref_model, PreTrainedModel):
-        sizes = [c.get_text_config().vocab_size for c in (config, ref_model.config)]
-        if sizes[0] != sizes[1]:
+    # Before anything is loaded; the heads themselves are compared later
+    ref_config = ref_model.config if isinstance(ref_model, PreTrainedModel) else None
+    if alone:
+        ref_config = AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=args.trust_remote_code)
+    if ref_config is not None:
+        sizes = (config.get_text_config().vocab_size, ref_config.get_text_config().vocab_size)
+        check_vocabularies(sizes, config.name_or_path if alone else None)
+
+
+def _check_adapters(model: Any, peft_config: Any) -> None:
+    configs = {"peft_config": peft_config} if peft_config is not None else {}
+    configs |= {
+        f"model.peft_config[{name!r}]": config for name, config in (getattr(model, "peft_config", {}) or {}).items()
+    }
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                f"`model` has a vocabulary of {sizes[0]} tokens and `ref_model` of {sizes[1]}: the token-level "
-                "divergence needs one vocabulary. Resize the embeddings of one of them, or leave out `ref_model`."
+                f"`{name}` is prompt learning ({config.peft_type}), whose virtual tokens have no counterpart in the "
+                "reference pass. Use an adapter such as `LoraConfig`."
+            )
+        if getattr(config, "bias", "none") not in ("none", None):
+            raise ValueError(
+                f"`{name}` has `bias={config.bias!r}`, which trains biases of the base model itself: the reference, "
+                "the policy with its adapter switched off, would move with them. Set `bias='none'`."
             )

@@ -1,59 +1,320 @@
-/* AdamP's passes over float32 tensors in a CPU's memory. Where a projection is expected: `measure`, `apply`. Elsewhere:
- * `move`, which also takes AdamW's step and keeps the old weights, and `apply_to` where the test passes after all. Both
- * ways round alike, so that the expectation has no influence on the result.
+/* AdamP's passes over tensors in a CPU's memory: weights and gradients in float32 or bfloat16, running averages and
+ * arithmetic in float32. `adamp_update_weights` takes the whole step of weights that one process holds whole; the other
+ * functions of that name are its parts, for weights that threads or processes share.
  *
- * Sums run over stretches of STRETCH elements in float32, lane by lane, whose results are added in float64: in the same
- * order whatever the compiler makes of it.
+ * A weight that the last step did not project is tested first, from gradient and weight alone, and takes AdamW's step
+ * if the test fails. Elsewhere the first pass updates the moments and adds up the dot products, and the second applies
+ * decay and the projected update. All ways round alike, so that the guess has no influence on the result.
+ *
+ * Sums run over stretches of STRETCH elements of a row in float32, lane by lane, whose results are added in float64: in
+ * the same order whatever the compiler makes of it. What does not lie within the lengths that a caller gives is refused
+ * before anything is read or written.
  */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define STRETCH 16384
 #define NUM_LANES 16
+/* Rows shorter than this are worked on together, BLOCK elements at a time */
+#define SHORT_ROW 128
+#define BLOCK 1024
+
+enum { NONE, CHANNEL, LAYER, TEST };
+enum { DONE, DOES_NOT_FIT = -1 };
 
 typedef float Lanes __attribute__((vector_size(4 * NUM_LANES), aligned(4), may_alias));
+typedef double Sums __attribute__((vector_size(8 * NUM_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * NUM_LANES), aligned(4), may_alias));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * NUM_LANES), aligned(2), may_alias));
 
 typedef struct {
+    double norm_eps, delta;
     float beta1, beta2, rest1, rest2, eps, inverse_root_correction2, inverse_correction1, sign, lr;
-    int32_t nesterov;
+    float keep, keep_projected; /* What decay leaves of a weight */
+    int32_t nesterov, rounds_at_random;
+    uint32_t seed;
 } Options;
 
-static inline float update_of(float grad, float first, float second, Options o)
+typedef struct {
+    void *memory;
+    int64_t length; /* Elements that lie there */
+} Span;
+
+/* Elements [start, start + size) of a tensor, the first of which is in column `column` of its row, and in the place
+ * `offset` of its weight */
+typedef struct {
+    Span weight, grad, exp_avg, exp_avg_sq;
+    int64_t start, size, row_size, column, offset;
+    int64_t level, expected, is_half, options;
+} Part;
+
+static int fits(const Part *p)
 {
-    float momentum = o.nesterov ? o.beta1 * first + o.rest1 * grad : first;
-    return momentum / (sqrtf(second) * o.inverse_root_correction2 + o.eps) * o.inverse_correction1;
+    const Span *spans = &p->weight;
+    for (int place = 0; place < 4; ++place) {
+        uintptr_t alignment = place < 2 && p->is_half ? 2 : 4;
+        if (!spans[place].memory || (uintptr_t)spans[place].memory % alignment) return 0;
+        if (p->size > spans[place].length || p->start > spans[place].length - p->size) return 0;
+    }
+    return p->start >= 0 && p->size > 0 && p->row_size > 0 && p->column >= 0 && p->column < p->row_size;
 }
+
+static int is_whole(const Part *p) { return p->column == 0 && p->size % p->row_size == 0; }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* One stretch within a row: updates the moments, and adds <g, w>, <g, g>, <w, w> and <u, w> to `dots`, with the weights
- * before this step. With `old`, keeps these weights there and takes the step of AdamW: w = keep * w - lr * u. */
-static inline __attribute__((always_inline)) void first_pass_of_stretch(
-    int64_t size, float *restrict weight, const float *restrict grad, float *restrict exp_avg,
-    float *restrict exp_avg_sq, Options o, double *dots, float keep, float *restrict old)
+/* ------------------------------------------------------------------ values */
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float value_at(const void *memory, int64_t i, int is_half)
+{
+    if (!is_half) return ((const float *)memory)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)memory)[i] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* A random number for each element of a weight and each step */
+INLINE uint32_t noise_at(uint32_t seed, int64_t offset)
+{
+    uint32_t x = (uint32_t)offset * 0x9E3779B1u + (uint32_t)(offset >> 32) * 0x85EBCA77u + seed;
+    x = (x ^ (x >> 15)) * 0x2C1B3C6Du + seed;
+    x = (x ^ (x >> 12)) * 0x297A2D39u;
+    return x ^ (x >> 15);
+}
+
+/* Rounds to the nearest; or up or down, with odds that make the mean right */
+INLINE void put(void *memory, int64_t i, float value, int is_half, int rounds_at_random, uint32_t seed, int64_t offset)
+{
+    if (!is_half) {
+        ((float *)memory)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t added = rounds_at_random ? noise_at(seed, offset) & 0xFFFF : 0x7FFF + ((bits >> 16) & 1);
+    uint32_t size = bits & 0x7FFFFFFF;
+    uint32_t rounded = size < 0x7F800000 ? (bits + added) >> 16 : size > 0x7F800000 ? 0x7FC0 : bits >> 16;
+    ((uint16_t *)memory)[i] = (uint16_t)rounded;
+}
+
+INLINE Lanes lanes_at(const void *memory, int64_t i, int is_half)
+{
+    if (!is_half) return *(const Lanes *)((const float *)memory + i);
+    HalfWords half = *(const HalfWords *)((const uint16_t *)memory + i);
+    return (Lanes)(__builtin_convertvector(half, Words) << 16);
+}
+
+/* The first `count` elements, zeros behind; elements up to `end` may be read */
+INLINE Lanes some_lanes_at(const void *memory, int64_t i, int count, int64_t end, int is_half)
+{
+    if (i + NUM_LANES <= end) {
+        Words places;
+        for (int lane = 0; lane < NUM_LANES; ++lane) places[lane] = lane < count ? 0xFFFFFFFFu : 0;
+        return (Lanes)((Words)lanes_at(memory, i, is_half) & places);
+    }
+    float found[NUM_LANES] = {0};
+    for (int lane = 0; lane < count; ++lane) found[lane] = value_at(memory, i + lane, is_half);
+    return *(Lanes *)found;
+}
+
+INLINE double sum_of(Sums sums)
+{
+    double total = 0.0;
+    for (int lane = 0; lane < NUM_LANES; ++lane) total += sums[lane];
+    return total;
+}
+
+INLINE float update_of(float grad, float first, float second, const Options *o)
+{
+    float momentum = o->nesterov ? o->beta1 * first + o->rest1 * grad : first;
+    return momentum / (sqrtf(second) * o->inverse_root_correction2 + o->eps) * o->inverse_correction1;
+}
+
+/* ------------------------------------------------------------------ the test */
+
+/* |<g, w>| < limit |g| |w| */
+static inline int passes(double gw, double gg, double ww, double limit, double eps)
+{
+    return fabs(gw) < limit * fmax(sqrt(gg), eps) * fmax(sqrt(ww), eps);
+}
+
+static double limit_of(const Options *o, int64_t size) { return o->delta / sqrt((double)size); }
+
+/* How much of the weight the projection takes off: <u, w> / (|w| + eps)^2 */
+static inline double radial_coefficient(const double *dots, double eps)
+{
+    double norm = sqrt(dots[2]) + eps;
+    return dots[3] / (norm * norm);
+}
+
+/* Adds <g, w>, <g, g> and <w, w> of one stretch of a row, lane by lane. Elements up to `end` may be read. */
+INLINE void add_stretch(const void *weight, const void *grad, int64_t start, int64_t stop, int64_t end, Sums *sums,
+                        int is_half)
+{
+    Lanes gw = {0}, gg = {0}, ww = {0};
+    int64_t i = start;
+    for (; i + NUM_LANES <= stop; i += NUM_LANES) {
+        Lanes g = lanes_at(grad, i, is_half), w = lanes_at(weight, i, is_half);
+        gw += g * w;
+        gg += g * g;
+        ww += w * w;
+    }
+    if (i < stop) {
+        Lanes g = some_lanes_at(grad, i, (int)(stop - i), end, is_half);
+        Lanes w = some_lanes_at(weight, i, (int)(stop - i), end, is_half);
+        gw += g * w;
+        gg += g * g;
+        ww += w * w;
+    }
+    sums[0] += __builtin_convertvector(gw, Sums);
+    sums[1] += __builtin_convertvector(gg, Sums);
+    sums[2] += __builtin_convertvector(ww, Sums);
+}
+
+INLINE void sum_up_part(const Part *p, double *totals, int is_half)
+{
+    Sums sums[3] = {{0}, {0}, {0}};
+    int64_t start = p->start, end = p->start + p->size, column = p->column;
+    int64_t row_size = p->row_size;
+    if (row_size < SHORT_ROW) { /* Whatever the rows */
+        for (; start < end; start += BLOCK)
+            add_stretch(p->weight.memory, p->grad.memory, start, smaller(start + BLOCK, end), end, sums, is_half);
+    }
+    while (start < end) {
+        int64_t stop = smaller(smaller(start + STRETCH, end), start + row_size - column);
+        add_stretch(p->weight.memory, p->grad.memory, start, stop, end, sums, is_half);
+        column = (column + stop - start) % row_size;
+        start = stop;
+    }
+    for (int place = 0; place < 3; ++place) totals[place] += sum_of(sums[place]);
+}
+
+/* Adds <g, w>, <g, g> and <w, w> over a part to `totals` */
+int adamp_sum_up(const Part *p, double *totals)
+{
+    if (!fits(p)) return DOES_NOT_FIT;
+    if (p->is_half) sum_up_part(p, totals, 1);
+    else sum_up_part(p, totals, 0);
+    return DONE;
+}
+
+/* Whether each row of a whole weight passes; most are given up in their first row */
+int adamp_test_rows(const Part *p, const Options *o)
+{
+    if (!fits(p) || !is_whole(p)) return DOES_NOT_FIT;
+    Part row = *p;
+    double limit = limit_of(o, p->row_size);
+    row.size = p->row_size;
+    for (; row.start < p->start + p->size; row.start += p->row_size) {
+        double dots[3] = {0};
+        if (p->is_half) sum_up_part(&row, dots, 1);
+        else sum_up_part(&row, dots, 0);
+        if (!passes(dots[0], dots[1], dots[2], limit, o->norm_eps)) return 0;
+    }
+    return 1;
+}
+
+/* The level at which a whole weight passes */
+static int find_level(const Part *p, const Options *o)
+{
+    double totals[3] = {0};
+    if (adamp_test_rows(p, o)) return CHANNEL;
+    adamp_sum_up(p, totals);
+    return passes(totals[0], totals[1], totals[2], limit_of(o, p->size), o->norm_eps) ? LAYER : NONE;
+}
+
+/* The same from dot products of its rows, which are added up in `totals` */
+int adamp_test(int64_t num_rows, const double *dots, double row_limit, double whole_limit, double eps, double *totals)
+{
+    int rows_pass = 1;
+    for (int64_t row = 0; row < num_rows; ++row, dots += 4) {
+        rows_pass = rows_pass && passes(dots[0], dots[1], dots[2], row_limit, eps);
+        for (int place = 0; place < 4; ++place) totals[place] += dots[place];
+    }
+    if (rows_pass) return CHANNEL;
+    return passes(totals[0], totals[1], totals[2], whole_limit, eps) ? LAYER : NONE;
+}
+
+/* ------------------------------------------------------------------ AdamW's step */
+
+INLINE void step_part(const Part *p, const Options *o, int is_half, int rounds_at_random)
+{
+    void *restrict weight = p->weight.memory;
+    const void *restrict grad = p->grad.memory;
+    float *restrict exp_avg = p->exp_avg.memory, *restrict exp_avg_sq = p->exp_avg_sq.memory;
+    Options own = *o;
+    int64_t offset = p->offset - p->start;
+    for (int64_t i = p->start; i < p->start + p->size; ++i) {
+        float w = value_at(weight, i, is_half), g = own.sign * value_at(grad, i, is_half);
+        float first = exp_avg[i] + own.rest1 * (g - exp_avg[i]);
+        float second = own.beta2 * exp_avg_sq[i] + own.rest2 * g * g;
+        float u = update_of(g, first, second, &own);
+        exp_avg[i] = first;
+        exp_avg_sq[i] = second;
+        put(weight, i, own.keep * w - own.lr * u, is_half, rounds_at_random, own.seed, offset + i);
+    }
+}
+
+/* AdamW's step: moments and w = keep * w - lr * u */
+int adamp_step(const Part *p, const Options *o)
+{
+    if (!fits(p)) return DOES_NOT_FIT;
+    if (!p->is_half) step_part(p, o, 0, 0);
+    else if (o->rounds_at_random) step_part(p, o, 1, 1);
+    else step_part(p, o, 1, 0);
+    return DONE;
+}
+
+/* ------------------------------------------------------------------ the first pass */
+
+/* Where the dot products of rows go: to `dots` of shape (num_rows, 4), or into the test of a whole weight at once */
+typedef struct {
+    double *dots;
+    double totals[4], limit, eps;
+    float *coefficients;
+    int rows_pass, is_known; /* All rows passed so far; they are known to */
+} Rows;
+
+INLINE void end_row(Rows *rows, const double *dots)
+{
+    if (rows->dots) {
+        for (int place = 0; place < 4; ++place) rows->dots[place] += dots[place];
+        rows->dots += 4;
+        return;
+    }
+    for (int place = 0; place < 4; ++place) rows->totals[place] += dots[place];
+    if (!rows->rows_pass) return;
+    rows->rows_pass = rows->is_known || passes(dots[0], dots[1], dots[2], rows->limit, rows->eps);
+    if (rows->coefficients) *rows->coefficients++ = (float)radial_coefficient(dots, rows->eps);
+}
+
+/* One stretch within a row: updates the moments, and adds <g, w>, <g, g>, <w, w> and <u, w> to `dots` */
+INLINE void measure_stretch(const void *restrict weight, const void *restrict grad, float *restrict exp_avg,
+                            float *restrict exp_avg_sq, int64_t begin, int64_t size, const Options *o, double *dots,
+                            int is_half)
 {
     Lanes gw = {0}, gg = {0}, ww = {0}, uw = {0};
+    Options own = *o;
     for (int64_t start = 0; start < size; start += NUM_LANES) {
         float g_lanes[NUM_LANES] = {0}, w_lanes[NUM_LANES] = {0}, u_lanes[NUM_LANES] = {0};
         int64_t left = size - start;
         int num_lanes = left < NUM_LANES ? (int)left : NUM_LANES;
-#define EACH_LANE(n)                                                                    \
-        for (int lane = 0; lane < (n); ++lane) {                                        \
-            int64_t i = start + lane;                                                   \
-            float w = weight[i], g = o.sign * grad[i];                                  \
-            float first = exp_avg[i] + o.rest1 * (g - exp_avg[i]);                      \
-            float second = o.beta2 * exp_avg_sq[i] + o.rest2 * g * g;                   \
-            float u = update_of(g, first, second, o);                                   \
-            exp_avg[i] = first;                                                         \
-            exp_avg_sq[i] = second;                                                     \
-            if (old) {                                                                  \
-                old[i] = w;                                                             \
-                weight[i] = keep * w - o.lr * u;                                        \
-            }                                                                           \
-            g_lanes[lane] = g;                                                          \
-            w_lanes[lane] = w;                                                          \
-            u_lanes[lane] = u;                                                          \
+#define EACH_LANE(n)                                                                        \
+        for (int lane = 0; lane < (n); ++lane) {                                            \
+            int64_t i = begin + start + lane;                                               \
+            float w = value_at(weight, i, is_half), g = own.sign * value_at(grad, i, is_half); \
+            float first = exp_avg[i] + own.rest1 * (g - exp_avg[i]);                        \
+            float second = own.beta2 * exp_avg_sq[i] + own.rest2 * g * g;                   \
+            exp_avg[i] = first;                                                             \
+            exp_avg_sq[i] = second;                                                         \
+            g_lanes[lane] = g;                                                              \
+            w_lanes[lane] = w;                                                              \
+            u_lanes[lane] = update_of(g, first, second, &own);                              \
         }
         if (num_lanes == NUM_LANES) {
             EACH_LANE(NUM_LANES)
@@ -74,81 +335,211 @@ static inline __attribute__((always_inline)) void first_pass_of_stretch(
     }
 }
 
-/* The first element is in column `column` of its row, and `dots` of shape (num_rows, 4). */
-static inline __attribute__((always_inline)) void first_pass(
-    int64_t size, int64_t row_size, int64_t column, float *restrict weight, const float *restrict grad,
-    float *restrict exp_avg, float *restrict exp_avg_sq, Options o, double *dots, float keep, float *restrict old)
+/* Whole short rows, no more than BLOCK elements: all products first, then their sums by rows */
+INLINE void measure_short_rows(const void *restrict weight, const void *restrict grad, float *restrict exp_avg,
+                               float *restrict exp_avg_sq, int64_t begin, int64_t size, int64_t row_size,
+                               const Options *o, Rows *rows, int is_half)
 {
-    int64_t start = 0;
-    while (start < size) {
-        int64_t stop = smaller(smaller(start + STRETCH, size), start + row_size - column);
-        first_pass_of_stretch(stop - start, weight + start, grad + start, exp_avg + start, exp_avg_sq + start, o, dots,
-                              keep, old ? old + start : NULL);
-        column += stop - start;
-        if (column == row_size) {
-            column = 0;
-            dots += 4;
+    float products[4][BLOCK + NUM_LANES];
+    Options own = *o;
+    for (int64_t place = 0; place < size; ++place) {
+        int64_t i = begin + place;
+        float w = value_at(weight, i, is_half), g = own.sign * value_at(grad, i, is_half);
+        float first = exp_avg[i] + own.rest1 * (g - exp_avg[i]);
+        float second = own.beta2 * exp_avg_sq[i] + own.rest2 * g * g;
+        float u = update_of(g, first, second, &own);
+        exp_avg[i] = first;
+        exp_avg_sq[i] = second;
+        products[0][place] = g * w;
+        products[1][place] = g * g;
+        products[2][place] = w * w;
+        products[3][place] = u * w;
+    }
+    for (int place = 0; place < 4; ++place) memset(products[place] + size, 0, sizeof(float) * NUM_LANES);
+    if (rows->is_known && !rows->coefficients && !rows->dots) { /* Totals alone */
+        int64_t step = row_size <= NUM_LANES ? size : row_size, left = step % NUM_LANES;
+        Words mask;
+        for (int lane = 0; lane < NUM_LANES; ++lane) mask[lane] = lane < left ? 0xFFFFFFFFu : 0;
+        for (int place = 0; place < 4; ++place) {
+            Sums totals = {0};
+            for (int64_t start = 0; start < size; start += step) {
+                Lanes sums = {0};
+                int64_t i = start;
+                for (; i + NUM_LANES <= start + step; i += NUM_LANES) {
+                    if (row_size <= NUM_LANES) totals += __builtin_convertvector(lanes_at(products[place], i, 0), Sums);
+                    else sums += lanes_at(products[place], i, 0);
+                }
+                if (left) sums += (Lanes)((Words)lanes_at(products[place], i, 0) & mask);
+                totals += __builtin_convertvector(sums, Sums);
+            }
+            rows->totals[place] += sum_of(totals);
         }
+        return;
+    }
+    for (int64_t start = 0; start < size; start += row_size) {
+        double dots[4];
+        for (int place = 0; place < 4; ++place) {
+            if (row_size <= NUM_LANES) {
+                double total = 0.0;
+                for (int64_t i = start; i < start + row_size; ++i) total += products[place][i];
+                dots[place] = total;
+                continue;
+            }
+            Lanes sums = {0};
+            int64_t i = start;
+            for (; i + NUM_LANES <= start + row_size; i += NUM_LANES) sums += lanes_at(products[place], i, 0);
+            if (i < start + row_size)
+                sums += some_lanes_at(products[place], i, (int)(start + row_size - i), size + NUM_LANES, 0);
+            dots[place] = sum_of(__builtin_convertvector(sums, Sums));
+        }
+        end_row(rows, dots);
+    }
+}
+
+INLINE void measure_part(const Part *p, const Options *o, Rows *rows, int is_half)
+{
+    const void *weight = p->weight.memory, *grad = p->grad.memory;
+    float *exp_avg = p->exp_avg.memory, *exp_avg_sq = p->exp_avg_sq.memory;
+    int64_t start = p->start, end = p->start + p->size, row_size = p->row_size, column = p->column;
+    double dots[4] = {0};
+    while (start < end) {
+        if (column == 0 && row_size < SHORT_ROW && end - start >= row_size) {
+            int64_t size = smaller(BLOCK, end - start) / row_size * row_size;
+            measure_short_rows(weight, grad, exp_avg, exp_avg_sq, start, size, row_size, o, rows, is_half);
+            start += size;
+            continue;
+        }
+        int64_t stop = smaller(smaller(start + STRETCH, end), start + row_size - column);
+        measure_stretch(weight, grad, exp_avg, exp_avg_sq, start, stop - start, o, dots, is_half);
+        column += stop - start;
         start = stop;
+        if (column == row_size || start == end) {
+            end_row(rows, dots);
+            memset(dots, 0, sizeof dots);
+            column = 0;
+        }
     }
 }
 
-void measure(int64_t size, int64_t row_size, int64_t column, float *restrict weight, const float *restrict grad,
-             float *restrict exp_avg, float *restrict exp_avg_sq, Options o, double *dots)
+static void measure_rows(const Part *p, const Options *o, Rows *rows)
 {
-    first_pass(size, row_size, column, weight, grad, exp_avg, exp_avg_sq, o, dots, 1.0f, NULL);
+    if (p->is_half) measure_part(p, o, rows, 1);
+    else measure_part(p, o, rows, 0);
 }
 
-void move(int64_t size, int64_t row_size, int64_t column, float *restrict weight, const float *restrict grad,
-          float *restrict exp_avg, float *restrict exp_avg_sq, Options o, double *dots, float keep,
-          float *restrict old)
+/* Updates the moments, and adds the dot products of each row to `dots` of shape (num_rows, 4) */
+int adamp_measure(const Part *p, const Options *o, double *dots, int64_t num_rows)
 {
-    first_pass(size, row_size, column, weight, grad, exp_avg, exp_avg_sq, o, dots, keep, old);
+    Rows rows = {.dots = dots};
+    if (!fits(p) || !dots || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
+    measure_rows(p, o, &rows);
+    return DONE;
 }
 
-/* Adds up the dot products of rows in `totals`. Returns 1 where all rows pass the test for scale invariance,
- * |<g, w>| < limit |g| |w|, otherwise 2 where the whole weight does, otherwise 0. */
-int test(int64_t num_rows, const double *dots, double row_limit, double whole_limit, double eps, double *totals)
+/* ------------------------------------------------------------------ the second pass */
+
+/* w = keep * w - lr * (u - radial * w) */
+INLINE void apply_stretch(const Part *p, const Options *o, float keep, int64_t start, int64_t stop, const float *radial,
+                          float whole_radial, int is_half, int rounds_at_random)
 {
-    int rows_pass = 1;
-    for (int64_t row = 0; row < num_rows; ++row, dots += 4) {
-        rows_pass &= fabs(dots[0]) < row_limit * fmax(sqrt(dots[1]), eps) * fmax(sqrt(dots[2]), eps);
-        for (int place = 0; place < 4; ++place) totals[place] += dots[place];
+    void *restrict weight = p->weight.memory;
+    const void *restrict grad = p->grad.memory;
+    const float *restrict exp_avg = p->exp_avg.memory, *restrict exp_avg_sq = p->exp_avg_sq.memory;
+    Options own = *o;
+    int64_t offset = p->offset - p->start;
+    for (int64_t i = start; i < stop; ++i) {
+        float g = own.nesterov ? own.sign * value_at(grad, i, is_half) : 0.0f, w = value_at(weight, i, is_half);
+        float share = radial ? radial[i - start] : whole_radial;
+        float update = update_of(g, exp_avg[i], exp_avg_sq[i], &own) - share * w;
+        put(weight, i, keep * w - own.lr * update, is_half, rounds_at_random, own.seed, offset + i);
     }
-    if (rows_pass) return 1;
-    return fabs(totals[0]) < whole_limit * fmax(sqrt(totals[1]), eps) * fmax(sqrt(totals[2]), eps) ? 2 : 0;
 }
 
-/* w = keep * old - lr * (u - coefficient * old), with one coefficient for each row */
-static inline __attribute__((always_inline)) void second_pass(
-    int64_t size, int64_t row_size, int64_t column, float *weight, const float *old, const float *restrict grad,
-    const float *restrict exp_avg, const float *restrict exp_avg_sq, Options o, float keep, const float *coefficient)
+INLINE void apply_part(const Part *p, const Options *o, float keep, const float *coefficients, int is_half,
+                       int rounds_at_random)
 {
-    int64_t start = 0;
-    while (start < size) {
-        int64_t stop = smaller(size, start + row_size - column);
-        float radial = *coefficient;
-        for (int64_t i = start; i < stop; ++i) {
-            float g = o.nesterov ? o.sign * grad[i] : 0.0f, w = old[i];
-            float update = update_of(g, exp_avg[i], exp_avg_sq[i], o) - radial * w;
-            weight[i] = keep * w - o.lr * update;
+    int64_t start = p->start, end = p->start + p->size, row_size = p->row_size, column = p->column;
+    while (start < end) {
+        int64_t stop = smaller(end, start + row_size - column);
+        if (column == 0 && row_size < SHORT_ROW && end - start >= row_size) {
+            float radial[BLOCK];
+            stop = start + smaller(BLOCK, end - start) / row_size * row_size;
+            for (int64_t place = 0; place < stop - start; place += row_size, ++coefficients)
+                for (int64_t i = 0; i < row_size; ++i) radial[place + i] = *coefficients;
+            apply_stretch(p, o, keep, start, stop, radial, 0.0f, is_half, rounds_at_random);
+        } else {
+            apply_stretch(p, o, keep, start, stop, NULL, *coefficients++, is_half, rounds_at_random);
         }
         column = 0;
-        ++coefficient;
         start = stop;
     }
 }
 
-void apply(int64_t size, int64_t row_size, int64_t column, float *restrict weight, const float *restrict grad,
-           const float *restrict exp_avg, const float *restrict exp_avg_sq, Options o, float keep,
-           const float *coefficient)
+/* Decay and the update without its radial part, with one coefficient for each row */
+int adamp_apply(const Part *p, const Options *o, float keep, const float *coefficients, int64_t num_rows)
 {
-    second_pass(size, row_size, column, weight, weight, grad, exp_avg, exp_avg_sq, o, keep, coefficient);
+    if (!fits(p) || !coefficients || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
+    if (!p->is_half) apply_part(p, o, keep, coefficients, 0, 0);
+    else if (o->rounds_at_random) apply_part(p, o, keep, coefficients, 1, 1);
+    else apply_part(p, o, keep, coefficients, 1, 0);
+    return DONE;
 }
 
-void apply_to(int64_t size, int64_t row_size, int64_t column, float *restrict weight, const float *restrict grad,
-              const float *restrict exp_avg, const float *restrict exp_avg_sq, Options o, float keep,
-              const float *restrict old, const float *coefficient)
+/* ------------------------------------------------------------------ whole weights */
+
+static int update_weight(const Part *p, const Options *o, float *coefficients, int64_t num_coefficients)
 {
-    second_pass(size, row_size, column, weight, old, grad, exp_avg, exp_avg_sq, o, keep, coefficient);
+    int level = (int)p->level;
+    Part whole = *p;
+    whole.row_size = p->size;
+    /* Of short rows the sums of the test are others than those of the first pass: always the former decide */
+    if (level == TEST && (!p->expected || p->row_size < SHORT_ROW)) {
+        level = find_level(p, o);
+        if (level == NONE) return adamp_step(p, o), NONE;
+    }
+    if (level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
+    Rows rows = {.limit = limit_of(o, p->row_size), .eps = o->norm_eps, .rows_pass = 1};
+    int by_rows = p->level != LAYER;
+    if (level != LAYER) rows.coefficients = coefficients;
+    rows.is_known = level != TEST;
+    measure_rows(by_rows ? p : &whole, o, &rows);
+    if (level == TEST) {
+        level = rows.rows_pass ? CHANNEL : LAYER;
+        if (!rows.rows_pass &&
+            !passes(rows.totals[0], rows.totals[1], rows.totals[2], limit_of(o, p->size), o->norm_eps))
+            level = NONE;
+    }
+    if (level == CHANNEL) {
+        adamp_apply(p, o, o->keep_projected, coefficients, p->size / p->row_size);
+        return CHANNEL;
+    }
+    float radial = level == LAYER ? (float)radial_coefficient(rows.totals, o->norm_eps) : 0.0f;
+    adamp_apply(&whole, o, level == LAYER ? o->keep_projected : o->keep, &radial, 1);
+    return level;
+}
+
+/* The step of weights [first, last) of a table, each held whole. Writes the level at which each was projected where the
+ * next step will look for it, and counts it in `hits` of shape (number of weights, 2). Those without a gradient are
+ * passed over. Returns the number of weights that were updated, or DOES_NOT_FIT before anything is changed. */
+int64_t adamp_update_weights(Part *parts, int64_t first, int64_t last, const Options *options, int64_t num_options,
+                       float *coefficients, int64_t num_coefficients, float *hits)
+{
+    int64_t count = 0;
+    for (int64_t place = first; place < last; ++place) {
+        const Part *p = parts + place;
+        if (!p->grad.memory) continue;
+        if (!fits(p) || !is_whole(p) || p->options < 0 || p->options >= num_options) return DOES_NOT_FIT;
+        if (p->level < CHANNEL || p->level > TEST) return DOES_NOT_FIT;
+        if (p->level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
+    }
+    for (int64_t place = first; place < last; ++place) {
+        Part *p = parts + place;
+        if (!p->grad.memory) continue;
+        int level = update_weight(p, options + p->options, coefficients, num_coefficients);
+        p->expected = level;
+        if (level == CHANNEL) hits[2 * place] += 1.0f;
+        if (level == LAYER) hits[2 * place + 1] += 1.0f;
+        ++count;
+    }
+    return count;
 }

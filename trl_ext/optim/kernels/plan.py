@@ -6,7 +6,6 @@ and the groups' options. It is kept on the device and copied there only where a 
 import functools
 import importlib.util
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 
 from ..options import projection_of
-from ..shards import Shard
-from ..weights import GROUP_KEY, LocalTensor, has_order_of, is_flat
+from ..shards import GROUP_KEY, Shard
+from ..weights import LocalTensor, Watch, has_order_of, is_backed, is_flat, is_plain, local_tensor
 
 
 DEVICE_TYPES = {"cuda"}
@@ -48,20 +46,6 @@ LAYOUT_OPTIONS = (
 )
 
 
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a distributed tensor that is here, without a call of autograd's."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is memory with strides, and not a wrapper of other tensors."""
-    return (
-        tensor.layout is torch.strided
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and not tensor.is_neg()
-    )
-
-
 def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], moments: Sequence[str]) -> bool:
     """Whether a parameter with a gradient can be in a plan; every other one goes the way through torch."""
     weight, grad = local_tensor(param), param.grad
@@ -79,7 +63,7 @@ def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], mom
         len(state_dtypes) == 1
         and state_dtypes <= set(DTYPES)
         and weight.numel() > 0
-        and all(tensor.shape == weight.shape for tensor in tensors)
+        and all(tensor.shape == weight.shape and is_backed(tensor) for tensor in tensors)
         and is_flat(param)
         and has_order_of(grad, param)
         and _triton_is_here()
@@ -119,78 +103,6 @@ class Entry:
         self.keys: list[tuple[int, int]] = []
 
 
-class Watch:
-    """
-    Compares the tensors of a plan at each step with those that its table points to.
-
-    Args:
-        params (`Sequence[torch.Tensor]`):
-            The parameters, with gradients.
-        states (`Sequence[dict]`):
-            Their states.
-        moments (`Sequence[str]`):
-            Names of the running averages.
-    """
-
-    def __init__(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], moments: Sequence[str]):
-        self.params, self.states, self._names = list(params), list(states), tuple(moments)
-        self._is_distributed = any(isinstance(param, DTensor) for param in params)
-        self._all_states: list[dict[str, Any]] = []
-        self._kept = self._kept_tensors()
-        self.memory = [*self._locals(self.params), *self._locals(self._kept)]
-        self._found = self._describe(self.memory)
-        # Gradients' addresses, 0 where there is none
-        self.grads: list[int] = []
-        self._grads_found = [self._describe_grad(grad) for grad in self._locals([p.grad for p in params])]
-        self._steps = [state.get("step") for state in states]
-
-    def stepped_memory(self) -> list[torch.Tensor]:
-        """The weights and running averages that a step changes."""
-        if all(self.grads):
-            return self.memory
-        owners = [*range(len(self.params)), *(n for n in range(len(self.params)) for _ in self._names)]
-        return [tensor for tensor, owner in zip(self.memory, owners, strict=True) if self.grads[owner]]
-
-    def _kept_tensors(self) -> list[Any]:
-        return [state.get(name) for state in self.states for name in self._names]
-
-    def _locals(self, tensors: list[Any]) -> list[Any]:
-        return [local_tensor(tensor) for tensor in tensors] if self._is_distributed else tensors
-
-    @staticmethod
-    def _describe(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
-        return (
-            [tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors],
-            [tensor.stride() for tensor in tensors], [tensor.dtype for tensor in tensors],
-        )  # fmt: skip
-
-    @staticmethod
-    def _describe_grad(grad: torch.Tensor) -> tuple[Any, ...]:
-        return type(grad), grad.shape, grad.stride(), grad.dtype, grad.device, grad.is_neg()
-
-    def is_current(self, state: dict[torch.Tensor, dict[str, Any]]) -> bool:
-        """Whether the table's pointers are right but for the gradients', which are looked up."""
-        # Looking a tensor up takes longer than all the rest
-        if len(state) != len(self._all_states) or not all(map(operator.is_, state.values(), self._all_states)):
-            self.states = [state.get(param, {}) for param in self.params]
-            self._all_states = list(state.values())
-        kept, params = self._kept_tensors(), self._locals(self.params)
-        if not all(map(operator.is_, kept, self._kept)):
-            return False
-        if self._describe([*params, *self._locals(kept)]) != self._found:
-            return False
-        for found, before in zip(self.states, self._steps, strict=True):
-            step = found.get("step")
-            if step is not before and (isinstance(step, torch.Tensor) or isinstance(before, torch.Tensor)):
-                return False
-        grads = self._locals([param.grad for param in self.params])
-        for grad, expected in zip(grads, self._grads_found, strict=True):
-            if grad is not None and (grad.layout is not torch.strided or self._describe_grad(grad) != expected):
-                return False
-        self.grads = [0 if grad is None else grad.data_ptr() for grad in grads]
-        return True
-
-
 class Item(NamedTuple):
     """Stretch of a tensor: a weight, with the level that is known or `"test"`, or what lies between weights."""
 
@@ -204,7 +116,7 @@ def items_of(local: LocalTensor) -> Iterator[Item]:
     """The weights of a tensor that may be projected, and the stretches between them."""
     position = 0
     for shard in sorted(local.shards, key=lambda shard: (shard.start, shard.numel)):
-        level = projection_of(local.group, shard.index)
+        level = projection_of(local.group, shard.name)
         if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or level == "none":
             continue
         if shard.numel or shard.borders:

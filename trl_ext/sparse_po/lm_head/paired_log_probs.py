@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
@@ -168,10 +167,16 @@ def paired_log_probs(
     return log_probs, ref_log_probs, kl
 
 
+def head_parameters(head: Any) -> tuple[Any, Any]:
+    """Weight and bias of a head, sharded or not. PEFT's wrapper of trained token rows hides the bias."""
+    bias = getattr(head, "bias", None)
+    return head.weight, getattr(getattr(head, "original_module", None), "bias", None) if bias is None else bias
+
+
 @contextmanager
-def gathered_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def gathered_head(head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Weight `(V, H)` and bias `(V,)` of a language-model head, whole, whatever shards them."""
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight, bias = head_parameters(head)
     with maybe_gather_lm_head_ctx(weight, bias):
         yield _whole(weight), _whole(bias)
 
