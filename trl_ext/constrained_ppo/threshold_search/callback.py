@@ -142,9 +142,9 @@ class ThresholdSearchCallback(TrainerCallback):
             "search/gold_evaluations": float(search.num_gold_evaluations),
             "search/proposals": float(len(search.history)),
         }
-        if math.isfinite(search.optimizer.best_value):
-            logged["search/best_gold"] = -search.optimizer.best_value
-        best = search.optimizer.best_point.tolist()
+        best, score = search.named_best()
+        if math.isfinite(score):
+            logged["search/best_gold"] = score
         for name, threshold, best_threshold in zip(self.names, trial.thresholds, best, strict=True):
             logged[f"search/threshold/{name}"] = threshold
             logged[f"search/best_threshold/{name}"] = best_threshold
