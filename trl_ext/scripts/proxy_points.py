@@ -207,16 +207,16 @@ def notes(report: dict[str, Any]) -> list[str]:
 def _uncovered(name: str, rewards: Sequence[str], peak: Any) -> str:
     """What a sweep lacks whose peak is at the edge of the data, and what to train next."""
     beyond = [
-        (f"{reward} {'above' if sign > 0 else 'below'} {at:.4g}", f"{'more' if sign > 0 else 'less'} weight on {reward}")
-        for reward, sign, at in zip(rewards, peak.rising, peak.point, strict=True) if sign
+        (f"{reward} {'above' if up > 0 else 'below'} {at:.4g}", f"{'more' if up > 0 else 'less'} weight on {reward}")
+        for reward, up, at in zip(rewards, peak.rising, peak.point, strict=True) if up
     ]  # fmt: skip
     warning = f"WARNING: the runs do not cover the peak of {name}: it lies at the edge of the data"
     if not beyond:
         return f"{warning}, where the fitted surface is flat or falls beyond. Add runs around it."
     where, weights = (" and ".join(parts) for parts in zip(*beyond, strict=True))
     return (
-        f"{warning}, and the gold metric still rises towards {where}. Add runs with {weights}, or train longer or with "
-        "a smaller `kl_coef`, until it falls."
+        f"{warning}, and the gold metric still rises towards {where}. Add runs with {weights}, or train longer or "
+        "with a smaller `kl_coef`, until it falls."
     )
 
 

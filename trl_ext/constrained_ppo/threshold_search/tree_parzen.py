@@ -99,7 +99,9 @@ class TreeParzen:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores [`state_dict`]; a `KeyError` where a part of it is missing."""
-        first, lower, upper, point = (np.array(state[name], dtype=float) for name in ("first", "lower", "upper", "point"))
+        first, lower, upper, point = (
+            np.array(state[name], dtype=float) for name in ("first", "lower", "upper", "point")
+        )
         points, values, seed = [list(one) for one in state["points"]], list(state["values"]), int(state["seed"])
         self.first, self.lower, self.upper, self._point = first, lower, upper, point
         self.points, self.values, self.seed = points, values, seed
