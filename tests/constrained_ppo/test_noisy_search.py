@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.threshold_search import BUDGET, FUNCTIONS, LOWER, scaled, search
+from tests.constrained_ppo.test_threshold_search import FakeTrainer
 from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
 from trl_ext.constrained_ppo.threshold_search.search import ThresholdSearch
 from trl_ext.constrained_ppo.threshold_search.smoothing import smoothed_scores
@@ -146,10 +147,11 @@ def test_a_search_of_another_sampler_is_refused():
         noisy("nelder-mead").load_state_dict(state)
 
 
-def test_without_optuna(monkeypatch):
+def test_without_optuna(monkeypatch, tmp_path):
+    """It is told before training starts."""
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r'pip install "trl-ext\[search\]"'):
-        noisy("tpe").start([0.7, 0.7], 0.4)
+        FakeTrainer(tmp_path, sampler="tpe")
 
 
 @pytest.mark.parametrize(

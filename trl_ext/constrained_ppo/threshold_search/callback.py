@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from ..checkpoint import MULTIPLIERS_FILE, read_json, write_json
 from .config import ThresholdSearchConfig
 from .search import ThresholdSearch, Trial
+from .tree_parzen import require_optuna
 
 
 SEARCH_FILE = "threshold_search.json"
@@ -45,6 +46,8 @@ class ThresholdSearchCallback(TrainerCallback):
                 "`search` maximises `eval_gold`, and there is no gold metric. Give the trainer a `gold_reward`, or "
                 "name another evaluation metric as `search.gold_metric`."
             )
+        if config.sampler == "tpe":
+            require_optuna()
         self.search: ThresholdSearch | None = None
         self._loaded: tuple[Path, dict[str, Any]] | None = None
         self._seen_rollout: Any = None
