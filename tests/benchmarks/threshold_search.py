@@ -5,6 +5,7 @@ python -m tests.benchmarks.threshold_search --seeds 5 --searches tpe
 """
 
 import argparse
+from functools import cache
 
 import numpy as np
 
@@ -54,6 +55,7 @@ SEARCHES = {
 }
 
 
+@cache
 def scaled(name):
     """The number of thresholds and the function with a range of 1, which ends with its peak at 1."""
     count, function = FUNCTIONS[name]

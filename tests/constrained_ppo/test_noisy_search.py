@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.threshold_search import BUDGET, FUNCTIONS, LOWER, scaled, search
 from tests.constrained_ppo.test_threshold_search import FakeTrainer
 from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
-from trl_ext.constrained_ppo.threshold_search.search import ThresholdSearch
+from trl_ext.constrained_ppo.threshold_search.search import ThresholdSearch, Trial
 from trl_ext.constrained_ppo.threshold_search.smoothing import smoothed_scores
 
 
@@ -82,20 +82,30 @@ def test_a_restart_in_a_corner_of_the_box_has_volume(corner):
     for seed in range(20):
         searching, _ = converge(seed=seed)
         searching.trial = None
-        searching.history[-1].thresholds, searching.history[-1].gold = corner, 99.0
+        last = [trial for trial in searching.history if trial.source != "cached"][-1]
+        last.thresholds, last.gold = corner, 99.0
         searching._restart()
         simplex = searching.optimizer.simplex
         assert np.allclose(simplex[0], corner) and abs(np.linalg.det(simplex[1:] - simplex[0])) > 0.05
 
 
 def test_a_lucky_score_is_not_named_best():
-    searching, _ = converge(on_convergence="stop")
-    lucky = searching.history[1]  # beside the start, far from the peak
-    lucky.gold = 1.05
-    named = np.array(searching.named_best()[0])
-    assert np.abs(named - [1.0, 1.2]).max() < 0.12 and searching.best.gold < 1.05
+    searching = noisy("nelder-mead")
+    searching.start([0.7, 0.7], 0.4)
+    searching.history = [
+        Trial([x, 1.2], "measured", i, i, i, [x, 1.2], hill([x, 1.2]) + (0.1 if i == 6 else 0.0), True)
+        for i, x in enumerate(np.linspace(0.5, 1.5, 21).tolist())
+    ]
+    assert abs(searching.named_best()[0][0] - 1.0) <= 0.1
     searching.config = ThresholdSearchConfig(smoothing=0.0)
-    assert searching.named_best()[0] == lucky.thresholds
+    assert searching.named_best() == ([0.8, 1.2], hill([0.8, 1.2]) + 0.1)
+
+
+def test_an_unreached_proposal_stands_for_the_rewards_of_its_policy():
+    searching = noisy("nelder-mead")
+    searching.start([0.7, 0.7], 0.4)
+    searching.history.append(Trial([1.4, 1.4], "measured", 1, 1, 2, [0.9, 1.0], 0.9, False))
+    assert searching.named_best()[0] == [0.9, 1.0]
 
 
 def drive(searching, generator, step, until, name="quadratic, 2", noise=0.1):

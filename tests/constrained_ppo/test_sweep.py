@@ -22,10 +22,10 @@ NAMES = ("share", "similarity")
 
 def gold_of(rewards, peak):
     """High where both rewards are; along a run that maximises one of them the other falls, and gold early with it."""
-    return 0.8 - (((rewards - peak) / [0.2, 0.4]) ** 2).sum(axis=1)
+    return 0.8 - (((rewards - peak) / [0.2, 0.6]) ** 2).sum(axis=1)
 
 
-def write_sweep(folder, peak, ends, noise=0.01, count=25):
+def write_sweep(folder, peak, ends, noise=0.005, count=25):
     """One run to each of `ends`, on a bow, so that the runs don't lie on straight lines."""
     folders = []
     for seed, end in enumerate(ends):
@@ -39,7 +39,7 @@ def write_sweep(folder, peak, ends, noise=0.01, count=25):
 
 
 # From all weight on the share to all weight on the similarity
-FAN = [(0.42, 0.45), (0.40, 0.62), (0.33, 0.80), (0.24, 0.95), (0.12, 1.0), (0.02, 0.9)]
+FAN = [(0.42, 0.45), (0.40, 0.62), (0.33, 0.80), (0.24, 0.95), (0.12, 1.0), (0.0, 0.9)]
 
 
 def proxy_points(folders, out, capsys):

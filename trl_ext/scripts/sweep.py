@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 
@@ -66,8 +67,6 @@ def _weights(text: str) -> tuple[float, ...]:
 
 def _recipe(config: str, passed_on: Sequence[str]) -> dict[str, Any]:
     """The recipe with what the command line changes of the settings that a sweep looks at."""
-    import yaml
-
     from .recipe.strict_parser import load_recipe, take_option
 
     recipe, rest = dict(load_recipe(config)), list(passed_on)
