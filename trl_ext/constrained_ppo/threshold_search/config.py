@@ -54,8 +54,8 @@ class ThresholdSearchConfig:
             What both tolerances are relative to: the size of each `"threshold"`, as in the paper, or the `"range"`
             between its bounds, for rewards that come near zero.
         cache_lifetime (`int`, *optional*, defaults to `8`):
-            Measured proposals after which a score is too old to be reused, and counts half where the best thresholds
-            are named: the policy has moved on.
+            Measured proposals after which a score is too old to be reused: the policy has moved on. After three times
+            as many it counts half where the best thresholds are named.
         reevaluate_every (`int`, *optional*, defaults to `4`):
             Measured proposals after which the best vertex is measured again before it is trusted further. 0 for
             never, as in the paper.
