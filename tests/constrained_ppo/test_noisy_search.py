@@ -1,13 +1,11 @@
 """The threshold search where scores are noisy: restarts, smoothing and Optuna's sampler."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from tests.benchmarks.threshold_search import BUDGET, FUNCTIONS, LOWER, scaled, search
-from tests.constrained_ppo.test_threshold_search import FakeTrainer
 from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
 from trl_ext.constrained_ppo.threshold_search.search import ThresholdSearch, Trial
 from trl_ext.constrained_ppo.threshold_search.smoothing import smoothed_scores
@@ -155,13 +153,6 @@ def test_a_search_of_another_sampler_is_refused():
     state["optimizer"] = {**state["optimizer"], "points": []}
     with pytest.raises(ValueError, match="`search.sampler='tpe'`, and this run has 'nelder-mead'.*`sampler: tpe`"):
         noisy("nelder-mead").load_state_dict(state)
-
-
-def test_without_optuna(monkeypatch, tmp_path):
-    """It is told before training starts."""
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ImportError, match=r'pip install "trl-ext\[search\]"'):
-        FakeTrainer(tmp_path, sampler="tpe")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.constrained_ppo.test_proxy_points import write_run
 from trl_ext import cli
 from trl_ext.constrained_ppo.proxy_points.fit import DensityMask
 from trl_ext.constrained_ppo.proxy_points.surrogates import Polynomial
@@ -34,7 +33,15 @@ def write_sweep(folder, peak, ends, noise=0.005, count=25):
         rewards = BASE + along * (np.array(end) - BASE) + 0.02 * np.sin(np.pi * along) * [0.5, -1.0]
         rewards = rewards + 0.006 * generator.standard_normal((count, 2))
         gold = gold_of(rewards, peak) + noise * generator.standard_normal(count)
-        folders.append(write_run(folder / f"run_{seed}", rewards, gold, names=NAMES))
+        run = folder / f"run_{seed}"
+        run.mkdir(parents=True)
+        keys = [f"eval_rewards/{name}/mean" for name in NAMES]
+        history = [
+            {"step": step, "eval_gold": value, **dict(zip(keys, row, strict=True))}
+            for step, (row, value) in enumerate(zip(rewards.tolist(), gold.tolist(), strict=True))
+        ]
+        (run / "trainer_state.json").write_text(json.dumps({"global_step": count, "log_history": history}))
+        folders.append(str(run))
     return folders
 
 
@@ -137,7 +144,7 @@ def test_the_command_trains_what_is_missing_and_reads_all_runs(tmp_path, capsys,
     """Training itself stands in a fake: it writes the log of a run, as the script does at its end."""
     commands, fails = [], ["1_0"]
 
-    def launched(command, env, check):
+    def launched(command, check):
         commands.append(command)
         out = command[command.index("--output_dir") + 1]
         if fails and fails[0] in out:
@@ -149,7 +156,7 @@ def test_the_command_trains_what_is_missing_and_reads_all_runs(tmp_path, capsys,
         shutil.copytree(source, out)
         return argparse.Namespace(returncode=0)
 
-    monkeypatch.setattr("trl_ext.cli.subprocess.run", launched)
+    monkeypatch.setattr("trl_ext.scripts.sweep.subprocess.run", launched)
     playground = {"reward_funcs": ["trl_ext.playground.count_positive_words", "trl_ext.playground.grammaticality"]}
     recipe = write_recipe(tmp_path, **playground, gold_reward="trl_ext.playground.sentiment_reward")
     command = ["sweep", "--config", recipe, "--num_weights", "3", "--output_dir", str(tmp_path / "sweep"),

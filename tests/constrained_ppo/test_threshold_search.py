@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -512,3 +513,10 @@ def test_wrong_numbers_and_trainers(tmp_path):
         vars(trainer.controller if "order" in change else trainer).update(change)
         with pytest.raises(ValueError, match=match):
             ThresholdSearchCallback(trainer, ThresholdSearchConfig())
+
+
+def test_without_optuna(monkeypatch, tmp_path):
+    """It is told before training starts."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r'pip install "trl-ext\[search\]"'):
+        FakeTrainer(tmp_path, sampler="tpe")

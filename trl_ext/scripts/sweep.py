@@ -14,6 +14,7 @@ python -m trl_ext.scripts.sweep --config recipe.yaml --num_weights 5 --kl_coefs 
 import argparse
 import itertools
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,11 +137,10 @@ def is_finished(folder: Path) -> bool:
 
 def train(config: str, passed_on: Sequence[str], folder: Path, settings: dict[str, list[str]]) -> int:
     """One run of `trl-ext constrained-ppo`, resumed where it was interrupted; returns its exit status."""
-    from ..cli import main as trl_ext
-
     own = [word for name, values in settings.items() for word in (f"--{name}", *values)]
     output = ["--output_dir", str(folder), "--resume_from_checkpoint", "true"]
-    return trl_ext(["constrained-ppo", "--config", config, *passed_on, *own, *output])
+    command = [sys.executable, "-m", "trl_ext.cli", "constrained-ppo", "--config", config, *passed_on, *own, *output]
+    return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":
