@@ -1,6 +1,6 @@
 """How near to the peak of ten noisy functions the threshold search names its best, within 40 evaluations.
 
-python -m tests.benchmarks.threshold_search --seeds 20
+python -m tests.benchmarks.threshold_search --seeds 20 --searches published nelder-mead
 python -m tests.benchmarks.threshold_search --seeds 5 --searches tpe
 """
 
