@@ -89,7 +89,8 @@ def test_a_sweep_that_does_not_cover_the_peak_is_told_where_it_goes_on(ends, ris
     assert [summary["joint"]["rising"][i] for i in (0, 1) if rising[i]] == [1]
     line = next(one for one in printed.splitlines() if "do not cover the peak of the joint surface" in one)
     assert words in line or f"and {words.removeprefix('rises towards ')}" in line
-    assert f"more weight on {NAMES[rising.index(1)]}" in line
+    assert f"more weight on {NAMES[rising.index(1)]}" in line and "or train longer" in line
+    assert "use the joint one" not in printed
 
 
 def test_rising_beyond_by_hand():

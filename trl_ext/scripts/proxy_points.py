@@ -214,16 +214,16 @@ def _uncovered(name: str, rewards: Sequence[str], peak: Any) -> str:
     if not beyond:
         return f"{warning}, where the fitted surface is flat or falls beyond. Add runs around it."
     where, weights = (" and ".join(parts) for parts in zip(*beyond, strict=True))
+    longer = ", or train longer or with a smaller `kl_coef`," if (peak.rising > 0).any() else ""
     return (
-        f"{warning}, and the gold metric still rises towards {where}. Add runs with {weights}, or train longer or "
-        "with a smaller `kl_coef`, until it falls."
+        f"{warning}, and the gold metric still rises towards {where}. Add runs with {weights}{longer} until it falls."
     )
 
 
 def _apart(report: dict[str, Any]) -> list[str]:
     """Where a reward's own curve names another threshold than the joint surface."""
     joint = report["joint"]
-    if joint is None or not joint.num_resamples:
+    if joint is None or joint.at_edge or not joint.num_resamples:
         return []
     own = [(name, float(peak.point[0]), *joint.interval[:, i])
            for i, (name, peak) in enumerate(report["independent"].items())]  # fmt: skip
