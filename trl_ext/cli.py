@@ -42,6 +42,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   proxy-points
               Find the values of rewards beyond which a gold metric falls, from the logs of runs:
               trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
+  sweep       Train plain PPO at several weights of its rewards, then find the proxy points of all these runs:
+              trl-ext sweep --config recipe.yaml [--reward_weights 1,0 0.5,0.5 0,1] [--output_dir FOLDER]
   sft, dpo, grpo, kto, reward, rloo
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
@@ -76,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "demo": _demo,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
+        "sweep": _sweep,
     }
     commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
@@ -167,6 +170,12 @@ def _proxy_points(arguments: list[str]) -> int:
         return proxy_points(arguments, prog="trl-ext proxy-points")
     except ImportError as error:
         raise ValueError(error) from error
+
+
+def _sweep(arguments: list[str]) -> int:
+    from .scripts.sweep import main as sweep
+
+    return sweep(arguments, prog="trl-ext sweep")
 
 
 def _recipes(arguments: list[str]) -> int:

@@ -144,7 +144,7 @@ def callback_and_state(tmp_path, **settings):
         str(tmp_path), method="sat", constraints=constraints, use_cpu=True, bf16=False, report_to="none"
     )
     controller = RolloutController(args, ["brevity", "_help", "$free_x$"])
-    trainer = SimpleNamespace(args=args, controller=controller, stop_reason=None)
+    trainer = SimpleNamespace(args=args, controller=controller, stop_reason=None, _name="Constrained PPO")
     state = SimpleNamespace(is_world_process_zero=True, log_history=log(), global_step=5)
     console = Console(file=io.StringIO(), width=140)
     return ConstraintDashboardCallback(trainer, console=console, **settings), state

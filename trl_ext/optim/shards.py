@@ -262,10 +262,8 @@ def _index_of_replacement(place: int, params: Sequence[torch.Tensor], originals:
 def _may_hold_others(
     param: torch.Tensor, params: Sequence[torch.Tensor], originals: Sequence[Original], is_distributed: bool
 ) -> bool:
-    """
-    Whether a tensor may be a flat one that wrappers made of parameters: matrices are gone from the group, and it is
-    large enough for one of them. Of several processes each may hold no more than a piece.
-    """
+    """Whether a tensor may be a flat one that wrappers made of parameters."""
+    # Matrices are gone from the group, and it is large enough for one of them, or, of several processes, for a piece
     present = {id(other) for other in params}
     gone = [original for original in originals if id(original.reference()) not in present]
     return any((o.ndim or 0) > 1 and (is_distributed or (o.numel or 0) <= param.numel()) for o in gone)

@@ -152,6 +152,9 @@ def _block(report: dict[str, Any], names: list[str], kind: str | None) -> str:
     at_edge = [joint.at_edge] if joint is not None else [report["independent"][name].at_edge for name in names]
     if any(at_edge):
         comments.append("The peak lies at the edge of the data: the gold metric may not have fallen yet")
+    if joint is not None and joint.num_resamples:
+        ends = (f"{name} {_interval(joint.interval[:, i])}" for i, name in enumerate(names))
+        comments.append(f"Intervals over the runs: {', '.join(ends)}")
     return constraints_block(names, peaks if joint is None else joint.point, kind, comments)
 
 
@@ -189,17 +192,46 @@ def notes(report: dict[str, Any]) -> list[str]:
     peaks = {**report["independent"], **({"the joint surface": report["joint"]} if report["joint"] else {})}
     for name, peak in peaks.items():
         if peak.at_edge:
-            lines.append(
-                f"WARNING: the peak of {name} lies at the edge of the data, so the gold metric may rise beyond it. "
-                "Train longer, or without KL penalty, until it falls."
-            )
+            own = list(report["independent"]) if peak is report["joint"] else [name]
+            lines.append(_uncovered(name, own, peak))
         elif peak.edge_share > 0.2:
             lines.append(f"Of {name}, {peak.edge_share:.0%} of the resamples have their peak at the edge of the data.")
+    lines += _apart(report)
     if report["num_runs"] == 1:
         lines.append("One run: the intervals say nothing of the spread between runs.")
     if report["without_joint"]:
         lines.append(f"No joint surface. {report['without_joint']}")
     return lines
+
+
+def _uncovered(name: str, rewards: Sequence[str], peak: Any) -> str:
+    """What a sweep lacks whose peak is at the edge of the data, and what to train next."""
+    beyond = [
+        (f"{reward} {'above' if up > 0 else 'below'} {at:.4g}", f"{'more' if up > 0 else 'less'} weight on {reward}")
+        for reward, up, at in zip(rewards, peak.rising, peak.point, strict=True) if up
+    ]  # fmt: skip
+    warning = f"WARNING: the runs do not cover the peak of {name}: it lies at the edge of the data"
+    if not beyond:
+        return f"{warning}, where the fitted surface is flat or falls beyond. Add runs around it."
+    where, weights = (" and ".join(parts) for parts in zip(*beyond, strict=True))
+    longer = ", or train longer or with a smaller `kl_coef`," if (peak.rising > 0).any() else ""
+    return (
+        f"{warning}, and the gold metric still rises towards {where}. Add runs with {weights}{longer} until it falls."
+    )
+
+
+def _apart(report: dict[str, Any]) -> list[str]:
+    """Where a reward's own curve names another threshold than the joint surface."""
+    joint = report["joint"]
+    if joint is None or joint.at_edge or not joint.num_resamples:
+        return []
+    own = [(name, float(peak.point[0]), *joint.interval[:, i])
+           for i, (name, peak) in enumerate(report["independent"].items())]  # fmt: skip
+    return [
+        f"The peak of {name} on its own, {at:.4g}, lies {'below' if at < low else 'above'} the interval where the "
+        f"rewards are high together, {low:.4g} to {high:.4g}: use the joint one."
+        for name, at, low, high in own if not low <= at <= high
+    ]  # fmt: skip
 
 
 def write(report: dict[str, Any], measurements: Any, output_dir: Path) -> None:
@@ -242,6 +274,7 @@ def _summary(peak: Any) -> dict[str, Any] | None:
         "gold": peak.gold,
         "interval": peak.interval.tolist() if resampled else None,
         "at_edge": peak.at_edge,
+        "rising": peak.rising.tolist(),
         "edge_share": peak.edge_share if resampled else None,
         "num_resamples": peak.num_resamples,
     }

@@ -28,7 +28,7 @@ def draw_curve(
     axes.axvline(float(peak.point[0]), color=RED, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
     axes.set_xlabel(label)
     axes.set_ylabel(gold_label)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="lower center", frameon=False, fontsize=9)  # below the peak
     save_figure(figure, path)
 
 
@@ -53,7 +53,7 @@ def draw_joint(
                   label="independent")  # fmt: skip
         axes.set_xlabel(names[i])
         axes.set_ylabel(names[j])
-        axes.legend(fontsize=9)
+        axes.legend(loc="lower left", fontsize=9)  # the best place takes seconds to find among so many cells
     save_figure(figure, path)
 
 

@@ -10,7 +10,7 @@ import yaml
 from scipy.spatial import Delaunay
 from scipy.stats import gaussian_kde, spearmanr
 
-from .surrogates import Surrogate
+from .surrogates import Predictor, Surrogate
 
 
 # Points of the grid along each reward, by the number of rewards: at most 29,791 in all
@@ -76,10 +76,26 @@ class DensityMask:
         inside[inside] &= self._density(scaled[inside].T) >= self._least
         return inside
 
+    def _around(self, points: np.ndarray) -> np.ndarray:
+        """The points 2% of the range above, then below each point in each reward, `(P, 2K, K)`."""
+        steps = _EDGE * np.diag(self.highest - self.lowest)
+        around: np.ndarray = points[:, None] + np.concatenate([steps, -steps])
+        return around
+
+    def rising_beyond(self, point: np.ndarray, surface: Predictor) -> np.ndarray:
+        """
+        For each reward, 1 where a step up from the point `(K,)` leaves the mask while the surface rises, -1 where a
+        step down does, 0 where none does; `(K,)`, int64. Only the sign of the slope at the edge is used, no value
+        beyond it.
+        """
+        around = self._around(point[None])[0]
+        up, down = np.split(np.logical_not(self(around)), 2)
+        slopes = np.subtract(*np.split(surface(around), 2))
+        return np.where(up & (slopes > 0), 1, np.where(down & (slopes < 0), -1, 0))
+
     def at_edge(self, points: np.ndarray) -> np.ndarray:
         """Whether a step of 2% of the range leaves the mask, so that the true peak may lie beyond; `(P,)`, bool."""
-        steps = _EDGE * np.diag(self.highest - self.lowest)
-        around = points[:, None] + np.concatenate([steps, -steps])
+        around = self._around(points)
         inside = self(around.reshape(-1, points.shape[1])).reshape(len(points), -1)
         return np.logical_not(np.all(inside, axis=1))
 
@@ -92,6 +108,7 @@ class Peak:
     gold: float  # Fitted gold metric there
     interval: np.ndarray  # (2, K), lowest and highest rewards of the bootstrap interval of the peak
     at_edge: bool  # Whether the peak lies at the edge of the data
+    rising: np.ndarray  # (K,), 1 or -1 where the surface still rises beyond the data with more or less of a reward
     edge_share: float  # Share of the resamples whose peak does
     num_resamples: int  # Those that a surface could be fitted to
     candidates: np.ndarray  # (P, K), points at which the surface was looked at
@@ -123,7 +140,8 @@ def find_peak(
     candidates = _candidate_points(points, generator)
     inside = mask(candidates)
     allowed = candidates[inside]
-    fitted = surrogate.fit(points, gold)(allowed)
+    surface = surrogate.fit(points, gold)
+    fitted = surface(allowed)
     best = int(np.argmax(fitted))
     repeated = surrogate.for_resamples(points, gold)
     resampled = []
@@ -143,6 +161,7 @@ def find_peak(
         gold=float(fitted[best]),
         interval=np.percentile(peaks, levels, axis=0),
         at_edge=bool(mask.at_edge(allowed[[best]])[0]),
+        rising=mask.rising_beyond(allowed[best], surface),
         edge_share=float(mask.at_edge(peaks).mean()) if resampled else math.nan,
         num_resamples=len(resampled),
         candidates=candidates,

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from ..checkpoint import MULTIPLIERS_FILE, read_json, write_json
 from .config import ThresholdSearchConfig
 from .search import ThresholdSearch, Trial
+from .tree_parzen import require_optuna
 
 
 SEARCH_FILE = "threshold_search.json"
@@ -45,6 +46,8 @@ class ThresholdSearchCallback(TrainerCallback):
                 "`search` maximises `eval_gold`, and there is no gold metric. Give the trainer a `gold_reward`, or "
                 "name another evaluation metric as `search.gold_metric`."
             )
+        if config.sampler == "tpe":
+            require_optuna()
         self.search: ThresholdSearch | None = None
         self._loaded: tuple[Path, dict[str, Any]] | None = None
         self._seen_rollout: Any = None
@@ -142,9 +145,9 @@ class ThresholdSearchCallback(TrainerCallback):
             "search/gold_evaluations": float(search.num_gold_evaluations),
             "search/proposals": float(len(search.history)),
         }
-        if math.isfinite(search.optimizer.best_value):
-            logged["search/best_gold"] = -search.optimizer.best_value
-        best = search.optimizer.best_point.tolist()
+        best, score = search.named_best()
+        if math.isfinite(score):
+            logged["search/best_gold"] = score
         for name, threshold, best_threshold in zip(self.names, trial.thresholds, best, strict=True):
             logged[f"search/threshold/{name}"] = threshold
             logged[f"search/best_threshold/{name}"] = best_threshold

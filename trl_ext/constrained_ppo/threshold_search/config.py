@@ -19,9 +19,18 @@ class ThresholdSearchConfig:
     Thresholds are named by their reward wherever several are given, so that no order can be mistaken.
 
     Args:
+        sampler (`str`, *optional*, defaults to `"nelder-mead"`):
+            What proposes thresholds: `"nelder-mead"`, as in the paper, or `"tpe"`, Optuna's tree-structured Parzen
+            estimator, which finds the higher of two peaks more often (`pip install "trl-ext[search]"`).
         max_gold_evaluations (`int`, *optional*, defaults to `40`):
             Budget: evaluations of the gold metric, those of `eval_strategy` and the one before training included.
             The search ends when it is spent.
+        on_convergence (`str`, *optional*, defaults to `"restart"`):
+            What follows when the simplex has converged before the budget is spent: `"restart"` from a simplex half as
+            wide as the box around the best thresholds, which are measured again, or `"stop"`, as in the paper.
+        smoothing (`float`, *optional*, defaults to `0.1`):
+            Width, of the box, of the kernel that averages scores before the best thresholds are named: the highest of
+            many noisy scores is high by luck too. With 0 only scores of the same thresholds are averaged.
         steps_per_threshold (`float`, *optional*, defaults to `0.125`):
             Most optimizer steps spent on one proposal; below 1, as a fraction of all steps (the paper's 1/8). A
             proposal not reached by then is scored where the policy is.
@@ -39,13 +48,14 @@ class ThresholdSearchConfig:
             A threshold is reached when the mean reward is this near (an inequality: when it holds by this much),
             relative to `tolerance_scale`.
         cache_tolerance (`float`, *optional*, defaults to `0.05`):
-            A proposal this near to a reached one in every coordinate takes its score, and the search has converged
-            when the whole simplex is this near to its best vertex. 0 for neither.
+            A proposal of Nelder-Mead this near to a reached one in every coordinate takes its score, and the search
+            has converged when the whole simplex is this near to its best vertex. 0 for neither.
         tolerance_scale (`str`, *optional*, defaults to `"threshold"`):
             What both tolerances are relative to: the size of each `"threshold"`, as in the paper, or the `"range"`
             between its bounds, for rewards that come near zero.
         cache_lifetime (`int`, *optional*, defaults to `8`):
-            Measured proposals after which a score is too old to be reused: the policy has moved on.
+            Measured proposals after which a score is too old to be reused: the policy has moved on. After three times
+            as many it counts half where the best thresholds are named.
         reevaluate_every (`int`, *optional*, defaults to `4`):
             Measured proposals after which the best vertex is measured again before it is trusted further. 0 for
             never, as in the paper.
@@ -64,7 +74,10 @@ class ThresholdSearchConfig:
         ValueError: If a field is out of its range.
     """
 
+    sampler: Literal["nelder-mead", "tpe"] = "nelder-mead"
     max_gold_evaluations: int = 40
+    on_convergence: Literal["restart", "stop"] = "restart"
+    smoothing: float = 0.1
     steps_per_threshold: float = 0.125
     initial: list[dict[str, float]] | None = None
     initial_range: float | dict[str, float] = 0.25
@@ -110,7 +123,7 @@ class ThresholdSearchConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`search.{name}` must be a whole number of at least {least}, got {value!r}.")
-        for name in ("tolerance", "cache_tolerance"):
+        for name in ("tolerance", "cache_tolerance", "smoothing"):
             if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"`search.{name}` must lie in [0, 1), got {getattr(self, name)}.")
         steps = _number("steps_per_threshold", self.steps_per_threshold)
@@ -119,7 +132,12 @@ class ThresholdSearchConfig:
                 "`search.steps_per_threshold` must be a whole number of steps, or a fraction of all steps below 1, "
                 f"got {steps}."
             )
-        for name, allowed in (("tolerance_scale", ("threshold", "range")), ("after_search", ("stop", "train"))):
+        for name, allowed in (
+            ("sampler", ("nelder-mead", "tpe")),
+            ("on_convergence", ("restart", "stop")),
+            ("tolerance_scale", ("threshold", "range")),
+            ("after_search", ("stop", "train")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`search.{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         self._check_thresholds()

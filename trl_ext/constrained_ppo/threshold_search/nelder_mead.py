@@ -102,6 +102,11 @@ class NelderMead:
         return self._stage == "reflect"
 
     @property
+    def measured(self) -> bool:
+        """Whether every vertex of the starting simplex has had its value."""
+        return self._stage != "initial"
+
+    @property
     def best_point(self) -> Array:
         """The vertex of lowest value, `(N,)`; where none has one yet, the first."""
         best: Array = self.simplex[int(np.argmin(self.values))].copy()

@@ -10,10 +10,17 @@ import numpy as np
 
 from .config import ThresholdSearchConfig
 from .nelder_mead import NelderMead
+from .smoothing import smoothed_scores
+from .tree_parzen import TreeParzen
 
 
 # Random first simplices, of which the one of largest volume is taken: a flat one would search a line only
 _NUM_DRAWS = 16
+# Edges of the simplex of a restart, of the box: wide enough to leave the hill that the search converged on
+_RESTART_WIDTH = 0.5
+# Of a score where the best thresholds are named, in lifetimes of the cache: 1 forgets too much on ten noisy functions,
+# 3 does as well as an endless one and still follows a drift
+_HALF_LIFE = 3
 
 
 @dataclass
@@ -52,7 +59,8 @@ class ThresholdSearch:
         config.check_rewards(self.names)
         self.total_steps = total_steps
         self.steps_per_threshold = self._steps_per_threshold()
-        self.optimizer: NelderMead | None = None
+        self.optimizer: NelderMead | TreeParzen | None = None
+        self.num_restarts = 0
         self.history: list[Trial] = []
         self.trial: Trial | None = None
         self.best: BestPolicy | None = None
@@ -78,12 +86,31 @@ class ThresholdSearch:
 
     @property
     def thresholds(self) -> list[float]:
-        """Thresholds to train at: the proposal's, and after the search those of the best vertex."""
+        """Thresholds to train at: the proposal's, and after the search those named best."""
         if self.trial is not None:
             return list(self.trial.thresholds)
+        return self.named_best()[0]
+
+    def named_best(self) -> tuple[list[float], float]:
+        """
+        Thresholds of the highest score so far and this score, both averaged over their neighbourhood. A proposal that
+        was not reached stands for the rewards that the policy had.
+        """
         if self.optimizer is None:
             raise RuntimeError("The search has no thresholds before `start`.")
-        return self.optimizer.best_point.tolist()
+        measured = [trial for trial in self.history if trial.source != "cached"]
+        if not measured:
+            return self.optimizer.best_point.tolist(), -math.inf
+        points = np.array([trial.thresholds if trial.reached else trial.means for trial in measured])
+        scores = smoothed_scores(
+            (points - self.optimizer.lower) / (self.optimizer.upper - self.optimizer.lower),
+            np.array([trial.gold for trial in measured], dtype=np.float64),
+            np.arange(len(measured), dtype=np.float64)[::-1],
+            self.config.smoothing,
+            _HALF_LIFE * self.config.cache_lifetime,
+        )
+        best = int(np.argmax(scores))
+        return points[best].tolist(), float(scores[best])
 
     @property
     def num_measured(self) -> int:
@@ -94,7 +121,11 @@ class ThresholdSearch:
         """Builds the first simplex around the policy before training, from its means and gold metric in validation."""
         self._check_numbers(means, gold)
         centre = np.array(means, dtype=np.float64)
-        self.optimizer = NelderMead(*self._first_simplex(centre))
+        simplex, lower, upper = self._first_simplex(centre)
+        if self.config.sampler == "tpe":
+            self.optimizer = TreeParzen(simplex, lower, upper, self.config.seed)
+        else:
+            self.optimizer = NelderMead(simplex, lower, upper)
         self.num_gold_evaluations, self.initial_gold = self.num_gold_evaluations + 1, float(gold)
         trial = Trial(centre.tolist(), "initial", 0, 0, 0, centre.tolist(), float(gold), True)
         if np.array_equal(self.optimizer.ask(), centre):
@@ -172,8 +203,8 @@ class ThresholdSearch:
         scored = len(self.history)
         self.history.append(trial)
         assert self.optimizer is not None
-        if trial.source == "reevaluated":
-            self.optimizer.revalue(-trial.gold)
+        if trial.source == "reevaluated" and isinstance(self.optimizer, NelderMead):
+            self.optimizer.revalue(-self._mean_score(trial))
         else:
             self.optimizer.tell(-trial.gold)
         self._advance(step)
@@ -186,6 +217,8 @@ class ThresholdSearch:
             self.finished = self._end(step)
             if self.finished is not None:
                 return
+            if self._converged():
+                self._restart()
             if self._reevaluation_due():
                 self._begin(self.optimizer.best_point, "reevaluated", step)
                 return
@@ -216,11 +249,31 @@ class ThresholdSearch:
             return "steps"
         if self._budget_spent():
             return "budget"
-        distances = np.abs(self.optimizer.simplex - self.optimizer.best_point)
-        within = self._margins(self.optimizer.best_point, self.config.cache_tolerance)
-        if self.optimizer.at_iteration_start and (distances <= within).all():
-            return "converged"
-        return None
+        return "converged" if self.config.on_convergence == "stop" and self._converged() else None
+
+    def _converged(self) -> bool:
+        optimizer = self.optimizer
+        if not isinstance(optimizer, NelderMead) or not optimizer.at_iteration_start:
+            return False
+        distances = np.abs(optimizer.simplex - optimizer.best_point)
+        return bool((distances <= self._margins(optimizer.best_point, self.config.cache_tolerance)).all())
+
+    def _restart(self) -> None:
+        """A wide simplex around the thresholds named best, whose vertices are measured, that of the centre again."""
+        assert self.optimizer is not None
+        self.num_restarts += 1
+        lower, upper = self.optimizer.lower, self.optimizer.upper
+        centre = np.clip((np.array(self.named_best()[0]) - lower) / (upper - lower), 0.0, 1.0)
+        count = len(centre)
+        generator = np.random.default_rng([self.config.seed, self.num_restarts])
+        directions = np.linalg.qr(generator.standard_normal((_NUM_DRAWS, count, count)))[0]
+        directions *= generator.choice([-1.0, 1.0], size=(_NUM_DRAWS, 1, count))
+        edges = _RESTART_WIDTH * directions
+        # What leaves the box points the other way; that can flatten a simplex, so the fullest of several is taken
+        edges = np.where((centre + edges < 0) | (centre + edges > 1), -edges, edges)
+        fullest = edges[np.argmax(np.abs(np.linalg.det(edges)))]
+        simplex = np.vstack([centre, centre + fullest])
+        self.optimizer = NelderMead(lower + simplex * (upper - lower), lower, upper)
 
     def _budget_spent(self) -> bool:
         kept = self.config.after_search == "train"
@@ -238,9 +291,19 @@ class ThresholdSearch:
         measured_at = next(trial.measured_at for trial in reversed(self.history) if trial.thresholds == best)
         return self.num_measured - measured_at > self.config.reevaluate_every
 
+    def _mean_score(self, last: Trial) -> float:
+        """The mean of the scores of the same thresholds that are not too old, the last among them."""
+        fresh = [
+            trial.gold for trial in self.history
+            if trial.source != "cached" and trial.thresholds == last.thresholds and trial.gold is not None
+            and self.num_measured - trial.measured_at <= self.config.cache_lifetime
+        ]  # fmt: skip
+        return float(np.mean(fresh))
+
     def _cached(self, point: np.ndarray) -> Trial | None:
         """The newest reached proposal near a point whose score is neither replaced by a later one nor too old."""
-        if not self.config.cache_tolerance:
+        restarted = isinstance(self.optimizer, NelderMead) and self.num_restarts and not self.optimizer.measured
+        if not self.config.cache_tolerance or self.config.sampler != "nelder-mead" or restarted:
             return None
         seen = set()
         for trial in reversed(self.history):
@@ -287,6 +350,8 @@ class ThresholdSearch:
             "initial_gold": self.initial_gold if self.started else None,
             "num_gold_evaluations": self.num_gold_evaluations,
             "finished": self.finished,
+            "num_restarts": self.num_restarts,
+            "named_best": None if not self.history else dict(zip(self.names, self.named_best()[0], strict=True)),
             "rollouts": list(self._rollouts),
         }
 
@@ -297,10 +362,9 @@ class ThresholdSearch:
                 f"The saved search is over the thresholds of {state['names']}, and the constraints of this run are on "
                 f"{self.names}. Resume with the constraints of that run, in their order."
             )
-        optimizer = None
+        optimizer: NelderMead | TreeParzen | None = None
         if state["optimizer"] is not None:
-            optimizer = NelderMead(np.vstack([np.zeros(len(self.names)), np.eye(len(self.names))]))
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer = self._restored(state["optimizer"])
         history = [Trial(**trial) for trial in state["history"]]
         trial = None if state["trial"] is None else Trial(**state["trial"])
         best = None if state["best"] is None else BestPolicy(**state["best"])
@@ -309,3 +373,21 @@ class ThresholdSearch:
         self.optimizer, self.history, self.trial, self.best = optimizer, history, trial, best
         self._rollouts = deque(rollouts, maxlen=self.config.rollout_window)
         self.num_gold_evaluations, self.finished, self.initial_gold = count, finished, initial_gold
+        # Searches saved before there were restarts have none
+        self.num_restarts = int(state.get("num_restarts", 0))
+
+    def _restored(self, state: dict[str, Any]) -> NelderMead | TreeParzen:
+        saved = "tpe" if "points" in state else "nelder-mead"
+        if saved != self.config.sampler:
+            raise ValueError(
+                f"The saved search is one with `search.sampler={saved!r}`, and this run has {self.config.sampler!r}. "
+                f"Resume with `sampler: {saved}`."
+            )
+        count = len(self.names)
+        simplex = np.vstack([np.zeros(count), np.eye(count)])
+        if saved == "tpe":
+            optimizer: NelderMead | TreeParzen = TreeParzen(simplex, np.zeros(count), np.ones(count))
+        else:
+            optimizer = NelderMead(simplex)
+        optimizer.load_state_dict(state)
+        return optimizer

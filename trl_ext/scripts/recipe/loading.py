@@ -122,6 +122,7 @@ def train_and_save(trainer: Any, checkpoint: str | None, what: str, dataset_name
     args = trainer.args
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
+    trainer.save_state()  # keeps the log where no checkpoint does
     trainer.accelerator.print(f"{what} saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
