@@ -123,7 +123,7 @@ def is_partitioned(model: Any) -> bool:
 
 def copy_parameters(source: Any, target: Any) -> None:
     """Copies parameters of a model that [`is_partitioned`] into another of its shape; all processes must call it."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     for parameter, copied in zip(source.parameters(), target.parameters(), strict=True):
         with GatheredParameters([parameter, copied], modifier_rank=0):

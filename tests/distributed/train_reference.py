@@ -7,7 +7,7 @@ from tests.helpers.launched import finish  # First: it spares DeepSpeed a compil
 
 # isort: split
 import torch
-from deepspeed.zero import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.constrained_ppo import low_ids, prompts
