@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from trl_ext import ConstrainedPPOTrainer
+from trl_ext.constrained_ppo.constrained_ppo_config import PRESET_FIELDS
 from trl_ext.constrained_ppo.proxy_points.logged_runs import Measurements
 from trl_ext.scripts import proxy_points as proxy_points_command
 
@@ -35,9 +36,7 @@ TUNED = "ppo, tuned weights"
 CONSTRAINED = ("sat", "all", "mu", "xi", "ppo-lag")
 SEARCH = "NM"
 # Filled by presets, so each run starts without them
-_PRESET_FIELDS: dict[str, Any] = {
-    "objective": None, "mixing": None, "whitening": None, "multiplier_squash": None, "constraints": [],
-}  # fmt: skip
+_PRESET_FIELDS: dict[str, Any] = {**dict.fromkeys(PRESET_FIELDS), "constraints": []}
 
 
 @dataclass(frozen=True)

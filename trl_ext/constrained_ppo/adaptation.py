@@ -6,24 +6,29 @@ of https://huggingface.co/papers/2310.04373 is [`adapted_coefficient`], which ru
 [`RolloutController.close_rollout`]; `tests/constrained_ppo/test_adaptation.py` holds it against numbers by hand.
 """
 
+import dataclasses
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
 
 from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
-from .multipliers import Constraint, LagrangeMultipliers
+from .constraints import Constraint, constraint_keys, unique_names
+from .multipliers import LagrangeMultipliers
+from .spreads import SignalSpreads, standard_errors
 
 
 Metrics = dict[str, list[float]]
 # Largest relative error of the KL that one step of the coefficient answers to (appendix B)
 _CLIP = 0.2
-# A threshold nearer to zero than this makes a relative violation meaningless; it keeps the division finite
-_SMALLEST_THRESHOLD = 1e-8
+# A limit that is smaller than this share of the spread makes a share of it meaningless; the spread takes its place
+_SMALL_LIMIT = 0.1
+logger = get_logger(__name__)
 
 
 def adapted_coefficient(coefficient: float, divergence: float, target: float, step: float) -> float:
@@ -131,18 +136,75 @@ class StoppingRules:
         self.num_gold_evaluations = state["num_gold_evaluations"]
 
 
+class FeasibilityWatch:
+    """Names a constraint that stays violated while its weight is at its bound, once each time that begins."""
+
+    def __init__(self, patience: int = 20):
+        self.patience = patience
+        self._counts: dict[str, int] = {}
+
+    def check(self, key: str, constraint: Constraint, exhausted: bool, maximum: float | None = None) -> str | None:
+        """What to say after a rollout at which the weight was at its bound and the constraint violated, or not."""
+        self._counts[key] = self._counts.get(key, 0) + 1 if exhausted else 0
+        if self._counts[key] != self.patience:
+            return None
+        bound = "its bound" if maximum is None else f"its bound (`multiplier_max={maximum:g}`)"
+        return (
+            f"The constraint `{constraint.reward} {constraint}` has been violated for {self.patience} rollouts with "
+            f"its weight at {bound}: it may be infeasible, alone or beside the other constraints. Move its threshold "
+            "towards the mean, or raise the bound or lower `kl_coef` if the policy should go further."
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """All that a resumed run needs."""
+        return dict(self._counts)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores [`state_dict`]."""
+        self._counts = dict(state)
+
+
 class RolloutController:
-    """Holds the state of the dual problem and what else changes once for each rollout."""
+    """
+    Holds the state of the dual problem and what else changes once for each rollout.
+
+    Attributes:
+        reward_names (`list[str]`): Names of the rewards, told apart by a number where functions share one.
+        stream_names (`list[str]`): The rewards, then the constraints whose signal is not the reward itself: what the
+            critic and the advantages have a stream for, beside the KL.
+        constraints (`list[Constraint]`): The constraints; thresholds may be open until they are calibrated.
+        keys (`list[str]`): Name of each constraint in logs and checkpoints.
+        constrained (`list[int]`): Index of the reward of each constraint.
+        multipliers ([`LagrangeMultipliers`] or `None`): `None` where no constraint acts through one.
+        spreads ([`SignalSpreads`]): Spread of each stream.
+    """
 
     def __init__(self, args: ConstrainedPPOConfig, reward_names: Sequence[str]):
-        self.args, self.reward_names = args, list(reward_names)
-        # Their thresholds are open until they are calibrated
+        self.args, self.reward_names = args, unique_names(reward_names)
+        self._ambiguous = {name for name, count in Counter(reward_names).items() if count > 1}
         self.constraints = args.parsed_constraints()
-        # Index of the reward of each constraint
         self.constrained = [self._reward_index(constraint) for constraint in self.constraints]
-        self.multipliers = self._build_multipliers() if args.learns_multipliers else None
+        self.multipliers: LagrangeMultipliers | None = None
+        self.keys = constraint_keys(self._named())
+        derived = [index for index, constraint in enumerate(self.constraints) if constraint.is_derived]
+        if derived and not args.learns_multipliers:
+            raise ValueError(
+                f"The constraint {args.constraints[derived[0]]} acts through a multiplier, which `method="
+                f"{args.method!r}` does not have. Use 'mu', 'xi' or 'all', or constrain the mean."
+            )
+        # Where a constraint bounds the mean of another signal than the reward, that has a stream of its own
+        self._derived = derived
+        self.stream_names = unique_names([*self.reward_names, *(f"{self.keys[index]}.signal" for index in derived)])
+        self._streams = [
+            len(self.reward_names) + derived.index(index) if constraint.is_derived else self.constrained[index]
+            for index, constraint in enumerate(self.constraints)
+        ]
+        if args.learns_multipliers:
+            self.multipliers = self._build_multipliers()
+        self.spreads = SignalSpreads(self.stream_names, self._given_spreads(), args.multiplier_spread_ema)
         self.statistics = RolloutAverages()
         self.stopping = StoppingRules(args.kl_ceiling, args.gold_patience)
+        self.feasibility = FeasibilityWatch()
         self.kl_coef = args.kl_coef
 
     def _reward_index(self, constraint: Constraint) -> int:
@@ -152,24 +214,30 @@ class RolloutController:
                 f"The constraint on {reward!r} names no reward. The rewards are {dict(enumerate(names))}: use a name "
                 "or an index."
             )
+        if reward in self._ambiguous:
+            raise ValueError(
+                f"The constraint on {reward!r} names several rewards. They are {dict(enumerate(names))}: use an index, "
+                "or give the reward functions `__name__`s of their own."
+            )
         return names.index(reward) if isinstance(reward, str) else reward
+
+    def _given_spreads(self) -> list[float | None]:
+        given: list[float | None] = [None] * len(self.stream_names)
+        for index, constraint in zip(self._streams, self.constraints, strict=True):
+            given[index] = given[index] or constraint.known_spread
+        return given
 
     def _build_multipliers(self) -> LagrangeMultipliers:
         args = self.args
-        return LagrangeMultipliers(
-            self.constraints,
-            squash=args.multiplier_squash,
-            learning_rate=args.multiplier_learning_rate,
-            momentum=args.multiplier_momentum,
-            proportional=args.multiplier_proportional,
-            derivative=args.multiplier_derivative,
-            squash_gradient=args.multiplier_squash_gradient,
-            init=args.multiplier_init,
-            maximum=args.multiplier_max,
-            delay_steps=args.multiplier_delay_steps,
-            window=args.multiplier_window,
-            ema=args.multiplier_ema,
-        )
+        settings = {"maximum": args.multiplier_max, "init": args.multiplier_init, "ema": args.multiplier_ema}
+        for name in (
+            "squash", "learning_rate", "momentum", "proportional", "derivative", "squash_gradient", "delay_steps",
+            "window", "drift", "anti_windup",
+        ):  # fmt: skip
+            settings[name] = getattr(args, f"multiplier_{name}")
+        if args.multiplier_max == math.inf:
+            settings["maximum"] = None
+        return LagrangeMultipliers(self.constraints, names=self.keys, **settings)
 
     def constrained_names(self) -> list[str]:
         """Name of the reward of each constraint."""
@@ -177,12 +245,17 @@ class RolloutController:
 
     def named_constraints(self) -> list[Constraint]:
         """The constraints whose thresholds are known, by name of their reward."""
-        constraints = self.constraints if self.multipliers is None else self.multipliers.constraints
+        return [constraint for constraint in self._named() if constraint.threshold is not None]
+
+    def _named(self) -> list[Constraint]:
         return [
-            Constraint(name, constraint.threshold, constraint.kind)
-            for name, constraint in zip(self.constrained_names(), constraints, strict=True)
-            if constraint.threshold is not None
+            dataclasses.replace(constraint, reward=name)
+            for name, constraint in zip(self.constrained_names(), self._current(), strict=True)
         ]
+
+    def _current(self) -> list[Constraint]:
+        """The constraints with their thresholds of now, which a search moves in the multipliers."""
+        return self.constraints if self.multipliers is None else self.multipliers.constraints
 
     def set_constraints(self, constraints: Sequence[Constraint]) -> None:
         """Sets the constraints with their thresholds as values, in the order of those before."""
@@ -193,10 +266,34 @@ class RolloutController:
     def _thresholds(self) -> list[float]:
         return [float(cast(float, constraint.threshold)) for constraint in self.constraints]
 
-    def trained_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        """What stands for the rewards `(N, K)` of a rollout in training: for `"sat"` distances to the thresholds."""
-        if self.args.method != "sat":
+    def signals(self, rewards: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
+        """Rewards `(N, K)` and, behind them, the signals of constraints that need one of their own, `(N, S)`."""
+        if not self._derived:
             return rewards
+        constraints = self._current()
+        own = [
+            constraints[index].signal(rewards[:, self.constrained[index]], num_generations) for index in self._derived
+        ]
+        return torch.cat([rewards, torch.stack(own, dim=1)], dim=1)
+
+    def calibrate_spreads(self, rewards: torch.Tensor, num_generations: int = 1) -> None:
+        """Takes the spreads from rewards `(N, K)` of the policy before training."""
+        self.spreads.observe(self._spread_signals(rewards, num_generations))
+
+    def _spread_signals(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """As [`signals`], but a hinge, which is mostly 0, is measured in the spread of its reward."""
+        signals = self.signals(rewards, num_generations).clone()
+        for stream, index in enumerate(self._derived, start=len(self.reward_names)):
+            signals[:, stream] = rewards[:, self.constrained[index]]
+        return signals
+
+    def trained_rewards(self, rewards: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
+        """
+        What stands for the rewards `(N, K)` of a rollout in training, `(N, S)`: [`signals`], and for `"sat"` distances
+        to the thresholds.
+        """
+        if self.args.method != "sat":
+            return self.signals(rewards, num_generations)
         own = rewards[:, self.constrained]
         means = own.mean(dim=0) if self.args.sat_target == "batch_mean" else None
         rewards = rewards.clone()
@@ -206,49 +303,74 @@ class RolloutController:
     def mix(
         self, advantages: torch.Tensor, mask: torch.Tensor, reward_weights: torch.Tensor, reduce: Reduce
     ) -> torch.Tensor:
-        """[`policy_advantages`], `(B, T)`, of streams `(K+1, B, T)`, with the multipliers as they are now."""
-        kinds = [constraint.kind for constraint in self.constraints]
+        """[`policy_advantages`], `(B, T)`, of streams `(S+1, B, T)`, with the multipliers as they are now."""
+        directions = [constraint.direction for constraint in self.constraints]
         return policy_advantages(
             advantages,
             mask,
-            reward_weights,
+            torch.cat([reward_weights, reward_weights.new_zeros(len(self._derived))]),
             objective=self.args.objective or "kl",
-            constrained=self.constrained,
-            signs=torch.tensor([-1.0 if kind == "<=" else 1.0 for kind in kinds]),
+            constrained=self._streams,
+            signs=torch.tensor([-1.0 if direction == "<=" else 1.0 for direction in directions]),
             multiplier_weights=self.multipliers.weights() if self.multipliers is not None else None,
-            mixing=self.args.mixing or "paper",
-            whitening=self.args.whitening or "streams",
+            mixing=self.args.mixing or "normalized",
+            whitening=self.args.whitening or "spread",
             reduce=reduce,
+            spreads=self.spreads.values(),
         )
 
     def close_rollout(
-        self, metrics: Metrics, means: dict[str, float], divergences: tuple[float, float] | None, training: bool
+        self,
+        metrics: Metrics,
+        rewards: torch.Tensor,
+        divergences: tuple[float, float] | None,
+        training: bool,
+        num_generations: int = 1,
     ) -> str | None:
         """
         Takes the dual step of a training rollout and adapts the KL coefficient; records both, and for an evaluation
-        batch the violations. `means` are those of the rewards over all processes, `divergences` the KL for each token
-        and for each response. Returns why the run is to end, or `None`.
+        batch the violations. `rewards` `(N, K)` are those of all processes, `divergences` the KL for each token and
+        for each response. Returns why the run is to end, or `None`.
         """
         reason = self._take_divergences(metrics, divergences, training) if divergences is not None else None
-        multipliers, names = self.multipliers, self.constrained_names()
-        violations: dict[str, float] = {}
-        if multipliers is not None:
-            if training and self.args.multiplier_update == "rollout":
-                multipliers.update([means[name] for name in names])
-            violations = {
-                name: constraint.violation(means[name])
-                for name, constraint in zip(names, multipliers.constraints, strict=True)
-            }
+        signals = self.signals(rewards, num_generations)
         if training:
-            reached = means if divergences is None else {**means, "kl": divergences[1]}
-            self.statistics.add(reached, violations)
+            self.spreads.observe(self._spread_signals(rewards, num_generations))
+        means = signals.mean(dim=0)[self._streams].tolist()
+        if self.multipliers is not None and training and self.args.multiplier_update == "rollout":
+            errors = standard_errors(signals, self.spreads.values(), num_generations)[self._streams]
+            self.step_multipliers(means, errors)
+        violations = self._violations(means) if self.multipliers is not None else {}
+        if training:
+            reached = dict(zip(self.reward_names, rewards.mean(dim=0).tolist(), strict=True))
+            self.statistics.add(reached if divergences is None else {**reached, "kl": divergences[1]}, violations)
             for name, average in self.statistics.averages().items():
                 metrics[f"average/{name}"].append(average)
-        if multipliers is not None:
-            self._record_violations(metrics, multipliers, means)
+        if self.multipliers is not None:
+            self._record_violations(metrics, violations)
             if training:
-                self._record_multipliers(metrics, multipliers)
+                self._record_multipliers(metrics, self.multipliers)
         return reason
+
+    def step_multipliers(self, means: Sequence[float], errors: torch.Tensor | None = None) -> None:
+        """One dual step on the means of the constraints' signals and their standard errors, `(N,)` each."""
+        multipliers = cast(LagrangeMultipliers, self.multipliers)
+        if self.args.multiplier_units == "spread":
+            multipliers.set_spreads(self.spreads.values()[self._streams])
+        multipliers.update(means, errors)
+        constraints = zip(self.keys, self._named(), multipliers.exhausted(), strict=True)
+        for key, constraint, exhausted in constraints:
+            message = self.feasibility.check(key, constraint, exhausted, multipliers.maximum)
+            if message is not None:
+                logger.warning(message, main_process_only=True)
+
+    def constrained_signals(self, rewards: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
+        """What the constraints bound the means of, `(N, C)`, of rewards `(N, K)`."""
+        return self.signals(rewards, num_generations)[:, self._streams]
+
+    def _violations(self, means: Sequence[float]) -> dict[str, float]:
+        constraints = zip(self.keys, self._current(), means, strict=True)
+        return {key: constraint.violation(mean) for key, constraint, mean in constraints}
 
     def _take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
         per_token, per_response = divergences
@@ -261,49 +383,56 @@ class RolloutController:
             self.kl_coef = adapted_coefficient(self.kl_coef, per_token, self.args.kl_target, self.args.kl_step)
         return self.stopping.check_divergence(per_response)
 
-    def _record_violations(
-        self, metrics: Metrics, multipliers: LagrangeMultipliers, means: Mapping[str, float]
-    ) -> None:
-        for name, constraint in zip(self.constrained_names(), multipliers.constraints, strict=True):
-            violation = constraint.violation(means[name])
-            scale = max(abs(float(constraint.threshold or 0.0)), _SMALLEST_THRESHOLD)
-            metrics[f"violation/{name}"].append(violation)
-            metrics[f"relative_violation/{name}"].append(violation / scale)
+    def _record_violations(self, metrics: Metrics, violations: Mapping[str, float]) -> None:
+        spreads = self.spreads.values()[self._streams].tolist()
+        for key, constraint, spread in zip(self.keys, self._current(), spreads, strict=True):
+            limit = abs(constraint.limit)
+            scale = limit if limit > _SMALL_LIMIT * spread else spread
+            metrics[f"violation/{key}"].append(violations[key])
+            metrics[f"relative_violation/{key}"].append(violations[key] / scale)
 
     def _record_multipliers(self, metrics: Metrics, multipliers: LagrangeMultipliers) -> None:
         weights, unsquashed, saturated = multipliers.weights(), multipliers.values(), multipliers.saturated()
-        for index, (name, constraint) in enumerate(
-            zip(self.constrained_names(), multipliers.constraints, strict=True)
-        ):
-            metrics[f"multiplier/{name}"].append(float(unsquashed[index]))
-            metrics[f"weight/{name}"].append(float(weights[index]))
-            metrics[f"saturation/{name}"].append(float(saturated[index]))
-            metrics[f"oscillation/{name}"].append(self.statistics.oscillation(name))
-            metrics[f"threshold/{name}"].append(float(constraint.threshold or 0.0))
-        if self.args.mixing == "paper":
-            metrics["weight/objective"].append(len(weights) - float(weights.sum()))
+        filtered, spreads = multipliers.violations(), self.spreads.values()[self._streams]
+        for index, (key, constraint) in enumerate(zip(self.keys, multipliers.constraints, strict=True)):
+            metrics[f"multiplier/{key}"].append(float(unsquashed[index]))
+            metrics[f"weight/{key}"].append(float(weights[index]))
+            metrics[f"saturation/{key}"].append(float(saturated[index]))
+            metrics[f"oscillation/{key}"].append(self.statistics.oscillation(key))
+            metrics[f"threshold/{key}"].append(float(constraint.threshold or 0.0))
+            metrics[f"spread/{key}"].append(float(spreads[index]))
+            metrics[f"filtered_violation/{key}"].append(float(filtered[index]))
+        objective = len(weights) - float(weights.sum()) if self.args.mixing == "paper" else 1.0
+        scale = 1.0 if self.args.mixing == "paper" else 1.0 + float(weights.abs().sum())
+        metrics["weight/objective"].append(objective / scale)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, but for the multipliers, which have a file of their own."""
         return {
             "kl_coef": self.kl_coef,
+            "names": self.keys,
             "thresholds": [constraint.threshold for constraint in self.constraints],
+            "spreads": self.spreads.state_dict(),
             "statistics": self.statistics.state_dict(),
             "stopping": self.stopping.state_dict(),
+            "feasibility": self.feasibility.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores [`state_dict`], of as many constraints."""
-        thresholds = state["thresholds"]
-        if len(thresholds) != len(self.constraints):
+        """Restores [`state_dict`], of as many constraints; that of an earlier version goes by their order."""
+        names, thresholds = state.get("names", self.keys), state["thresholds"]
+        if len(thresholds) != len(self.constraints) or sorted(names) != sorted(self.keys):
             raise ValueError(
-                f"The saved state has {len(thresholds)} constraints and this run {len(self.constraints)}. Resume with "
-                "the constraints of the saved run."
+                f"The saved state has {len(thresholds)} constraints, {names}, and this run {len(self.constraints)}, "
+                f"{self.keys}. Resume with the constraints of the saved run."
             )
+        own = dict(zip(names, thresholds, strict=True))
         self.constraints = [
-            constraint if threshold is None else constraint.with_threshold(threshold)
-            for constraint, threshold in zip(self.constraints, thresholds, strict=True)
+            constraint if own[key] is None else constraint.with_threshold(own[key])
+            for key, constraint in zip(self.keys, self.constraints, strict=True)
         ]
         self.kl_coef = state["kl_coef"]
+        self.spreads.load_state_dict(state.get("spreads", {}))
         self.statistics.load_state_dict(state["statistics"])
         self.stopping.load_state_dict(state["stopping"])
+        self.feasibility.load_state_dict(state.get("feasibility", {}))

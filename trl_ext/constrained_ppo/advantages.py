@@ -1,9 +1,10 @@
 """Advantages of constrained PPO on tensors `(B, T)`: estimated for each reward and for the KL, mixed into one.
 
-    A = (K - sum_i w_i) A_KL + sum_i w_i A_i        (4.4) of https://huggingface.co/papers/2310.04373
+    A = (A_0 + sum_i w_i A_i) / (1 + sum_i |w_i|)   normalized
+    A = (K - sum_i w_i) A_0 + sum_i w_i A_i         (4.4) of https://huggingface.co/papers/2310.04373
 
-[`mix_advantages`] is that equation and what runs, through `RolloutController.mix` and [`policy_advantages`]. A plain
-form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
+[`mix_normalized`] and [`mix_advantages`] are those equations and what runs, through `RolloutController.mix` and
+[`policy_advantages`]. A plain form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
 equal.
 """
 
@@ -69,17 +70,19 @@ def mix_normalized(
     reduce: Reduce | None = None,
 ) -> torch.Tensor:
     """
-    Advantage of the Lagrangian as PPO-Lagrangian has it: `(A_0 + sum_i w_i A_i) / (1 + sum_i w_i)`. For a cost, whose
-    stream enters with the sign turned, this is safe-rlhf's `(A_R - lambda A_C) / (1 + lambda)`. The KL does not belong
-    into `A_0`, where it would count less with every multiplier: add its advantage to the result.
+    Advantage of the Lagrangian as PPO-Lagrangian has it: `(A_0 + sum_i w_i A_i) / (1 + sum_i |w_i|)`. For a cost,
+    whose stream enters with the sign turned, this is safe-rlhf's `(A_R - lambda A_C) / (1 + lambda)`. The size of the
+    weights divides, and not their sum: the weights of equalities may be negative, and a sum below -1 would turn the
+    gradient round. Where `A_0` are rewards the KL does not belong into it, where it would count less with every
+    multiplier: add its advantage to the result.
 
     Arguments, shapes, result and errors are those of [`mix_advantages`]. The sign of a constrained reward is turned
-    where its constraint is an upper bound, `weights` are not negative, and streams are whitened only on request.
+    where its constraint is an upper bound, and streams are whitened only on request.
     """
     objective, constrained, weights = _prepared(
         objective_advantages, reward_advantages, weights, mask, whiten_streams, reduce
     )
-    mixed = (objective + torch.einsum("k,kbt->bt", weights, constrained)) / (1 + weights.sum())
+    mixed = (objective + torch.einsum("k,kbt->bt", weights, constrained)) / (1 + weights.abs().sum())
     return mixed * mask.to(mixed.dtype)
 
 
@@ -115,8 +118,9 @@ def policy_advantages(
     signs: torch.Tensor | None = None,
     multiplier_weights: torch.Tensor | None = None,
     mixing: Literal["paper", "normalized"] = "paper",
-    whitening: Literal["streams", "mixture", "none"] = "mixture",
+    whitening: Literal["spread", "streams", "mixture", "none"] = "mixture",
     reduce: Reduce | None = None,
+    spreads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The advantage that the policy follows, from those of all streams.
@@ -142,16 +146,22 @@ def policy_advantages(
         mixing (`str`, *optional*, defaults to `"paper"`):
             `"paper"` or `"normalized"`.
         whitening (`str`, *optional*, defaults to `"mixture"`):
-            `"streams"`, `"mixture"` or `"none"`.
+            `"spread"`, `"streams"`, `"mixture"` or `"none"`. The first two bring rewards to one scale and leave the
+            KL in nats times its coefficient, but for `"streams"` with the objective `"kl"`, or `"paper"`'s mixing,
+            whose whole objective is whitened.
         reduce (`Callable`, *optional*):
             Sum of a tensor over processes, for the moments of the whitening.
+        spreads (`torch.Tensor` of shape `(K,)`, *optional*):
+            What each reward's advantages are divided by with `"spread"`.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, zero outside the mask.
     """
     rewards, kl = advantages[:-1], advantages[-1]
+    if whitening == "spread" and spreads is not None:
+        rewards = rewards / spreads.to(rewards).view(-1, 1, 1)
     if whitening == "streams" and multiplier_weights is None:
-        rewards, kl = whiten(rewards, mask, reduce=reduce), whiten(kl, mask, reduce=reduce)
+        rewards = whiten(rewards, mask, reduce=reduce)
     weighted = torch.einsum("k,kbt->bt", reward_weights.to(rewards), rewards)
     if multiplier_weights is None:
         mixed = weighted + kl
@@ -160,8 +170,7 @@ def policy_advantages(
         bounded = signs.to(rewards).view(-1, 1, 1) * rewards[list(constrained)]
         by_stream = whitening == "streams"
         if mixing == "normalized" and objective == "rewards":
-            mixed = mix_normalized(weighted, bounded, multiplier_weights, mask, by_stream, reduce)
-            mixed = mixed + (whiten(kl, mask, reduce=reduce) if by_stream else kl)
+            mixed = mix_normalized(weighted, bounded, multiplier_weights, mask, by_stream, reduce) + kl
         else:
             mix = mix_normalized if mixing == "normalized" else mix_advantages
             base = kl if objective == "kl" else weighted + kl

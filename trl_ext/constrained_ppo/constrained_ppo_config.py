@@ -1,6 +1,7 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import SchedulerType
@@ -9,7 +10,7 @@ from trl import GRPOConfig
 from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
-from .multipliers import Constraint, check_constraints
+from .constraints import Constraint, check_constraints, constraint_from_dict
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -19,23 +20,57 @@ class Preset:
 
     objective: Literal["kl", "rewards"]
     kind: str | None = None
-    squash: str | None = None
-    mixing: Literal["paper", "normalized"] = "paper"
-    whitening: Literal["streams", "mixture", "none"] = "streams"
+    squash: str | None = "none"
+    mixing: Literal["paper", "normalized"] = "normalized"
+    whitening: Literal["spread", "streams", "mixture", "none"] = "spread"
     learns_multipliers: bool = True
+    units: Literal["spread", "raw"] = "spread"
+    learning_rate: float = 0.05
+    momentum: float = 0.0
+    proportional: float = 3.0
+    drift: float = 0.05
+    anti_windup: bool = True
+    maximum: float | None = 10.0
+
+
+def _published(objective: Literal["kl", "rewards"], kind: str | None, squash: str | None) -> Preset:
+    """The paper's form of a method."""
+    return Preset(
+        objective, kind, squash, mixing="paper", whitening="streams", units="raw", learning_rate=0.1, momentum=0.1,
+        proportional=10.0, drift=0.0, anti_windup=False, maximum=None,
+    )  # fmt: skip
 
 
 PRESETS: dict[str, Preset] = {
     "ppo": Preset("rewards", whitening="mixture", learns_multipliers=False),
     "sat": Preset("rewards", "==", whitening="mixture", learns_multipliers=False),
-    "mu": Preset("kl", ">=", "sigmoid"),
-    "xi": Preset("kl", "==", "tanh"),
-    "all": Preset("rewards", "<=", "sigmoid"),
-    "ppo-lag": Preset("rewards", None, "exp", mixing="normalized", whitening="mixture"),
+    "mu": Preset("kl", ">="),
+    "xi": Preset("kl", "=="),
+    "all": Preset("rewards", "<="),
+    "mu-paper": _published("kl", ">=", "sigmoid"),
+    "xi-paper": _published("kl", "==", "tanh"),
+    "all-paper": _published("rewards", "<=", "sigmoid"),
+    "ppo-lag": Preset("rewards", None, "exp", whitening="mixture"),
 }
+# Fields that a preset fills in where they are not given, and the preset's names of them
+PRESET_FIELDS = {
+    "objective": "objective",
+    "mixing": "mixing",
+    "whitening": "whitening",
+    "multiplier_squash": "squash",
+    "multiplier_units": "units",
+    "multiplier_learning_rate": "learning_rate",
+    "multiplier_momentum": "momentum",
+    "multiplier_proportional": "proportional",
+    "multiplier_drift": "drift",
+    "multiplier_anti_windup": "anti_windup",
+    "multiplier_max": "maximum",
+}
+logger = logging.getLogger(__name__)
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-_CONSTRAINT_KEYS = {"reward", "threshold", "quantile", "relative_gain", "kind"}
+_CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
+_KL_COEF = 0.2
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
 _FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
@@ -59,26 +94,30 @@ class ConstrainedPPOConfig(GRPOConfig):
         > Parameters that control the method
 
         method (`str`, *optional*):
-            Preset, which fills `objective`, `mixing`, `whitening`, `multiplier_squash` and the `kind` of every
-            constraint where they are not given: `"ppo"` (no constraints), and from the paper
+            Preset, which fills `objective`, `mixing`, `whitening`, the settings of the multipliers and the `kind` of
+            every constraint where they are not given: `"ppo"` (no constraints), and after the paper
             (https://huggingface.co/papers/2310.04373) `"mu"` (stay near the reference, rewards at least at their
             thresholds), `"xi"` (at their thresholds), `"all"` (as much reward as possible, at most the thresholds),
-            `"sat"` (minus the squared distance to the thresholds, weights fixed); and `"ppo-lag"`, PPO-Lagrangian as
-            safe-rlhf has it.
+            `"sat"` (minus the squared distance to the thresholds, weights fixed); `"mu-paper"`, `"xi-paper"` and
+            `"all-paper"`, the same with the paper's squashing, mixing, whitening and raw violations; and `"ppo-lag"`,
+            PPO-Lagrangian as safe-rlhf has it.
         objective (`str`, *optional*):
             What is maximised under the constraints: `"kl"`, minus the divergence from the reference, or `"rewards"`,
             the rewards weighted by `reward_weights`, minus the divergence. Defaults to the preset's, or `"kl"`.
         constraints (`list[dict]`, *optional*):
             Each with `reward` (name or index), one of `threshold` (in the reward's units), `quantile` (of the
-            reference's samples) and `relative_gain` (over the reference's mean), and `kind` (`">="`, `"<="` or
-            `"=="`).
+            reference's samples) and `relative_gain` (over the reference's mean), and `kind` (`">="`, `"<="`, `"=="`,
+            or `"per_prompt"`: at least, for each prompt's mean). Further keys are those of [`Constraint`]:
+            `probability` (share of responses that may miss the threshold), `per_prompt`, `tolerance` and `spread`.
         mixing (`str`, *optional*):
-            `"paper"`, equation (4.4), or `"normalized"`, `(A_0 + sum_i w_i A_i) / (1 + sum_i w_i)`. Defaults to the
-            preset's, or `"paper"`.
+            `"normalized"`, `(A_0 + sum_i w_i A_i) / (1 + sum_i |w_i|)`, or `"paper"`, equation (4.4). Defaults to the
+            preset's, or `"normalized"`.
         whitening (`str`, *optional*):
-            What is whitened over the tokens of a rollout: `"streams"`, each stream before it is mixed, as in the
-            official code (`kl_coef` then cancels from the policy gradient of the objective `"kl"`); `"mixture"`, the
-            mixed advantage; or `"none"`, as the paper writes it. Defaults to the preset's, or `"streams"`.
+            How advantages are scaled: `"spread"`, those of each reward by the reward's standard deviation over
+            responses, so that the KL stays in nats times `kl_coef`; `"streams"`, each stream whitened over the tokens
+            of a rollout before it is mixed, as in the official code (`kl_coef` then cancels from the policy gradient
+            of the objective `"kl"`); `"mixture"`, the mixed advantage whitened; or `"none"`, as the paper writes it.
+            Defaults to the preset's, or `"spread"`.
         sat_target (`str`, *optional*, defaults to `"batch_mean"`):
             What `"sat"` moves to the threshold: the mean over the rollout, or each `"sample"`, as in the paper, which
             has no meaning for a binary reward.
@@ -88,23 +127,39 @@ class ConstrainedPPOConfig(GRPOConfig):
 
         > Parameters that control the multipliers (see [`LagrangeMultipliers`])
 
-        multiplier_learning_rate (`float`, *optional*, defaults to `0.1`):
-            Step of the dual.
-        multiplier_momentum (`float`, *optional*, defaults to `0.1`):
-            Momentum of the dual.
-        multiplier_proportional (`float`, *optional*, defaults to `10.0`):
-            Coefficient of the violation; 0 is the paper's integral update.
+        multiplier_units (`str`, *optional*):
+            What violations are measured in: `"spread"`, the standard deviation of the reward over responses (the
+            constraint's `spread`, or that of the `calibration_samples`, or of the first rollout), or `"raw"`, the
+            reward's own units. Defaults to the preset's, or `"spread"`.
+        multiplier_learning_rate (`float`, *optional*):
+            Step of the dual. Defaults to the preset's, 0.05, or 0.1 in the paper's form.
+        multiplier_momentum (`float`, *optional*):
+            Momentum of the dual. Defaults to the preset's, 0, or 0.1 in the paper's form.
+        multiplier_proportional (`float`, *optional*):
+            Coefficient of the violation; 0 is the paper's integral update. Defaults to the preset's, 3, or 10 in the
+            paper's form.
+        multiplier_drift (`float`, *optional*):
+            Step, in spreads, by which a mean is expected to move from rollout to rollout. The smaller beside the
+            standard error of a rollout, the more its noise is filtered; 0 for no filter. Defaults to the preset's,
+            0.05, or 0 in the paper's form and with a window or moving average.
+        multiplier_anti_windup (`bool`, *optional*):
+            Whether a multiplier waits while its weight is at a bound. Defaults to the preset's, `True`, or `False` in
+            the paper's form.
+        multiplier_spread_ema (`float`, *optional*, defaults to `0.0`):
+            Decay of an exponential moving average over rollouts that tracks the spreads; 0 leaves them as they were
+            before training.
         multiplier_derivative (`float`, *optional*, defaults to `0.0`):
             Coefficient of the change of the violation.
         multiplier_squash_gradient (`bool`, *optional*, defaults to `False`):
             Whether the dual step carries the derivative of the squashing, as in the official code.
         multiplier_squash (`str`, *optional*):
-            `"sigmoid"`, `"tanh"`, `"softplus"`, `"exp"` or `"none"`. Defaults to the preset's, or the paper's for the
-            kinds.
+            `"none"` (at least 0 for inequalities), `"sigmoid"`, `"tanh"`, `"softplus"` or `"exp"`. Defaults to the
+            preset's, or `"none"`.
         multiplier_init (`float`, *optional*, defaults to `0.0`):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
-            Bound on the size of every multiplier.
+            Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
+            preset's, 10, or none in the paper's form.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
@@ -181,8 +236,9 @@ class ConstrainedPPOConfig(GRPOConfig):
             Nelder-Mead on the thresholds within one run (NM-PPO); its fields are those of `ThresholdSearchConfig`.
     """
 
-    method: Literal["ppo", "mu", "xi", "all", "sat", "ppo-lag"] | None = field(
-        default=None, metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat' or 'ppo-lag'."}
+    method: Literal["ppo", "mu", "xi", "all", "sat", "mu-paper", "xi-paper", "all-paper", "ppo-lag"] | None = field(
+        default=None,
+        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."}
     )
     objective: Literal["kl", "rewards"] | None = field(
         default=None, metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
@@ -191,10 +247,10 @@ class ConstrainedPPOConfig(GRPOConfig):
         default_factory=list, metadata={"help": "Constraints, each with reward, threshold and kind."}
     )
     mixing: Literal["paper", "normalized"] | None = field(
-        default=None, metadata={"help": "How advantages are mixed: 'paper' (4.4) or 'normalized'."}
+        default=None, metadata={"help": "How advantages are mixed: 'normalized' or 'paper' (4.4)."}
     )
-    whitening: Literal["streams", "mixture", "none"] | None = field(
-        default=None, metadata={"help": "Which advantages are whitened: 'streams', 'mixture' or 'none'."}
+    whitening: Literal["spread", "streams", "mixture", "none"] | None = field(
+        default=None, metadata={"help": "How advantages are scaled: 'spread', 'streams', 'mixture' or 'none'."}
     )
     sat_target: Literal["batch_mean", "sample"] = field(
         default="batch_mean", metadata={"help": "What 'sat' moves to the threshold: 'batch_mean' or 'sample'."}
@@ -202,9 +258,21 @@ class ConstrainedPPOConfig(GRPOConfig):
     calibration_samples: int = field(
         default=64, metadata={"help": "Responses drawn before training to compare the thresholds with."}
     )
-    multiplier_learning_rate: float = field(default=0.1, metadata={"help": "Step of the dual."})
-    multiplier_momentum: float = field(default=0.1, metadata={"help": "Momentum of the dual."})
-    multiplier_proportional: float = field(default=10.0, metadata={"help": "Coefficient of the violation."})
+    multiplier_units: Literal["spread", "raw"] | None = field(
+        default=None, metadata={"help": "What violations are measured in: 'spread' or 'raw'."}
+    )
+    multiplier_learning_rate: float | None = field(default=None, metadata={"help": "Step of the dual."})
+    multiplier_momentum: float | None = field(default=None, metadata={"help": "Momentum of the dual."})
+    multiplier_proportional: float | None = field(default=None, metadata={"help": "Coefficient of the violation."})
+    multiplier_drift: float | None = field(
+        default=None, metadata={"help": "Step, in spreads, of a mean from rollout to rollout; 0 for no filter."}
+    )
+    multiplier_anti_windup: bool | None = field(
+        default=None, metadata={"help": "Whether a multiplier waits while its weight is at a bound."}
+    )
+    multiplier_spread_ema: float = field(
+        default=0.0, metadata={"help": "Decay of a moving average that tracks the spreads; 0 keeps them."}
+    )
     multiplier_derivative: float = field(default=0.0, metadata={"help": "Coefficient of the violation's change."})
     multiplier_squash_gradient: bool = field(
         default=False, metadata={"help": "Carry the derivative of the squashing in the dual step."}
@@ -213,7 +281,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         default=None, metadata={"help": "Squashing of the multipliers."}
     )
     multiplier_init: float = field(default=0.0, metadata={"help": "Start of every multiplier."})
-    multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier."})
+    multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."})
     multiplier_delay_steps: int = field(default=0, metadata={"help": "Rollouts that only observe."})
     multiplier_window: int = field(default=1, metadata={"help": "Number of last rollouts whose mean is used."})
     multiplier_ema: float = field(default=0.0, metadata={"help": "Decay of an exponential moving average."})
@@ -222,7 +290,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
     gamma: float = field(default=0.99, metadata={"help": "Discount."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Decay of generalised advantage estimation."})
-    kl_coef: float = field(default=0.2, metadata={"help": "Coefficient of the KL as a reward of every token."})
+    kl_coef: float = field(default=_KL_COEF, metadata={"help": "Coefficient of the KL as a reward of every token."})
     kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "Estimator of the KL: 'k1' or 'k3'."})
     kl_target: float | None = field(
         default=None, metadata={"help": "KL for each token, in nats, to which `kl_coef` adapts."}
@@ -324,13 +392,13 @@ class ConstrainedPPOConfig(GRPOConfig):
         if self.method is not None and self.method not in PRESETS:
             raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
         preset = PRESETS[self.method] if self.method is not None else Preset("kl")
-        self.objective = self.objective or preset.objective
-        self.mixing = self.mixing or preset.mixing
-        self.whitening = self.whitening or preset.whitening
+        if self.multiplier_drift is None and (self.multiplier_window > 1 or self.multiplier_ema > 0):
+            self.multiplier_drift = 0.0
+        for name, own in PRESET_FIELDS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, own))
         if preset.kind is not None:
             self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
-        if preset.squash is not None:
-            self.multiplier_squash = self.multiplier_squash or preset.squash  # type: ignore[assignment]
 
     def _check_numbers(self) -> None:
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
@@ -342,6 +410,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
         check_number(self, "gamma", "gae_lambda", at_least=0, at_most=1)
         check_number(self, "kl_step", above=0, below=1)
+        check_number(self, "multiplier_spread_ema", at_least=0, below=1)
         needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
@@ -376,6 +445,30 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
         if self.constraints:
             check_constraints(self.parsed_constraints())
+        self._check_kl()
+
+    def _check_kl(self) -> None:
+        """Refuses KL coefficients that could not reach the policy."""
+        if self.objective != "kl" or not self.learns_multipliers:
+            return
+        if self.kl_coef == 0:
+            raise ValueError(
+                "`kl_coef=0` leaves nothing to maximise under the constraints, because `objective='kl'` is minus the "
+                "divergence times `kl_coef`. Give a positive number, or `objective='rewards'`."
+            )
+        if self.whitening != "streams":
+            return
+        if self.kl_target is not None:
+            raise ValueError(
+                f"`kl_target={self.kl_target}` adapts `kl_coef`, which cancels where `whitening='streams'` brings the "
+                "KL of `objective='kl'` to unit size. Use `whitening='spread'`, or leave `kl_target` out."
+            )
+        if self.kl_coef != _KL_COEF:
+            logger.warning(
+                f"`kl_coef={self.kl_coef}` cancels from the policy gradient: `whitening='streams'` brings the KL of "
+                "`objective='kl'` to unit size, and only the critic's targets see the coefficient. Use "
+                "`whitening='spread'` for a coefficient that acts."
+            )
 
     def _check_critic(self) -> None:
         if self.critic == "shared" and self.critic_model_name_or_path is not None:
@@ -420,14 +513,15 @@ class ConstrainedPPOConfig(GRPOConfig):
             if unknown or missing:
                 raise ValueError(
                     f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "
-                    f"`relative_gain`, and `kind`; look at {sorted(unknown | missing)}."
+                    "`relative_gain`, and `kind`, and may have `probability`, `per_prompt`, `tolerance` and `spread`; "
+                    f"look at {sorted(unknown | missing)}."
                 )
             if self.calibration_samples == 0 and "threshold" not in constraint:
                 raise ValueError(
                     f"The constraint {constraint} states its threshold relative to the reference, which "
                     "`calibration_samples=0` does not measure. Set it to 64 or more, or state `threshold`."
                 )
-            parsed.append(Constraint(**constraint))
+            parsed.append(constraint_from_dict(constraint))
         return parsed
 
 

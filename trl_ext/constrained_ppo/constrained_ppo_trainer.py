@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate.logging import get_logger
@@ -153,10 +153,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             **kwargs,
         )
         self._check_prompts()
-        # Weight of the value loss of each stream, the KL last
-        self.value_coefs = [*args.vf_coefs(len(self.reward_funcs)), args.kl_vf_coef]
         self.gold_reward = gold_reward
         self.controller = RolloutController(args, self.reward_func_names)
+        # TRL logs by name, and would take two rewards of one name for one
+        self.reward_func_names = self.controller.reward_names
+        self.value_coefs = self._value_coefs()
         self.rollout = Rollout()
         self.resumed = False
         self.stop_reason: str | None = None
@@ -193,12 +194,22 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
                 "`per_device_train_batch_size` or `steps_per_generation`."
             )
 
+    def _value_coefs(self) -> list[float]:
+        """Weight of the value loss of each stream, the KL last; a constraint's own stream has that of its reward."""
+        coefs, controller = self.args.vf_coefs(len(self.reward_funcs)), self.controller
+        own = [
+            coefs[index]
+            for index, constraint in zip(controller.constrained, controller.constraints, strict=True)
+            if constraint.is_derived
+        ]
+        return [*coefs, *own, self.args.kl_vf_coef]
+
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
-        args, policy = self.args, self.policy
+        args, policy, streams = self.args, self.policy, self.controller.stream_names
         companion = CriticCompanion(
             policy,
-            build_critic(policy, len(self.reward_funcs) + 1, args, critic_model),
-            self.reward_func_names,
+            build_critic(policy, len(streams) + 1, args, critic_model),
+            streams,
             learning_rate=args.critic_learning_rate,
             detach=args.critic_detach,
             homeostasis=args.critic_homeostasis_coef > 0,
@@ -218,7 +229,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         output["advantages"] = self._mixed(rollout.advantages, rollout.mask)
         if self.args.multiplier_update == "minibatch" and self.multipliers is not None:
             output["stream_advantages"] = rollout.advantages.permute(1, 2, 0)
-            output["episode_rewards"] = self._own_rows(rollout.rewards, len(rollout.mask))
+            signals = self.controller.constrained_signals(rollout.rewards, self._group_size())
+            output["episode_rewards"] = self._own_rows(signals, len(rollout.mask))
         return output
 
     def _open_rollout(self, inputs: Any, purpose: Literal["training", "evaluation", "calibration"]) -> dict[str, Any]:
@@ -302,13 +314,19 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _trained_rewards(self, rollout: Rollout, output: dict[str, Any]) -> torch.Tensor:
         """Rewards `(B, K)` that this process's completions are trained on."""
-        rewards = self.controller.trained_rewards(rollout.rewards)
+        rewards = self.controller.trained_rewards(rollout.rewards, self._group_size())
         rewards = self._own_rows(rewards, len(output["completion_ids"]))
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
             ended = (ends * output["completion_mask"]).any(dim=1)
-            rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1)
+            # Not taken from signals of constraints, which come behind the rewards
+            is_reward = torch.arange(rewards.size(1), device=rewards.device) < len(self.reward_func_names)
+            rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1) * is_reward
         return rewards
+
+    def _group_size(self) -> int:
+        """Completions of each prompt, which follow each other."""
+        return self.num_generations if self.rollout.purpose == "training" else self.num_generations_eval
 
     def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
         return gathered[self.accelerator.process_index * rows :][:rows]
@@ -316,12 +334,11 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _close_rollout(self, rollout: Rollout) -> None:
         """Lets the controller adapt, and records the rollout."""
         training, rewards = rollout.purpose == "training", rollout.rewards
-        means = dict(zip(self.reward_func_names, rewards.mean(dim=0).tolist(), strict=True))
         divergences = None
         if self.args.kl_coef > 0:
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
-        reason = self.controller.close_rollout(metrics, means, divergences, training)
+        reason = self.controller.close_rollout(metrics, rewards, divergences, training, self._group_size())
         if reason is not None:
             self.end_training(reason)
         if not training:
@@ -383,7 +400,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
         totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
         means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-        record_critic(metrics, [*self.reward_func_names, "kl"], means.view_as(sums))
+        record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
         num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
         if not self.model.training:
             return
@@ -427,9 +444,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _minibatch_dual_step(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
         """The official code's dual step: on rewards of episodes weighted by their length."""
         lengths = mask.sum(dim=1, keepdim=True).float()
-        sums = torch.cat([(rewards[:, self.controller.constrained] * lengths).sum(dim=0), lengths.sum().view(1)])
-        totals = self._sum(sums)
-        cast(LagrangeMultipliers, self.multipliers).update((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
+        totals = self._sum(torch.cat([(rewards * lengths).sum(dim=0), lengths.sum().view(1)]))
+        self.controller.step_multipliers((totals[:-1] / totals[-1].clamp(min=1.0)).tolist())
 
     # Around the steps
 

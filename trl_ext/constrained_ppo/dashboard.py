@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..core.figures import COLORS, new_figure, save_figure, tidy
 from ..core.log import LogHistory, best_value, last_value, reward_names, series
-from .multipliers import Constraint, constraints_by_reward
+from .constraints import Constraint, constraints_by_reward
 
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _OBJECTIVE_COLOR = "#444444"
 _THRESHOLD_COLOR = "#c1272d"
 _GOLD_COLOR = "#b8860b"
+_STYLES = ("-", "--", ":", "-.")
 _COLUMNS = 3
 # More points than pixels of a panel only cost time and space
 MAX_POINTS = 1000
@@ -49,36 +50,31 @@ def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] =
     names = reward_names(log_history)
     for name in names:
         row = [name, _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
-        if constrained:
-            row += _constraint_cells(log_history, name, grouped.get(name, []))
-        table.add_row(*row, end_section=name == names[-1])
+        for key, constraint in grouped.get(name, []):
+            table.add_row(*row, *_constraint_cells(log_history, key, constraint))
+            row = ["", "", ""]
+        if name not in grouped:
+            table.add_row(*row)
+    table.add_section()
     if constrained:
         table.add_row("objective", *[""] * 5, _shown(last_value(log_history, "weight/objective")))
     return table
 
 
-def _constraint_cells(log_history: LogHistory, name: str, constraints: list[Constraint]) -> list[str]:
-    if not constraints:
-        return []
-    relative = last_value(log_history, f"relative_violation/{name}")
-    violation = _shown(last_value(log_history, f"violation/{name}"), "+")
+def _constraint_cells(log_history: LogHistory, key: str, constraint: Constraint) -> list[str]:
+    relative = last_value(log_history, f"relative_violation/{key}")
+    violation = _shown(last_value(log_history, f"violation/{key}"), "+")
     # Relative to a threshold of nearly zero it says nothing
     if relative is not None and abs(relative) < 100:
         violation += f" ({relative:+.0%})"
-    stated = [f"{c.kind} {_shown(_last_threshold(log_history, name, constraints, c))}" for c in constraints]
+    logged = last_value(log_history, f"threshold/{key}")
+    stated = constraint if logged is None else constraint.with_threshold(float(f"{logged:.3g}"))
     return [
-        ", ".join(stated),
+        str(stated),
         violation,
-        _shown(last_value(log_history, f"multiplier/{name}"), "+"),
-        *(_shown(last_value(log_history, f"{part}/{name}")) for part in ("weight", "saturation", "oscillation")),
+        _shown(last_value(log_history, f"multiplier/{key}"), "+"),
+        *(_shown(last_value(log_history, f"{part}/{key}")) for part in ("weight", "saturation", "oscillation")),
     ]
-
-
-def _last_threshold(
-    log_history: LogHistory, name: str, constraints: list[Constraint], constraint: Constraint
-) -> float | None:
-    logged = last_value(log_history, f"threshold/{name}") if len(constraints) == 1 else None
-    return constraint.threshold if logged is None else logged
 
 
 def _with_spread(log_history: LogHistory, name: str) -> str:
@@ -187,12 +183,18 @@ def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceili
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     grouped = constraints_by_reward(constraints)
     panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
-    violations = _per_reward(log_history, colors, "violation")
+    # A curve for each constraint: those on one reward share its color
+    marks = {
+        key: (colors[name], _STYLES[index % len(_STYLES)])
+        for name in names
+        for index, (key, _) in enumerate(grouped.get(name) or [(name, None)])
+    }
+    violations = _per_constraint(log_history, marks, "violation")
     if violations:
         violations.append(_Line(([], [0.0]), "", "#999999", linewidth=1.0, linestyle=":", zorder=1))
     panels.append(("violation (positive asks for more weight)", violations))
-    panels.append(("multiplier, before squashing", _per_reward(log_history, colors, "multiplier")))
-    weights = _per_reward(log_history, colors, "weight")
+    panels.append(("multiplier, before squashing", _per_constraint(log_history, marks, "multiplier")))
+    weights = _per_constraint(log_history, marks, "weight")
     objective = series(log_history, "weight/objective")
     if objective[0]:
         weights.append(_Line(objective, "objective", _OBJECTIVE_COLOR, linestyle="--"))
@@ -207,14 +209,17 @@ def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceili
     return [panel for panel in panels if panel[1]]
 
 
-def _per_reward(log_history: LogHistory, colors: dict[str, str], part: str) -> list[_Line]:
+def _per_constraint(log_history: LogHistory, marks: dict[str, tuple[str, str]], part: str) -> list[_Line]:
     lines = [
-        _Line(series(log_history, f"{part}/{name}"), _shortened(name, 26), color) for name, color in colors.items()
+        _Line(series(log_history, f"{part}/{key}"), _shortened(key, 26), color, linestyle=style)
+        for key, (color, style) in marks.items()
     ]
     return [line for line in lines if line.points[0]]
 
 
-def _reward_panel(log_history: LogHistory, name: str, constraints: list[Constraint], color: str) -> Panel:
+def _reward_panel(
+    log_history: LogHistory, name: str, constraints: list[tuple[str, Constraint]], color: str
+) -> Panel:
     lines = [_Line(series(log_history, f"rewards/{name}/mean"), "rollouts", color)]
     average = series(log_history, f"average/{name}")
     if average[0]:
@@ -223,8 +228,8 @@ def _reward_panel(log_history: LogHistory, name: str, constraints: list[Constrai
     if validation[0]:
         lines.append(_Line(validation, "validation", color, marker="D", markersize=4, linestyle="none"))
     style: dict[str, Any] = {"linewidth": 1.2, "linestyle": "-."}
-    for constraint in constraints:
-        logged = series(log_history, f"threshold/{name}") if len(constraints) == 1 else ([], [])
+    for key, constraint in constraints:
+        logged = series(log_history, f"threshold/{key}")
         if len(set(logged[1])) > 1:
             label = f"threshold ({constraint.kind})"
             lines.append(_Line(logged, label, _THRESHOLD_COLOR, drawstyle="steps-post", **style))

@@ -1,24 +1,24 @@
 """Lagrange multipliers of reward constraints (https://huggingface.co/papers/2310.04373, section 4).
 
-    buf <- momentum buf + violation,    l <- l + lr buf,    w = squash(l + kp violation + kd change of the violation)
+    buf <- momentum buf + violation,    l <- l + lr buf,    w = squash(l + kp violation' + kd change of violation')
 
-[`LagrangeMultipliers.update`] is this dual step and what runs, called by `RolloutController.close_rollout`. A plain
-form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
-equal.
+[`LagrangeMultipliers.update`] is this dual step and what runs, called by `RolloutController.close_rollout`. Violations
+are in units of each signal's spread, and violation' is that of the filtered mean, or, in the paper's form, raw and
+unfiltered. A plain form stands in `recipes/experiments/minimal/constrained_ppo.py`;
+`tests/constrained_ppo/test_minimal.py` holds the two equal.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from .constraints import Constraint, check_constraints, constraint_keys
 
-Kind = Literal[">=", "<=", "=="]
+
 Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
-KINDS = (">=", "<=", "==")
 # A weight within this share of its squashing's range of a bound counts as saturated: the squashing is flat there
 _NEAR_BOUND = 0.02
 # Rounding of a multiplier that is clamped to its maximum, relative
@@ -31,102 +31,32 @@ SQUASHES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torc
     "exp": (torch.exp, torch.exp),
     "none": (lambda x: x, torch.ones_like),
 }
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """
-    A constraint on the mean of a reward. Its threshold is stated as a value, or relative to samples of the policy
-    before training, and is then open until [`resolved`].
-
-    Args:
-        reward (`str` or `int`):
-            Name or index of the reward.
-        threshold (`float`, *optional*):
-            Value that the mean is held to, in the reward's own units.
-        kind (`str`, *optional*, defaults to `"=="`):
-            `">="`, `"<="` or `"=="`.
-        quantile (`float`, *optional*):
-            Threshold as a quantile, in `[0, 1]`, of the reward before training.
-        relative_gain (`float`, *optional*):
-            Threshold as `mean + relative_gain * |mean|` of the reward before training.
-
-    Raises:
-        ValueError: If `kind` is unknown, or not exactly one finite threshold is stated.
-    """
-
-    reward: str | int
-    threshold: float | None = None
-    kind: Kind = "=="
-    quantile: float | None = None
-    relative_gain: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` of the constraint on {self.reward!r} must be one of {KINDS}, got {self.kind!r}.")
-        stated = {name: getattr(self, name) for name in ("threshold", "quantile", "relative_gain")}
-        stated = {name: value for name, value in stated.items() if value is not None}
-        if len(stated) != 1:
-            raise ValueError(
-                f"The constraint on {self.reward!r} must state exactly one of `threshold`, `quantile` and "
-                f"`relative_gain`, got {stated}."
-            )
-        name, value = next(iter(stated.items()))
-        if isinstance(value, str) or not math.isfinite(value):
-            raise ValueError(
-                f"`{name}` of the constraint on {self.reward!r} must be a finite number, got {value!r}. Remove the "
-                "constraint to leave the reward free."
-            )
-        if name == "quantile" and not 0 <= value <= 1:
-            raise ValueError(f"`quantile` of the constraint on {self.reward!r} must lie in [0, 1], got {value}.")
-
-    def resolved(self, samples: torch.Tensor) -> "Constraint":
-        """
-        The constraint with its threshold as a value.
-
-        Args:
-            samples (`torch.Tensor` of shape `(N,)`):
-                The reward of samples before training.
-
-        Returns:
-            [`Constraint`]
-        """
-        if self.threshold is not None:
-            return self
-        samples = samples.double()
-        if self.quantile is not None:
-            threshold = float(samples.quantile(self.quantile))
-        else:
-            mean = float(samples.mean())
-            threshold = mean + float(self.relative_gain or 0.0) * abs(mean)
-        return self.with_threshold(threshold)
-
-    def with_threshold(self, threshold: float) -> "Constraint":
-        """The constraint with another threshold, as a value."""
-        return Constraint(self.reward, float(threshold), self.kind)
-
-    def violation(self, mean: float) -> float:
-        """
-        Signed violation: positive where more weight on the constraint is called for.
-
-        Raises:
-            ValueError: If the threshold is open.
-        """
-        if self.threshold is None:
-            raise ValueError(
-                f"The threshold of the constraint on {self.reward!r} is open until it is calibrated. Start training "
-                "with `calibration_samples` above 0, or state `threshold`."
-            )
-        return mean - self.threshold if self.kind == "<=" else self.threshold - mean
+# Entries of the saved state that are one number for each constraint, and the attributes they are
+_STATE = {
+    "values": "multipliers",
+    "momentum_buffer": "momentum_buffer",
+    "violation": "violation",
+    "change": "change",
+    "averages": "averages",
+    "spreads": "spreads",
+    "filtered_means": "filtered_means",
+    "filtered_variances": "filtered_variances",
+}
 
 
 class LagrangeMultipliers:
     """
     One multiplier for each constraint, moved by stochastic gradient descent on the dual with momentum.
 
-    `l <- l + lr * buf`, `buf <- momentum * buf + violation`, and the weight is `squash(l + kp * violation + kd *
-    change of the violation)`. With `proportional=0` and `derivative=0` this is the paper's integral update, which does
+    `l <- l + lr * buf`, `buf <- momentum * buf + violation`, and the weight is `squash(l + kp * violation' + kd *
+    change of violation')`. With `proportional=0` and `derivative=0` this is the paper's integral update, which does
     not settle on a toy problem; the proportional term damps it.
+
+    Violations are in units of [`set_spreads`], so that one set of gains fits rewards of every scale. With `drift`, the
+    noise of a batch is kept from the weights: violation' is that of a scalar Kalman filter of the mean, a random walk
+    of step `drift` spreads that is observed with the batch's standard error. The integral takes the mean as observed:
+    it averages noise by itself. With `anti_windup`, a multiplier does not move on where its weight is at a bound that
+    the step pushes against, so that it acts again as soon as the violation turns.
 
     Args:
         constraints (`Sequence[Constraint]`):
@@ -155,6 +85,12 @@ class LagrangeMultipliers:
             Number of last observations whose mean is used.
         ema (`float`, *optional*, defaults to `0.0`):
             Decay of a bias-corrected exponential moving average of the observations, used in place of a window.
+        drift (`float`, *optional*, defaults to `0.0`):
+            Step, in spreads, by which a mean is expected to move from update to update; 0 for no filter.
+        anti_windup (`bool`, *optional*, defaults to `False`):
+            Whether a multiplier waits while its weight is at a bound.
+        names (`Sequence[str]`, *optional*):
+            Name of each constraint, by which [`state_dict`] keeps its state. Defaults to [`constraint_keys`].
 
     Raises:
         ValueError: If there is no constraint, two contradict, or a setting is out of its range.
@@ -174,17 +110,24 @@ class LagrangeMultipliers:
         delay_steps: int = 0,
         window: int = 1,
         ema: float = 0.0,
+        drift: float = 0.0,
+        anti_windup: bool = False,
+        names: Sequence[str] | None = None,
     ):
         self.constraints = list(constraints)
         check_constraints(self.constraints)
-        has_equality = any(constraint.kind == "==" for constraint in self.constraints)
+        self.names = list(names or constraint_keys(self.constraints))
+        has_equality = any(constraint.direction == "==" for constraint in self.constraints)
         self.squash: str = squash or ("tanh" if has_equality else "sigmoid")
         self.learning_rate, self.momentum = learning_rate, momentum
         self.proportional, self.derivative = proportional, derivative
         self.squash_gradient, self.maximum = squash_gradient, maximum
         self.delay_steps, self.window, self.ema = delay_steps, window, ema
+        self.drift, self.anti_windup = drift, anti_windup
         self._check_settings()
         count = len(self.constraints)
+        self._is_inequality = torch.tensor([constraint.direction != "==" for constraint in self.constraints])
+        self._spreads = torch.ones(count, dtype=torch.float64)
         self._multipliers = torch.full((count,), float(init), dtype=torch.float64)
         self._momentum_buffer = torch.zeros(count, dtype=torch.float64)
         self._violation = torch.zeros(count, dtype=torch.float64)
@@ -193,17 +136,20 @@ class LagrangeMultipliers:
         self._averages = torch.zeros(count, dtype=torch.float64)
         self._num_averaged = 0
         self._num_updates = 0
+        # Of the filter: the mean of each signal and its variance, negative before the first observation
+        self._filtered_means = torch.zeros(count, dtype=torch.float64)
+        self._filtered_variances = torch.full((count,), -1.0, dtype=torch.float64)
 
     def _check_settings(self) -> None:
         if self.squash not in SQUASHES:
             raise ValueError(f"`multiplier_squash` must be one of {sorted(SQUASHES)}, got {self.squash!r}.")
-        for name in ("learning_rate", "proportional", "derivative"):
+        for name in ("learning_rate", "proportional", "derivative", "drift"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`multiplier_{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`multiplier_momentum` must lie in [0, 1), got {self.momentum}.")
         if self.maximum is not None and not self.maximum > 0:
-            raise ValueError(f"`multiplier_max` must be positive, got {self.maximum}. Leave it out for no bound.")
+            raise ValueError(f"`multiplier_max` must be positive, got {self.maximum}; `inf` for no bound.")
         if self.window < 1 or self.delay_steps < 0:
             raise ValueError(
                 f"`multiplier_window` must be at least 1 and `multiplier_delay_steps` at least 0, got {self.window} "
@@ -214,6 +160,21 @@ class LagrangeMultipliers:
                 f"`multiplier_ema` must lie in [0, 1) and excludes `multiplier_window` above 1, got {self.ema} and "
                 f"{self.window}."
             )
+        if self.drift and (self.ema or self.window > 1):
+            raise ValueError(
+                f"`multiplier_drift={self.drift}` filters what `multiplier_ema={self.ema}` or "
+                f"`multiplier_window={self.window}` has averaged already. Set `multiplier_drift: 0`, or leave those out."
+            )
+
+    def set_spreads(self, spreads: Sequence[float] | torch.Tensor) -> None:
+        """
+        Sets the units of violations.
+
+        Args:
+            spreads (`Sequence[float]` or `torch.Tensor` of shape `(K,)`):
+                Standard deviation of each constraint's signal over responses, positive.
+        """
+        self._spreads = torch.as_tensor(spreads, dtype=torch.float64).clone()
 
     def values(self) -> torch.Tensor:
         """The multipliers before squashing, `(K,)`, float64."""
@@ -221,21 +182,24 @@ class LagrangeMultipliers:
 
     def weights(self) -> torch.Tensor:
         """The effective weight of each reward, `(K,)`, float64."""
-        damped = self._multipliers + self.proportional * self._violation + self.derivative * self._change
-        return SQUASHES[self.squash][0](self._bounded(damped))
+        return SQUASHES[self.squash][0](self._bounded(self._damped()))
 
     def violations(self) -> torch.Tensor:
-        """Signed violations at the last update, `(K,)`, float64."""
+        """Signed violations at the last update, filtered and in spreads, `(K,)`, float64."""
         return self._violation.clone()
 
-    def update(self, means: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    def update(
+        self, means: Sequence[float] | torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         One dual step.
 
         Args:
             means (`Sequence[float]` or `torch.Tensor` of shape `(K,)`):
-                Mean of each constrained reward over the episodes of a rollout, over all processes, so that every
+                Mean of each constraint's signal over the episodes of a rollout, over all processes, so that every
                 process takes the same step.
+            standard_errors (`Sequence[float]` or `torch.Tensor` of shape `(K,)`, *optional*):
+                Standard errors of the means, for the filter. Without them nothing is filtered.
 
         Returns:
             `torch.Tensor` of shape `(K,)`, float64: the weights after the step.
@@ -249,16 +213,15 @@ class LagrangeMultipliers:
                 f"`means` must hold one finite mean for each of the {len(self.constraints)} constraints, got "
                 f"{observed}. Check the reward functions for None and NaN."
             )
-        averages = self._averaged(observed)
-        violation = torch.tensor(
-            [c.violation(mean) for c, mean in zip(self.constraints, averages, strict=True)], dtype=torch.float64
-        )
+        averages = torch.tensor(self._averaged(observed), dtype=torch.float64)
+        seen, violation = self._violations(averages), self._violations(self._filtered(averages, standard_errors))
         self._change = violation - self._violation if self._num_updates else torch.zeros_like(violation)
         self._violation = violation
         self._num_updates += 1
         if self._num_updates > self.delay_steps:
             slope = SQUASHES[self.squash][1](self._multipliers) if self.squash_gradient else torch.ones_like(violation)
-            self._momentum_buffer = self.momentum * self._momentum_buffer + slope * violation
+            buffer = self.momentum * self._momentum_buffer + slope * seen
+            self._momentum_buffer = self._without_windup(buffer) if self.anti_windup else buffer
             self._multipliers = self._bounded(self._multipliers + self.learning_rate * self._momentum_buffer)
         return self.weights()
 
@@ -269,6 +232,49 @@ class LagrangeMultipliers:
         self._num_averaged += 1
         self._averages = self.ema * self._averages + (1 - self.ema) * torch.tensor(observed, dtype=torch.float64)
         return (self._averages / (1 - self.ema**self._num_averaged)).tolist()
+
+    def _filtered(
+        self, means: torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None
+    ) -> torch.Tensor:
+        """A scalar Kalman filter of each mean, with random walks of `drift` spreads an update."""
+        if not self.drift or standard_errors is None:
+            return means
+        noise = torch.as_tensor(standard_errors, dtype=torch.float64).square()
+        predicted = self._filtered_variances + (self.drift * self._spreads).square()
+        is_first = self._filtered_variances < 0
+        gain = torch.where(is_first, 1.0, predicted / (predicted + noise))
+        self._filtered_means = self._filtered_means + gain * (means - self._filtered_means)
+        self._filtered_variances = torch.where(is_first, noise, (1 - gain) * predicted)
+        return self._filtered_means
+
+    def _violations(self, means: torch.Tensor) -> torch.Tensor:
+        found = [c.violation(mean) for c, mean in zip(self.constraints, means.tolist(), strict=True)]
+        return torch.tensor(found, dtype=torch.float64) / self._spreads
+
+    def _damped(self) -> torch.Tensor:
+        return self._multipliers + self.proportional * self._violation + self.derivative * self._change
+
+    def _without_windup(self, buffer: torch.Tensor) -> torch.Tensor:
+        """No step where it would push a weight further past a bound."""
+        damped, (low, high) = self._damped(), self._range()
+        return torch.where(((damped >= high) & (buffer > 0)) | ((damped <= low) & (buffer < 0)), 0.0, buffer)
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments of the squashing, `(K,)` each, beyond which the weight hardly moves."""
+        low, high = -math.inf, math.inf
+        if self.squash == "sigmoid":
+            high = math.log(1 / _NEAR_BOUND - 1)
+            low = -high
+        elif self.squash == "tanh":
+            high = math.atanh(1 - 2 * _NEAR_BOUND)
+            low = -high
+        elif self.squash in ("softplus", "exp"):
+            low = math.log(_NEAR_BOUND)
+        if self.maximum is not None:
+            high = min(high, self._largest())
+            # The multiplier of an inequality without squashing is projected to zero, which is no windup
+            low = max(low, -self.maximum) if self.squash != "exp" else low
+        return torch.full_like(self._multipliers, low), torch.full_like(self._multipliers, high)
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
         """
@@ -286,12 +292,17 @@ class LagrangeMultipliers:
             for constraint, threshold in zip(self.constraints, thresholds, strict=True)
         ]
         check_constraints(constraints)
+        # The filter keeps the mean of a reward, and forgets that of a signal which the threshold defines
+        changed = torch.tensor(
+            [new.is_derived and new != old for new, old in zip(constraints, self.constraints, strict=True)]
+        )
+        self._filtered_variances = torch.where(changed, -1.0, self._filtered_variances)
         self.constraints = constraints
         self._observed.clear()
         self._averages, self._num_averaged = torch.zeros_like(self._averages), 0
 
     def saturated(self) -> list[bool]:
-        """Whether each weight is within 2% of a bound of its squashing, or its multiplier at `maximum`."""
+        """Whether each weight is within 2% of a bound of its squashing, or it or its multiplier at `maximum`."""
         weights, values = self.weights(), self._multipliers
         if self.squash in ("sigmoid", "tanh"):
             low = 0.0 if self.squash == "sigmoid" else -1.0
@@ -300,8 +311,18 @@ class LagrangeMultipliers:
         else:
             at_bound = torch.zeros_like(weights, dtype=torch.bool)
         if self.maximum is not None:
-            at_bound |= values.abs() >= self._largest() * (1 - _ROUNDING)
+            largest = self._largest() * (1 - _ROUNDING)
+            for reached in (values, self._bounded(self._damped())):
+                at_bound |= (reached if self.squash == "exp" else reached.abs()) >= largest
         return at_bound.tolist()
+
+    def exhausted(self) -> list[bool]:
+        """Whether each weight is at the bound that its violation pushes it to: the most that it can do."""
+        damped, (low, high) = self._damped(), self._range()
+        pushed = ((self._violation > 0) & (damped >= high)) | (
+            (self._violation < 0) & (damped <= low) & ~self._is_inequality
+        )
+        return pushed.tolist()
 
     def _largest(self) -> float:
         assert self.maximum is not None
@@ -309,8 +330,7 @@ class LagrangeMultipliers:
 
     def _bounded(self, multipliers: torch.Tensor) -> torch.Tensor:
         if self.squash == "none":
-            inequality = torch.tensor([constraint.kind != "==" for constraint in self.constraints])
-            multipliers = torch.where(inequality, multipliers.clamp_min(0.0), multipliers)
+            multipliers = torch.where(self._is_inequality, multipliers.clamp_min(0.0), multipliers)
         if self.maximum is None:
             return multipliers
         if self.squash == "exp":
@@ -318,55 +338,50 @@ class LagrangeMultipliers:
         return multipliers.clamp(-self.maximum, self.maximum)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """All that a resumed run needs; each list in the order of `names`."""
         return {
-            "values": self._multipliers.tolist(),
-            "momentum_buffer": self._momentum_buffer.tolist(),
-            "violation": self._violation.tolist(),
-            "change": self._change.tolist(),
+            "names": self.names,
+            **{name: getattr(self, f"_{attribute}").tolist() for name, attribute in _STATE.items()},
             "observed": list(self._observed),
-            "averages": self._averages.tolist(),
             "num_averaged": self._num_averaged,
             "num_updates": self._num_updates,
             "thresholds": [constraint.threshold for constraint in self.constraints],
+            "drift": self.drift,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores [`state_dict`], of as many constraints."""
-        if len(state["values"]) != len(self.constraints):
+        """
+        Restores [`state_dict`], of the same constraints in any order.
+
+        Raises:
+            ValueError: If the constraints are others, or the state is of raw violations and this run's are filtered.
+        """
+        count = len(self.constraints)
+        if len(state["values"]) != count:
             raise ValueError(
-                f"The saved state has {len(state['values'])} multipliers and this run {len(self.constraints)} "
-                "constraints. Resume with the constraints of the saved run."
+                f"The saved state has {len(state['values'])} multipliers and this run {count} constraints. Resume with "
+                "the constraints of the saved run."
             )
-        if None not in state["thresholds"]:
-            self.set_thresholds(state["thresholds"])
-        self._multipliers, self._momentum_buffer, self._violation, self._change, self._averages = (
-            torch.tensor(state[name], dtype=torch.float64)
-            for name in ("values", "momentum_buffer", "violation", "change", "averages")
-        )
-        self._observed = deque(state["observed"], maxlen=self.window)
+        names = state.get("names", self.names)
+        if sorted(names) != sorted(self.names):
+            raise ValueError(
+                f"The saved state has multipliers of {names} and this run of {self.names}. Resume with the constraints "
+                "of the saved run."
+            )
+        if "names" not in state and self.drift:
+            raise ValueError(
+                "The saved state is of an earlier version, whose multipliers were in the rewards' raw units and not "
+                "filtered. Resume with `method` 'mu-paper', 'xi-paper' or 'all-paper', or with "
+                "`multiplier_units: raw, multiplier_drift: 0, multiplier_anti_windup: false` and that run's gains."
+            )
+        order = [names.index(name) for name in self.names]
+        thresholds = [state["thresholds"][index] for index in order]
+        if None not in thresholds:
+            self.set_thresholds(thresholds)
+        for name, attribute in _STATE.items():
+            if name in state:
+                found = torch.tensor(state[name], dtype=torch.float64)[order]
+                setattr(self, f"_{attribute}", found)
+        observed = [[row[index] for index in order] for row in state["observed"]]
+        self._observed = deque(observed, maxlen=self.window)
         self._num_averaged, self._num_updates = state["num_averaged"], state["num_updates"]
-
-
-def check_constraints(constraints: Sequence[Constraint]) -> None:
-    """Refuses an empty list, and constraints on one reward that no policy can meet together."""
-    if not constraints:
-        raise ValueError("`constraints` is empty. Give at least one, or use `method='ppo'`.")
-    for reward in {constraint.reward for constraint in constraints}:
-        own = [constraint for constraint in constraints if constraint.reward == reward]
-        stated = [(c.threshold, c.kind) for c in own if c.threshold is not None]
-        lowest = max((threshold for threshold, kind in stated if kind in (">=", "==")), default=-math.inf)
-        highest = min((threshold for threshold, kind in stated if kind in ("<=", "==")), default=math.inf)
-        if lowest > highest:
-            listed = " and ".join(f"{kind} {threshold}" for threshold, kind in stated)
-            raise ValueError(
-                f"The constraints on reward {reward!r} contradict each other: {listed}. Remove one of them."
-            )
-
-
-def constraints_by_reward(constraints: Sequence[Constraint]) -> dict[str, list[Constraint]]:
-    """The constraints of each reward, by its name; a range has two."""
-    grouped: dict[str, list[Constraint]] = {}
-    for constraint in constraints:
-        grouped.setdefault(str(constraint.reward), []).append(constraint)
-    return grouped

@@ -17,9 +17,9 @@ from ..core.log import LogHistory, best_value, last_value, reward_names
 from ..core.model_card import settings_table
 from .calibration import Calibration, calibrate
 from .constrained_ppo_config import ConstrainedPPOConfig
+from .constraints import Constraint, check_constraints, constraints_by_reward
 from .critic import CRITIC_FILE, kind_of
 from .dashboard import dashboard_table, draw_dashboard
-from .multipliers import Constraint, check_constraints, constraints_by_reward
 
 
 logger = get_logger(__name__)
@@ -84,7 +84,10 @@ def method_section(
     if results:
         parts.append(results)
     parts.append(_end(log_history, stop_reason))
-    parts.append(_loading(critic, model_id, reward_names(log_history)))
+    derived = [
+        f"{key}.signal" for own in constraints_by_reward(constraints).values() for key, one in own if one.is_derived
+    ]
+    parts.append(_loading(critic, model_id, [*reward_names(log_history), *derived]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -100,10 +103,15 @@ def _results(log_history: LogHistory, constraints: Sequence[Constraint]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
         cells = [f"`{name}`", *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
-        if constraints:
-            stated = ", ".join(f"{c.kind} {_shown(c.threshold)}" for c in grouped.get(name, [])) or "none"
-            cells += [stated, *_logged(log_history, f"violation/{name}", f"multiplier/{name}", f"weight/{name}")]
-        lines.append(f"| {' | '.join(cells)} |")
+        if not constraints:
+            lines.append(f"| {' | '.join(cells)} |")
+            continue
+        # A row for each constraint; the reward's own cells stand in the first
+        for key, constraint in grouped.get(name, [(name, None)]):
+            stated = "none" if constraint is None else str(constraint)
+            own = _logged(log_history, f"violation/{key}", f"multiplier/{key}", f"weight/{key}")
+            lines.append(f"| {' | '.join([*cells, stated, *own])} |")
+            cells = ["", "", ""]
     objective = last_value(log_history, "weight/objective")
     if objective is not None:
         lines.append(f"| the objective |{' |' * (len(columns) - 2)} {_shown(objective)} |")
@@ -206,6 +214,7 @@ class CalibrationCallback(TrainerCallback):
         if not controller.constraints or not args.calibration_samples or trainer.resumed:
             return
         rewards = trainer.sample_rewards(args.calibration_samples).cpu()
+        controller.calibrate_spreads(rewards, trainer.num_generations_eval)
         samples = [rewards[:, index] for index in controller.constrained]
         constraints = [one.resolved(own) for one, own in zip(controller.constraints, samples, strict=True)]
         check_constraints(constraints)
