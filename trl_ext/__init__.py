@@ -8,6 +8,8 @@ from ._version import __version__
 
 _EXPORTS = {
     "ActivationTokenMask": "trl_ext.sparse_po.masks",
+    "ConstrainedGRPOConfig": "trl_ext.constrained_ppo.constrained_grpo",
+    "ConstrainedGRPOTrainer": "trl_ext.constrained_ppo.constrained_grpo",
     "ConstrainedPPOConfig": "trl_ext.constrained_ppo.constrained_ppo_config",
     "ConstrainedPPOTrainer": "trl_ext.constrained_ppo.constrained_ppo_trainer",
     "ConstraintDashboardCallback": "trl_ext.constrained_ppo.report",
@@ -33,6 +35,8 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from .constrained_ppo.checkpoint import critic_from_pretrained as critic_from_pretrained
+    from .constrained_ppo.constrained_grpo import ConstrainedGRPOConfig as ConstrainedGRPOConfig
+    from .constrained_ppo.constrained_grpo import ConstrainedGRPOTrainer as ConstrainedGRPOTrainer
     from .constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig as ConstrainedPPOConfig
     from .constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer as ConstrainedPPOTrainer
     from .constrained_ppo.report import ConstraintDashboardCallback as ConstraintDashboardCallback

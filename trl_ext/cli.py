@@ -21,6 +21,7 @@ TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
 TRAINING_COMMANDS = {
     "sparse-po": "trl_ext.scripts.sparse_po",
     "constrained-ppo": "trl_ext.scripts.constrained_ppo",
+    "constrained-grpo": "trl_ext.scripts.constrained_grpo",
     **{name: f"trl_ext.scripts.{name}" for name in TRL_COMMANDS},
     "equilibrium-reward": "trl_ext.scripts.equilibrium_reward",
     "equilibrium-classifier": "trl_ext.scripts.equilibrium_classifier",
@@ -32,6 +33,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
   constrained-ppo
               Train a policy with PPO, plain or constrained, with the same options
+  constrained-grpo
+              Train a policy with GRPO, plain or constrained, with the same options
   equilibrium-reward
               Train a reward model with an equilibrium-propagation head, with the same options
   equilibrium-classifier

@@ -1,6 +1,6 @@
 """Time and peak memory of an optimizer step of ConstrainedPPOTrainer against TRL's GRPOTrainer, without generation.
 
-Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
+Cases without a critic are those of ConstrainedGRPOTrainer, under three constraints. Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
 which are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU
 times of whole steps: scoring, loss, backward, clipping and optimizer. The ratio is the median over pairs of turns that
 follow one another; that of the fastest steps, over the turns the fastest first and the fastest second step, is shown
@@ -46,12 +46,14 @@ class Size:
 
 SIZES = (Size(256, 4, 8192, 64, 8), Size(384, 4, 16384, 128, 4), Size(512, 4, 32768, 256, 2))
 NUM_PROMPT_TOKENS = 16
-# Case: settings of both, KL coefficient, and the largest ratio of times aimed at
+# Case: settings of both and, as `critic`, of ours, KL coefficient, and the largest ratio of times aimed at
 CASES = {
     "two epochs, KL": ({"num_iterations": 2}, 0.05, 1.05),
     "two epochs, no KL": ({"num_iterations": 2}, 0.0, 1.05),
     "aligned, KL": ({}, 0.05, 1.4),
     "aligned, no KL": ({}, 0.0, 1.4),
+    "no critic, two epochs, KL": ({"num_iterations": 2, "critic": "none"}, 0.05, 1.01),
+    "no critic, aligned, no KL": ({"critic": "none"}, 0.0, 1.01),
 }
 MEMORY_TARGET = 1.1
 STEPS = 2
@@ -108,6 +110,8 @@ class StepTimes(TrainerCallback):
 
 
 def make_trainer(kind: str, folder: Path, size: Size, settings: dict, kl_coef: float):
+    own = {name: value for name, value in settings.items() if name == "critic"}
+    settings = {name: value for name, value in settings.items() if name not in own}
     common = {
         "output_dir": str(folder / kind), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "gradient_checkpointing": False, "per_device_train_batch_size": size.num_responses, "num_generations": 2,
@@ -117,7 +121,9 @@ def make_trainer(kind: str, folder: Path, size: Size, settings: dict, kl_coef: f
     if kind == "GRPO":
         trainer_class, args = GRPOTrainer, GRPOConfig(**common, beta=kl_coef)
     else:
-        own = {"method": "xi", "constraints": [{"reward": index, "threshold": 0.4} for index in range(3)]}
+        own |= {"method": "xi", "constraints": [{"reward": index, "threshold": 0.4} for index in range(3)]}
+        if own.get("critic") == "none":
+            own["objective"] = "rewards"
         own |= {"calibration_samples": 0, "dashboard": False}
         known = {name: value for name, value in own.items() if name in ConstrainedPPOConfig.__dataclass_fields__}
         trainer_class, args = ConstrainedPPOTrainer, ConstrainedPPOConfig(**common, **known, kl_coef=kl_coef)

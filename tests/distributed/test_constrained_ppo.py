@@ -63,3 +63,15 @@ def test_the_other_critic_on_two_processes(launcher, model, alone, tmp_path):
     found = launch(launcher, model, tmp_path, critic)
     assert found["world_size"] == 2 and found["chain"] == CHAINS[launcher]
     assert_same_numbers(found, alone(critic)[0], 1e-3)
+
+
+def test_without_a_critic_two_processes_equal_one(model, tmp_path):
+    """The completions of a prompt lie on both processes."""
+    script = str(Path(__file__).with_name("train_grpo.py"))
+    expected = run("single", script, model, tmp_path / "alone", "--batch_size", "8")
+    found = run("ddp", script, model, tmp_path, "--batch_size", "4")
+    assert found["world_size"] == 2 and found["chain"] == CHAINS["ddp"]
+    assert_same_numbers(found, expected, 1e-3, count=11)
+    assert all(abs(loss) > 1e-3 for loss in found["loss"]) and len(set(found["kl/coef"])) == 2
+    assert found["multipliers"][0] == found["multipliers"][1] and found["states"][0] == found["states"][1]
+    assert (tmp_path / "checkpoint-3" / "rollout_1.pt").is_file()

@@ -137,6 +137,7 @@ def test_recipe_runs_two_steps(path, tmp_path):
     recipe |= {
         "sparse_po": {"max_length": 64, "show_token_masks": 1},
         "constrained_ppo": {"max_completion_length": 6, "per_device_eval_batch_size": 2},
+        "constrained_grpo": {"max_completion_length": 6, "per_device_eval_batch_size": 2, "num_generations": 2},
         "equilibrium_reward": {"max_length": 64, "head_hidden_features": [8, 8]},
         "equilibrium_classifier": {"max_length": 64, "head_hidden_features": [8, 8]},
     }.get(method, {"max_length": 64})
@@ -150,6 +151,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
         assert (tmp_path / "out" / "token_masks" / "step_2.png").stat().st_size > 1000
     elif method == "constrained_ppo":
         assert (tmp_path / "out" / "critic.safetensors").is_file()
+    elif method == "constrained_grpo":
+        assert (tmp_path / "out" / "multipliers.json").is_file()
     elif method.startswith("equilibrium"):
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config["hidden_features"] == [8, 8] and config["feedback"] == recipe["head_feedback"]

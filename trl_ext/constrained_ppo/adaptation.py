@@ -19,6 +19,7 @@ from accelerate.logging import get_logger
 from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, constraint_keys, unique_names
+from .group_relative import group_advantages, kl_share, mix_groups
 from .multipliers import LagrangeMultipliers
 from .spreads import SignalSpreads, standard_errors
 
@@ -53,21 +54,21 @@ class RolloutAverages:
 
     def __init__(self, window: int = 20):
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
         self._violations: dict[str, deque[float]] = {}
         self._window = window
 
     def add(self, means: Mapping[str, float], violations: Mapping[str, float]) -> None:
         """Takes in one rollout: its means, such as those of the rewards, and the signed violations, by name."""
-        self._count += 1
         for name, mean in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean
+            self._counts[name] = self._counts.get(name, 0) + 1
         for name, violation in violations.items():
             self._violations.setdefault(name, deque(maxlen=self._window)).append(violation)
 
     def averages(self) -> dict[str, float]:
-        """Average of each mean over all rollouts."""
-        return {name: total / self._count for name, total in self._sums.items()}
+        """Average of each mean over all rollouts that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
 
     def oscillation(self, name: str) -> float:
         """Share of the last rollouts at which the violation had turned its sign, in `[0, 1]`."""
@@ -77,11 +78,13 @@ class RolloutAverages:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         violations = {name: list(values) for name, values in self._violations.items()}
-        return {"sums": self._sums, "count": self._count, "violations": violations}
+        return {"sums": self._sums, "counts": self._counts, "violations": violations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores [`state_dict`]."""
-        self._sums, self._count = dict(state["sums"]), state["count"]
+        self._sums = dict(state["sums"])
+        # Older checkpoints have one count for all
+        self._counts = dict(state["counts"]) if "counts" in state else dict.fromkeys(self._sums, state["count"])
         self._violations = {name: deque(values, maxlen=self._window) for name, values in state["violations"].items()}
 
 
@@ -319,6 +322,39 @@ class RolloutController:
             spreads=self.spreads.values(),
         )
 
+    def group_streams(self, signals: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """
+        Advantages `(N, C)` of the constraints without a critic, from trained signals `(N, S)`: relative to the group,
+        scaled as `whitening` says, with the sign turned for an upper bound.
+        """
+        args, scale = self.args, "none"
+        if args.whitening == "streams":
+            scale = args.scale_rewards if args.multi_objective_aggregation == "sum_then_normalize" else "group"
+        streams = group_advantages(signals[:, self._streams], num_generations, scale)
+        if args.whitening == "spread":
+            streams = streams / self.spreads.values()[self._streams].to(streams)
+        signs = [-1.0 if constraint.direction == "<=" else 1.0 for constraint in self.constraints]
+        return streams * streams.new_tensor(signs)
+
+    def mix_groups(self, objective: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
+        """
+        Advantages `(N,)` without a critic, from those of the objective `(N,)` and [`group_streams`] `(N, C)`, with the
+        multipliers as they are now.
+        """
+        if self.multipliers is None:
+            return objective
+        mixed = mix_groups(objective, streams, self.multipliers.weights(), self.args.mixing or "normalized")
+        if self.args.whitening != "mixture":
+            return mixed
+        return group_advantages(mixed.unsqueeze(1), len(mixed), "group").squeeze(1)
+
+    def kl_loss_coef(self) -> float:
+        """The coefficient of the KL in the loss without a critic, with `kl_coef` and the multipliers as they are."""
+        if self.multipliers is None:
+            return self.kl_coef
+        weights, mixing = self.multipliers.weights(), self.args.mixing or "normalized"
+        return self.kl_coef * kl_share(weights, mixing, self.args.objective or "kl")
+
     def close_rollout(
         self,
         metrics: Metrics,
@@ -332,7 +368,7 @@ class RolloutController:
         batch the violations. `rewards` `(N, K)` are those of all processes, `divergences` the KL for each token and
         for each response. Returns why the run is to end, or `None`.
         """
-        reason = self._take_divergences(metrics, divergences, training) if divergences is not None else None
+        reason = self.take_divergences(metrics, divergences, training) if divergences is not None else None
         signals = self.signals(rewards, num_generations)
         if training:
             self.spreads.observe(self._spread_signals(rewards, num_generations))
@@ -342,10 +378,11 @@ class RolloutController:
             self.step_multipliers(means, errors)
         violations = self._violations(means) if self.multipliers is not None else {}
         if training:
-            reached = dict(zip(self.reward_names, rewards.mean(dim=0).tolist(), strict=True))
-            self.statistics.add(reached if divergences is None else {**reached, "kl": divergences[1]}, violations)
-            for name, average in self.statistics.averages().items():
-                metrics[f"average/{name}"].append(average)
+            # Without a critic a reward may say nothing of some completions, or of all
+            found = rewards.nanmean(dim=0) if self.args.critic == "none" else rewards.mean(dim=0)
+            reached = dict(zip(self.reward_names, found.tolist(), strict=True))
+            known = {name: mean for name, mean in reached.items() if math.isfinite(mean)}
+            self._add_to_averages(metrics, known, violations)
         if self.multipliers is not None:
             self._record_violations(metrics, violations)
             if training:
@@ -372,13 +409,26 @@ class RolloutController:
         constraints = zip(self.keys, self._current(), means, strict=True)
         return {key: constraint.violation(mean) for key, constraint, mean in constraints}
 
-    def _take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
+    def _add_to_averages(
+        self, metrics: Metrics, means: Mapping[str, float], violations: Mapping[str, float] | None = None
+    ) -> None:
+        self.statistics.add(means, violations or {})
+        averages = self.statistics.averages()
+        for name in means:
+            metrics[f"average/{name}"].append(averages[name])
+
+    def take_divergences(self, metrics: Metrics, divergences: tuple[float, float], training: bool) -> str | None:
+        """
+        Records the KL of a rollout, for each token and for each response, and in training adapts the coefficient.
+        Returns why the run is to end, or `None`.
+        """
         per_token, per_response = divergences
         metrics["kl/per_token"].append(per_token)
         metrics["kl/per_response"].append(per_response)
         metrics["kl/coef"].append(self.kl_coef)
         if not training:
             return None
+        self._add_to_averages(metrics, {"kl": per_response})
         if self.args.kl_target is not None:
             self.kl_coef = adapted_coefficient(self.kl_coef, per_token, self.args.kl_target, self.args.kl_step)
         return self.stopping.check_divergence(per_response)

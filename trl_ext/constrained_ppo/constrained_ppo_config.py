@@ -1,8 +1,8 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
 import logging
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
 from trl import GRPOConfig
@@ -71,6 +71,12 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
 _KL_COEF = 0.2
+# Fields that say something of a critic, or of advantages from one
+_CRITIC_FIELDS = (
+    "gamma", "gae_lambda", "vf_coef", "kl_vf_coef", "cliprange_value", "critic_model_name_or_path", "critic_head",
+    "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
+    "critic_learning_rate", "critic_detach",
+)  # fmt: skip
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
 _FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
@@ -88,7 +94,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     Configuration of [`ConstrainedPPOTrainer`].
 
     Fields of [`~trl.GRPOConfig`] keep their meaning, but for those that speak of groups of completions: advantages
-    come from a critic.
+    come from a critic, unless `critic="none"`.
 
     Parameters:
         > Parameters that control the method
@@ -177,7 +183,8 @@ class ConstrainedPPOConfig(GRPOConfig):
         gae_lambda (`float`, *optional*, defaults to `0.95`):
             Decay of generalised advantage estimation.
         kl_coef (`float`, *optional*, defaults to `0.2`):
-            Coefficient of the KL as a reward of every token. It takes the place of `beta`.
+            Coefficient of the KL as a reward of every token; without a critic, of GRPO's KL term in the loss, and may
+            then be given as `beta`.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
             `"k1"`, the log-ratio of the sampled token, or `"k3"`, which is never negative.
         kl_target (`float`, *optional*):
@@ -201,7 +208,8 @@ class ConstrainedPPOConfig(GRPOConfig):
         > Parameters that control the critic
 
         critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`, value heads on the policy's last hidden state, or `"separate"`, with a backbone of their own.
+            `"shared"`, value heads on the policy's last hidden state; `"separate"`, with a backbone of their own; or
+            `"none"`: advantages relative to the other completions of the prompt, as in GRPO.
         critic_model_name_or_path (`str`, *optional*):
             Model that a separate critic's backbone starts from, such as a reward model with the policy's
             tokenizer. Defaults to a copy of the policy's.
@@ -220,6 +228,15 @@ class ConstrainedPPOConfig(GRPOConfig):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
             Whether the value loss leaves the policy's backbone alone, for a shared critic.
+
+        > Parameters that control training without a critic
+
+        group_baseline (`str`, *optional*, defaults to `"mean"`):
+            What a completion's reward is compared with under `critic="none"`: the `"mean"` over its prompt's
+            completions, as in GRPO, or `"leave_one_out"`, the mean over the others, as in RLOO. `scale_rewards` and
+            `multi_objective_aggregation` scale the objective's rewards as in GRPO; `whitening` scales the advantages
+            of constraints: by the reward's `"spread"`, `"streams"`, each as `scale_rewards` says, `"mixture"`, the
+            mixed advantages by their deviation over the rollout, or `"none"`.
 
         > Parameters that control when training ends and what is shown
 
@@ -309,8 +326,9 @@ class ConstrainedPPOConfig(GRPOConfig):
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken from the rewards of a response without an end-of-sequence token."}
     )
-    critic: Literal["shared", "separate"] = field(
-        default="shared", metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate')."}
+    critic: Literal["shared", "separate", "none"] = field(
+        default="shared",
+        metadata={"help": "Value heads on the policy ('shared') or with a backbone ('separate'), or 'none', as GRPO."},
     )
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model that a separate critic's backbone starts from."}
@@ -334,6 +352,9 @@ class ConstrainedPPOConfig(GRPOConfig):
     critic_detach: bool = field(
         default=False, metadata={"help": "Stop the gradient of the value loss at the policy's backbone."}
     )
+    group_baseline: Literal["mean", "leave_one_out"] = field(
+        default="mean", metadata={"help": "Baseline without a critic: 'mean' of the group or 'leave_one_out'."}
+    )
     kl_ceiling: float | None = field(
         default=None, metadata={"help": "KL of a response, in nats, above which training ends."}
     )
@@ -347,13 +368,21 @@ class ConstrainedPPOConfig(GRPOConfig):
     num_generations: int | None = field(
         default=1, metadata={"help": "Completions of each prompt. One is enough: advantages come from a critic."}
     )
-    beta: float = field(default=0.0, metadata={"help": "Not used: `kl_coef` takes its place."})
+    beta: float = field(
+        default=0.0, metadata={"help": "Other name of `kl_coef` without a critic; not used with one."}
+    )
+
+    # What stands for a preset where `method` names none
+    _no_method: ClassVar[Preset] = Preset("kl")
 
     def __post_init__(self):
+        check_choice(self, "critic", choices=("shared", "separate", "none"))
+        if self.critic == "none":
+            self._check_without_critic()
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
-        if self.beta:
+        if self.critic != "none" and self.beta:
             raise ValueError(
                 f"`beta={self.beta}` adds GRPO's KL loss; here the KL is a reward of every token. Use `kl_coef`."
             )
@@ -391,7 +420,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     def _apply_preset(self) -> None:
         if self.method is not None and self.method not in PRESETS:
             raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
-        preset = PRESETS[self.method] if self.method is not None else Preset("kl")
+        preset = PRESETS[self.method] if self.method is not None else self._no_method
         if self.multiplier_drift is None and (self.multiplier_window > 1 or self.multiplier_ema > 0):
             self.multiplier_drift = 0.0
         for name, own in PRESET_FIELDS.items():
@@ -399,6 +428,33 @@ class ConstrainedPPOConfig(GRPOConfig):
                 setattr(self, name, getattr(preset, own))
         if preset.kind is not None:
             self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
+
+    def _check_without_critic(self) -> None:
+        """Refuses what says nothing without a critic, and settles the two names of the KL's coefficient."""
+        for name in _CRITIC_FIELDS:
+            own = self.__dataclass_fields__[name]
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` needs a critic and `critic='none'`. Leave it out, or set "
+                    "`critic='shared'`."
+                )
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                f"`critic='none'` compares the completions of a prompt and `num_generations={self.num_generations}`. "
+                "Set it to 2 or more, such as 8."
+            )
+        if self.whitening is not None and (not self.constraints or self.method == "sat"):
+            raise ValueError(
+                f"`whitening={self.whitening!r}` scales what multipliers weigh, and with `critic='none'` here is "
+                "nothing else. Leave it out; `scale_rewards` and `multi_objective_aggregation` scale the rewards."
+            )
+        if self.beta and self.kl_coef not in (self.beta, type(self).kl_coef):
+            raise ValueError(
+                f"`beta={self.beta}` and `kl_coef={self.kl_coef}` name the same coefficient with `critic='none'`. "
+                "Give one of them."
+            )
+        self.kl_coef = self.beta or self.kl_coef
 
     def _check_numbers(self) -> None:
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
@@ -419,12 +475,20 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        if self.loss_type not in _LOSS_TYPES:
+        check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
+        if self.critic == "none":
+            self._check_groups()
+        elif self.group_baseline != "mean":
+            raise ValueError(
+                f"`group_baseline={self.group_baseline!r}` needs `critic='none'`: with a critic its values are the "
+                "baseline."
+            )
+        elif self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` reads one advantage for each response; here every token has its own. "
                 f"Use one of {_LOSS_TYPES}; 'dapo' is the mean over tokens."
             )
-        if self.off_policy_mask_threshold is not None or self.sync_ref_model:
+        elif self.off_policy_mask_threshold is not None or self.sync_ref_model:
             name = "sync_ref_model" if self.sync_ref_model else "off_policy_mask_threshold"
             raise ValueError(f"`{name}` is not supported with a critic in the policy. Leave it out.")
         if self.early_stop_kl is not None and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
@@ -456,7 +520,8 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`kl_coef=0` leaves nothing to maximise under the constraints, because `objective='kl'` is minus the "
                 "divergence times `kl_coef`. Give a positive number, or `objective='rewards'`."
             )
-        if self.whitening != "streams":
+        # Without a critic the KL has no stream that could be whitened
+        if self.whitening != "streams" or self.critic == "none":
             return
         if self.kl_target is not None:
             raise ValueError(
@@ -469,6 +534,28 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`objective='kl'` to unit size, and only the critic's targets see the coefficient. Use "
                 "`whitening='spread'` for a coefficient that acts."
             )
+
+    def _check_groups(self) -> None:
+        if self.group_baseline == "leave_one_out" and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "`group_baseline='leave_one_out'` changes the size of an advantage only, which "
+                "`multi_objective_aggregation='normalize_then_sum'` takes out again. Leave out one of them."
+            )
+        if any(one.per_prompt and one.probability is not None for one in self.parsed_constraints()):
+            raise ValueError(
+                "A constraint on the share of prompts (`per_prompt` with `probability`) is the same for all "
+                "completions of a prompt, so that with `critic='none'` it has no advantage. Leave out one of the two, "
+                "or set `critic='shared'`."
+            )
+        if self.whitening == "mixture" and self.learns_multipliers:
+            others = "The multipliers' weights would cancel" if self.objective == "kl" else ""
+            if self.multiplier_update == "minibatch":
+                others = "A minibatch is no rollout to take the spread over"
+            if others:
+                raise ValueError(
+                    f"`whitening='mixture'` brings the mixed advantages of a rollout to unit size. {others}: use "
+                    "`whitening='spread'`."
+                )
 
     def _check_critic(self) -> None:
         if self.critic == "shared" and self.critic_model_name_or_path is not None:

@@ -9,6 +9,7 @@
     _compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
     compute_loss                         skips the update where the policy has moved too far from the rollout
 
+Without a critic, `_compare_in_groups` takes the place of `_estimate`: `reward_advantages`, `group_advantages`.
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
@@ -34,6 +35,7 @@ from .advantages import gae, reward_streams, token_divergence
 from .checkpoint import MULTIPLIERS_FILE, STATE_FILE, STOP_FILE, load_rollout, read_json, save_rollout, write_json
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
+    CRITIC_FILE,
     VALUE_HEADS,
     CriticCompanion,
     build_critic,
@@ -43,6 +45,7 @@ from .critic import (
     record_heads,
     value_heads_of,
 )
+from .group_relative import leave_one_out, reward_advantages
 from .multipliers import LagrangeMultipliers
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .rollout import Rollout
@@ -67,7 +70,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     (https://huggingface.co/papers/2310.04373).
 
     Generation, reward functions and models, PEFT, evaluation and logging are [`~trl.GRPOTrainer`]'s. The
-    critic has one value head for each reward and one for the KL.
+    critic has one value head for each reward and one for the KL; with `critic="none"` advantages are relative to the
+    other completions of a prompt, as in GRPO.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -181,9 +185,9 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return self.controller.multipliers
 
     @property
-    def critic(self) -> nn.Module:
-        """The critic, attached to the policy as its submodule `value_heads`."""
-        return getattr(self.policy, VALUE_HEADS)
+    def critic(self) -> nn.Module | None:
+        """The critic, attached to the policy as its submodule `value_heads`; `None` without one."""
+        return getattr(self.policy, VALUE_HEADS) if self.has_companion else None
 
     def _check_prompts(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
@@ -206,6 +210,10 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _attach_critic(self, critic_model: str | nn.Module | None) -> None:
         args, policy, streams = self.args, self.policy, self.controller.stream_names
+        if args.critic == "none":
+            if critic_model is not None:
+                raise ValueError("`critic_model` is given and `critic='none'`. Leave it out, or set `critic`.")
+            return
         companion = CriticCompanion(
             policy,
             build_critic(policy, len(streams) + 1, args, critic_model),
@@ -221,6 +229,9 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
         rollout = self.rollout
+        if not self.has_companion:
+            self._compare_in_groups(rollout, output)
+            return output
         self._estimate(rollout, output)
         # Values and returns as `(B, T, K+1)`: TRL shuffles and splits a batch along the first dimension
         output["state_returns"] = rollout.returns.movedim(0, -1)
@@ -243,11 +254,15 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     ) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
+        if not self.has_companion:
+            # As in GRPO, a reward without a constraint may say nothing of a completion
+            missing = [index for index in missing if index in self.controller.constrained]
         if missing:
             names = [self.reward_func_names[index] for index in missing]
+            needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
             raise ValueError(
-                f"The rewards {names} returned None, NaN or an infinite value for a completion, and every value head "
-                "needs a target. Return a finite number for every completion."
+                f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. Return "
+                "a finite number for every completion."
             )
         self.rollout.rewards = rewards
         if self.gold_reward is not None and self.rollout.purpose == "evaluation":
@@ -272,7 +287,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        if model is self.model and self.rollout.scored is None and self.rollout.purpose != "calibration":
+        wanted = self.has_companion and self.rollout.purpose != "calibration"
+        if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
@@ -294,6 +310,39 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         rollout.advantages, rollout.returns = gae(
             streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
         )
+
+    def _compare_in_groups(self, rollout: Rollout, output: dict[str, Any]) -> None:
+        """Without a critic: each completion's advantage over the others of its prompt, from all processes."""
+        args, training = self.args, rollout.purpose == "training"
+        rollout.mask = self._loss_mask(output)
+        if "old_per_token_logps" in output and "ref_per_token_logps" in output:
+            log_probs, reference = output["old_per_token_logps"], output["ref_per_token_logps"]
+            rollout.divergence = token_divergence(log_probs, reference, args.kl_estimator) * rollout.mask
+        self._close_rollout(rollout)
+        penalised = args.missing_eos_penalty is not None and training
+        if not (self.controller.constraints or penalised or args.group_baseline != "mean"):
+            return  # TRL's own advantages stay
+        rows, size = len(rollout.mask), self._group_size()
+        signals = self.accelerator.gather(self._trained_rewards(rollout, output))
+        rewards = signals[:, : len(self.reward_funcs)]
+        objective = torch.zeros_like(signals[:, 0])
+        if self.multipliers is None or args.objective != "kl":
+            scale, aggregation = args.scale_rewards, args.multi_objective_aggregation
+            objective = reward_advantages(rewards, self.reward_weights, size, scale, aggregation)
+        streams = self.controller.group_streams(signals, size)
+        if args.group_baseline == "leave_one_out":
+            objective, streams = (leave_one_out(advantages, rewards, size) for advantages in (objective, streams))
+        mixed = self.controller.mix_groups(objective, streams)
+        output["advantages"] = self._own_rows(mixed, rows)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(mixed), len(logged))):
+            logged.pop()
+        logged.extend(mixed.tolist())
+        if args.multiplier_update == "minibatch" and self.multipliers is not None:
+            output["objective_advantages"] = self._own_rows(objective, rows)
+            output["stream_advantages"] = self._own_rows(streams, rows)
+            bounded = self.controller.constrained_signals(rollout.rewards, size)
+            output["episode_rewards"] = self._own_rows(bounded, rows)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -335,7 +384,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         """Lets the controller adapt, and records the rollout."""
         training, rewards = rollout.purpose == "training", rollout.rewards
         divergences = None
-        if self.args.kl_coef > 0:
+        if self.args.kl_coef > 0 and rollout.divergence.numel():
             divergences = mean_divergences(rollout.divergence, rollout.mask, self.accelerator.gather)
         metrics = self._metrics["train" if training else "eval"]
         reason = self.controller.close_rollout(metrics, rewards, divergences, training, self._group_size())
@@ -343,7 +392,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             self.end_training(reason)
         if not training:
             return
-        record_heads(metrics, value_heads_of(self.companion.module))
+        if self.has_companion:
+            record_heads(metrics, value_heads_of(self.companion.module))
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
             logger.warning_once(
@@ -360,11 +410,13 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     # From the batch to the loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.has_companion:
+            return self._group_relative_loss(model, inputs)
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
             inputs = {**inputs, "advantages": self._mixed(inputs["stream_advantages"].permute(2, 0, 1), mask)}
         recorder = ForwardRecorder(model, _WITH_VALUES)
-        with self._without_kl_loss():
+        with self._kl_in_loss(0.0):
             policy_loss = super()._compute_loss(recorder, inputs)
         values = recorder.last_tokens("state_values", mask.size(1))
         errors = clipped_value_loss(
@@ -381,12 +433,45 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         self._check_update(loss.detach(), log_probs, values.detach(), errors.detach(), inputs)
         return loss
 
+    def _group_relative_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss, its KL term weighed as the multipliers weigh the objective."""
+        if "stream_advantages" in inputs:
+            mixed = self.controller.mix_groups(inputs["objective_advantages"], inputs["stream_advantages"])
+            inputs = {**inputs, "advantages": mixed}
+        recorder, kl_coef = ForwardRecorder(model, {}), self.controller.kl_loss_coef()
+        if self.multipliers is not None and self.args.kl_coef > 0:
+            self._metrics["train" if self.model.training else "eval"]["kl/loss_coef"].append(kl_coef)
+        with self._kl_in_loss(kl_coef):
+            loss = super()._compute_loss(recorder, inputs)
+        log_probs = recorder.last_tokens("log_probs", inputs["completion_ids"].size(1)).detach()
+        self._take_divergence_of_loss(log_probs, inputs)
+        self._check_update(loss.detach(), log_probs, None, None, inputs)
+        return loss
+
+    def _take_divergence_of_loss(self, log_probs: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """The KL of a rollout that only its losses give log-probabilities of, after the last of its micro-batches."""
+        count = self.args.steps_per_generation if self.model.training else 1
+        pieces = self.rollout.losses_divergences
+        if "old_per_token_logps" in inputs or "ref_per_token_logps" not in inputs or len(pieces) == count:
+            return
+        mask = self._loss_mask(inputs)
+        divergence = token_divergence(log_probs, inputs["ref_per_token_logps"], self.args.kl_estimator) * mask
+        pieces.append((divergence, mask))
+        if len(pieces) < count:
+            return
+        whole, masks = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        divergences = mean_divergences(whole, masks, self.accelerator.gather)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        reason = self.controller.take_divergences(metrics, divergences, self.model.training)
+        if reason is not None:
+            self.end_training(reason)
+
     def _check_update(
         self,
         loss: torch.Tensor,
         log_probs: torch.Tensor,
-        values: torch.Tensor,
-        errors: torch.Tensor,
+        values: torch.Tensor | None,
+        errors: torch.Tensor | None,
         inputs: dict[str, Any],
     ) -> None:
         """Records the critic, ends a run whose loss is not finite, and sees whether the rollout is spent."""
@@ -394,13 +479,16 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         moved = loss.new_zeros(())
         if "old_per_token_logps" in inputs:
             moved = (token_divergence(inputs["old_per_token_logps"], log_probs, "k3") * mask).sum()
-        sums = critic_sums(values, inputs["state_returns"], errors, mask)
+        sums = mask.new_zeros(0)
+        if values is not None and errors is not None:
+            sums = critic_sums(values, inputs["state_returns"], errors, mask)
         # One collective for the critic's metrics, the check of the loss and how far the policy has moved
         checks = torch.stack([(~torch.isfinite(loss)).float(), moved.float()])
         local = torch.cat([sums.flatten(), checks, mask.sum().view(1)]).float()
         totals = self.accelerator.gather(local.unsqueeze(0)).sum(dim=0)
-        means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
-        record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
+        if values is not None:
+            means = totals[: sums.numel()] / totals[-1].clamp(min=1.0)
+            record_critic(metrics, [*self.controller.stream_names, "kl"], means.view_as(sums))
         num_broken, moved_sum, num_tokens = totals[sums.numel() :].tolist()
         if not self.model.training:
             return
@@ -420,8 +508,8 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         return normalizer
 
     @contextmanager
-    def _without_kl_loss(self) -> Iterator[None]:
-        beta, self.beta = self.beta, 0.0
+    def _kl_in_loss(self, coefficient: float) -> Iterator[None]:
+        beta, self.beta = self.beta, coefficient
         try:
             yield
         finally:
@@ -519,6 +607,14 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         if _internal_call and batches is not None:
             save_rollout(folder, self.accelerator.process_index, batches)
         super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.has_companion and (Path(resume_from_checkpoint) / CRITIC_FILE).is_file():
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} has a critic and this run has `critic='none'`. Resume with "
+                "the `critic` of the saved run, or train from its weights without `resume_from_checkpoint`."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         # Kept for a resumed run, which draws the orders of the epochs before it

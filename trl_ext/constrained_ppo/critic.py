@@ -186,8 +186,13 @@ def value_heads_of(critic: nn.Module) -> nn.Module:
     return critic.heads if isinstance(critic, SeparateCritic) else critic
 
 
-def kind_of(critic: nn.Module) -> str:
-    """`"shared"` or `"separate"` for a critic that can be rebuilt from its file, `"module"` for the user's own."""
+def kind_of(critic: nn.Module | None) -> str:
+    """
+    `"shared"` or `"separate"` for a critic that can be rebuilt from its file, `"module"` for the user's own, `"none"`
+    without one.
+    """
+    if critic is None:
+        return "none"
     kinds = {ValueHeads: "shared", EPValueHeads: "shared", SeparateCritic: "separate"}
     return kinds.get(type(critic), "module")
 

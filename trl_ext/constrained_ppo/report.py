@@ -45,6 +45,10 @@ PAPER = {
 _SETTINGS = (
     "method", "objective", "mixing", "whitening", "critic", "gamma", "gae_lambda", "num_iterations", "kl_coef",
 )  # fmt: skip
+_GROUP_SETTINGS = (
+    "method", "objective", "mixing", "critic", "num_generations", "scale_rewards", "multi_objective_aggregation",
+    "group_baseline", "num_iterations", "kl_coef",
+)  # fmt: skip
 _OPTIONAL = ("kl_target", "kl_ceiling", "gold_patience", "early_stop_kl")
 _EQUILIBRIUM = (
     "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
@@ -73,7 +77,8 @@ def method_section(
     critic: str = "shared",
 ) -> str:
     """Markdown of the method's section, with the newest values of the log; `critic` is its [`kind_of`]."""
-    settings: dict[str, object] = {name: getattr(config, name) for name in _SETTINGS}
+    names = _GROUP_SETTINGS if config.critic == "none" else _SETTINGS
+    settings: dict[str, object] = {name: getattr(config, name) for name in names}
     settings |= {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) is not None}
     if config.critic_head == "equilibrium":
         settings |= {name: getattr(config, name) for name in _EQUILIBRIUM}
@@ -154,13 +159,17 @@ def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```',
+    ]
+    if critic == "none":
+        return "\n\n".join(parts)
+    parts.append(
         f"The critic lies beside it in `{CRITIC_FILE}`. At every token it has a value of {streams}, in this order"
         + {
             "shared": ", from the policy's last hidden state.",
             "separate": ", from a backbone of its own.",
             "module": ", from a module of the author's own, without which it cannot be rebuilt.",
-        }[critic],
-    ]
+        }[critic]
+    )
     if critic != "module":
         arguments = (
             "model.base_model(**inputs).last_hidden_state"
@@ -299,7 +308,7 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _title(self, state: Any) -> str:
         method = self.trainer.args.method
-        title = f"Constrained PPO{f' ({method})' if method else ''}, step {state.global_step}"
+        title = f"{self.trainer._name}{f' ({method})' if method else ''}, step {state.global_step}"
         reason = self.trainer.stop_reason
         return f"{title}, ended early: {reason}" if reason else title
 

@@ -1,6 +1,6 @@
 """What one rollout carries from generation to the loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,5 +29,7 @@ class Rollout:
     divergence: torch.Tensor = _UNKNOWN  # (B, T), KL from the reference at each token, in nats
     advantages: torch.Tensor = _UNKNOWN  # (K+1, B, T), of each reward and, last, of the KL, before they are mixed
     returns: torch.Tensor = _UNKNOWN  # (K+1, B, T), targets of the values
+    # Without a critic and where no log-probabilities are known before the loss: KL and mask of each micro-batch so far
+    losses_divergences: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     # Whether the policy has moved so far that the updates left are skipped, from `_check_update`
     spent: bool = False

@@ -173,7 +173,7 @@ def base_policy(model: Any) -> PreTrainedModel:
 class CompanionMixin(Trainer):
     """
     Base of a trainer, before TRL's, whose policy has a companion. Call [`CompanionMixin.attach_companion`] after
-    `super().__init__()`: earlier, PEFT would freeze it.
+    `super().__init__()`: earlier, PEFT would freeze it. Where it is not called, the trainer is its parent.
 
     Example:
 
@@ -215,6 +215,11 @@ class CompanionMixin(Trainer):
     companion: Companion
 
     @property
+    def has_companion(self) -> bool:
+        """Whether a companion is attached."""
+        return hasattr(self, "companion")
+
+    @property
     def policy(self) -> PreTrainedModel:
         """The transformers model that holds the companion, without the wrappers of engines and adapters."""
         return base_policy(self.accelerator.unwrap_model(self.model))
@@ -254,6 +259,8 @@ class CompanionMixin(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        if not self.has_companion:
+            return optimizer
         named = self.companion.own_parameters(self.model if model is None else model)
         rate = self.companion.learning_rate
         move_to_own_groups(
@@ -265,18 +272,19 @@ class CompanionMixin(Trainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.companion.save(self.args.output_dir if output_dir is None else output_dir, self.args.should_save)
+        if self.has_companion:
+            self.companion.save(self.args.output_dir if output_dir is None else output_dir, self.args.should_save)
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # First: a checkpoint without it is refused before anything is overwritten. FSDP restores its own shards
-        if not self.is_fsdp_enabled:
+        if self.has_companion and not self.is_fsdp_enabled:
             self.companion.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self.has_companion and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.companion.load(str(self.state.best_model_checkpoint))
 
 

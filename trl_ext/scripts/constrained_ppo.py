@@ -63,9 +63,10 @@ def load_reward(name: str) -> Any:
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, reward_args: Any) -> None:
-    """Trains, evaluates and saves as the parsed arguments say."""
+    """Trains, evaluates and saves as the parsed arguments say; their configuration's class chooses the trainer."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..constrained_ppo.constrained_grpo import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
     from ..constrained_ppo.constrained_ppo_trainer import ConstrainedPPOTrainer
     from .recipe.loading import (
         last_checkpoint,
@@ -91,7 +92,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no" or gold_reward is not None
-    trainer = ConstrainedPPOTrainer(
+    without_critic = isinstance(training_args, ConstrainedGRPOConfig)
+    trainer_class = ConstrainedGRPOTrainer if without_critic else ConstrainedPPOTrainer
+    trainer = trainer_class(
         model=resolve_model(model_args.model_name_or_path),
         reward_funcs=rewards,
         args=training_args,
@@ -101,11 +104,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    train_and_save(trainer, checkpoint, "Model and critic", script_args.dataset_name)
+    saved = "Model" if trainer.critic is None else "Model and critic"
+    train_and_save(trainer, checkpoint, saved, script_args.dataset_name)
 
 
-def make_parser(prog: str | None = None) -> "StrictParser":
-    """The strict parser of the script's arguments."""
+def make_parser(prog: str | None = None, config: type | None = None) -> "StrictParser":
+    """The strict parser of the script's arguments; `config` is a [`ConstrainedPPOConfig`] by default."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
@@ -113,9 +117,9 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from .recipe.strict_parser import StrictParser
 
     register()  # before the parser lists the choices of `optim`
+    config = config or ConstrainedPPOConfig
     return StrictParser(
-        (ScriptArguments, ConstrainedPPOConfig, ModelConfig, DatasetMixtureConfig, ConstrainedPPOScriptArguments),
-        prog=prog,
+        (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, ConstrainedPPOScriptArguments), prog=prog
     )
 
 
