@@ -14,6 +14,7 @@ from ..runner import markdown_table
 
 Results = Sequence[dict[str, Any]]
 TUNED = "ppo, tuned weights"
+KEPT = ", best policy kept"
 EARLY, LATE = 32, 128
 # The gold metric over the second half says whether a method keeps what it has gained
 TAIL = (64, 128)
@@ -36,7 +37,7 @@ def stopped_early(result: dict[str, Any]) -> dict[str, Any]:
     for point in result["curve"]:
         best = point if not kept or point["validation/gold"] > kept[-1]["validation/gold"] else kept[-1]
         kept.append({**best, "step": point["step"]})
-    return {**result, "name": f"{result['name']}, best policy kept", "curve": kept}
+    return {**result, "name": result["name"] + KEPT, "curve": kept}
 
 
 def summary_table(results: Results) -> str:
@@ -108,8 +109,9 @@ def draw(results: Results, path: Path) -> None:
 
 def write_report(results: Results, trials: Results, chosen: Callable[[str], int], folder: Path) -> str:
     """Writes `long_run.png` and `results.md`, the text of which it returns."""
+    order = list(dict.fromkeys(result["name"] for result in results))
     results = [*results, *(stopped_early(result) for result in results if result["name"] == TUNED)]
-    results.sort(key=lambda result: list(dict.fromkeys(r["name"] for r in results)).index(result["name"]))
+    results.sort(key=lambda result: order.index(result["name"].removesuffix(KEPT)))
     draw(results, folder / "long_run.png")
     seconds = np.mean([result["cpu_seconds"] for result in (*results, *trials)])
     cost = f"{len(trials)} runs of the tuning; {seconds:.0f} s of one core for a run."

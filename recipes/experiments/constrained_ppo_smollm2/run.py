@@ -31,6 +31,7 @@ from .sentiment import SentimentScore, clean, distinct_share, prepare
 
 
 REWARDS = (SentimentScore.__name__, distinct_share.__name__)
+QUESTION = " ... This movie is"
 
 
 @dataclass
@@ -61,7 +62,7 @@ class SmolArguments:
     )
     arms: list[str] = field(default_factory=lambda: ["GRPO"], metadata={"help": "Methods."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training."})
-    prompt_words: int = field(default=8, metadata={"help": "Words of a review that make a prompt."})
+    prompt_words: int = field(default=5, metadata={"help": "Words of a review that make a prompt."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_layers: int = field(default=10, metadata={"help": "How many of the last layers have one; 0 for all."})
 
@@ -95,9 +96,9 @@ ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def review_openings(imdb_dir: str, words: int) -> Dataset:
-    """The first words of every unused review: those of the test split."""
+    """The first words of every unused review, those of the test split, and what asks for a judgement."""
     texts = pd.read_parquet(Path(imdb_dir) / "imdb_test.parquet")["text"]
-    return Dataset.from_dict({"prompt": [" ".join(clean(text).split()[:words]) for text in texts]})
+    return Dataset.from_dict({"prompt": [" ".join(clean(text).split()[:words]) + QUESTION for text in texts]})
 
 
 def train(arm: str, seed: int, config: Any, arguments: SmolArguments, folder: Path) -> dict[str, Any]:
