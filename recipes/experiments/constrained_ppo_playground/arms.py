@@ -62,7 +62,7 @@ def _held(method: str, thresholds: tuple[float, float], **settings: Any) -> dict
 
 def _published(method: str) -> Arm:
     """The paper's form: gains in the rewards' own units."""
-    gains = [(10.0, 0.1), (40.0, 0.5)]
+    gains = [(40.0, 0.5), (10.0, 0.1)]
     return _ppo(
         *(
             _held(method, thresholds, multiplier_proportional=proportional, multiplier_learning_rate=rate)
@@ -85,20 +85,20 @@ ARMS: dict[str, Arm] = {
     ),
     "sat": _by_thresholds("sat", 0.001, 0.01),
     "all": _by_thresholds("all", 0.001, 0.01),
-    "mu": _by_thresholds("mu", 0.05, 0.2),
-    "xi": _by_thresholds("xi", 0.05, 0.2),
+    "mu": _by_thresholds("mu", 0.2, 0.05),
+    "xi": _by_thresholds("xi", 0.2, 0.05),
     "all, paper's form": _published("all-paper"),
     "mu, paper's form": _published("mu-paper"),
     "xi, paper's form": _published("xi-paper"),
-    "GRPO": _grpo(*(_weighted(second, beta=beta) for second in (0.1, 0.25) for beta in (0.01, 0.05))),
+    "GRPO": _grpo(*(_weighted(second, beta=beta) for second in (0.1, 0.25) for beta in (0.05, 0.01))),
     "GDPO": _grpo(
         *(
             _weighted(second, beta=beta, multi_objective_aggregation="normalize_then_sum")
             for second in (0.25, 0.5)
-            for beta in (0.01, 0.05)
+            for beta in (0.05, 0.01)
         )
     ),
     "constrained GRPO": _constrained_grpo(
-        *(_held("xi", thresholds, beta=beta) for thresholds in (TOGETHER, APART) for beta in (0.01, 0.05))
+        *(_held("xi", thresholds, beta=beta) for thresholds in (TOGETHER, APART) for beta in (0.05, 0.01))
     ),
 }

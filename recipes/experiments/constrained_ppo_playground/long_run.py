@@ -48,6 +48,8 @@ class LongRunArguments(OveroptimizationArguments):
             Methods, of `ARMS`.
         tuning_seed (`int`):
             Seed of the trials.
+        num_trials (`int`):
+            Trials of every method that has something to choose, the first ones of `ARMS`; with 1 nothing is tuned.
         measure_every (`int`):
             Updates between two measurements of the gold metric.
         group_size (`int`):
@@ -56,6 +58,7 @@ class LongRunArguments(OveroptimizationArguments):
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Methods."})
     tuning_seed: int = field(default=100, metadata={"help": "Seed of the trials."})
+    num_trials: int = field(default=4, metadata={"help": "Trials of every method that has something to choose."})
     measure_every: int = field(default=16, metadata={"help": "Updates between two measurements."})
     group_size: int = field(default=8, metadata={"help": "Completions of a prompt where there is no critic."})
 
@@ -139,7 +142,7 @@ def configured(config_class: type, config: Any, seed: int, settings: dict[str, A
 
 def trials_of(name: str, arguments: LongRunArguments) -> list[tuple[str, int, int]]:
     """The tuning of a method as `(name, seed, trial)`; none where there is nothing to choose."""
-    number = len(ARMS[name].trials)
+    number = min(arguments.num_trials, len(ARMS[name].trials))
     return [(name, arguments.tuning_seed, trial) for trial in range(number)] if number > 1 else []
 
 

@@ -30,7 +30,7 @@ from .gold import Judge, mean_surprisals
 from .sentiment import SentimentScore, clean, distinct_share, prepare
 
 
-REWARDS = (SentimentScore.__name__, distinct_share.__name__)
+REWARDS = ("sentiment_score", "distinct_share")
 QUESTION = " ... This movie is"
 
 
