@@ -38,6 +38,7 @@ SHARED = (
 )  # fmt: skip
 CRITIC = ("gamma", "gae_lambda", "critic_learning_rate", "critic_detach")
 
+
 @dataclass
 class LongRunArguments(OveroptimizationArguments):
     """
@@ -131,7 +132,9 @@ def train(task: Task, config: Any, arguments: LongRunArguments, name: str, seed:
 
 def configured(config_class: type, config: Any, seed: int, settings: dict[str, Any], group_size: int) -> Any:
     """The settings that all methods share in the class of one, with those of one run in their place."""
-    names = SHARED if issubclass(config_class, ConstrainedGRPOConfig) or config_class is GRPOConfig else SHARED + CRITIC
+    names = (
+        SHARED if issubclass(config_class, ConstrainedGRPOConfig) or config_class is GRPOConfig else SHARED + CRITIC
+    )
     given = {name: getattr(config, name) for name in names}
     if names is SHARED:
         given["num_generations"] = group_size

@@ -28,6 +28,11 @@ def fluency(surprisals: Sequence[float], usual: float, spread: float) -> np.ndar
     return np.exp(-np.maximum(0.0, distances - spread))
 
 
+def gold(positive: Sequence[float], surprisals: Sequence[float], usual: float, spread: float) -> np.ndarray:
+    """The gold metric of each completion, in `[0, 1]`."""
+    return np.asarray(positive, dtype=np.float64) * fluency(surprisals, usual, spread)
+
+
 class Judge:
     """
     Judges completions by text and surprisal.

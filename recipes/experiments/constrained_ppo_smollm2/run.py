@@ -23,14 +23,18 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
 from ..runner import FinishedRuns
 from .gold import Judge, mean_surprisals
+from .report import write_report
 from .sentiment import SentimentScore, clean, distinct_share, prepare
 
 
 REWARDS = ("sentiment_score", "distinct_share")
+# Where the gold metric was highest in a run of GRPO on a seed that is not reported
+THRESHOLDS = (0.4, 0.95)
 QUESTION = " ... This movie is"
 
 
@@ -60,7 +64,7 @@ class SmolArguments:
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Model that is trained."}
     )
-    arms: list[str] = field(default_factory=lambda: ["GRPO"], metadata={"help": "Methods."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Methods."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training."})
     prompt_words: int = field(default=5, metadata={"help": "Words of a review that make a prompt."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -88,10 +92,20 @@ class ObservedGRPOTrainer(Observed, GRPOTrainer):
     """TRL's trainer, observed."""
 
 
+class ObservedConstrainedGRPOTrainer(Observed, ConstrainedGRPOTrainer):
+    """The trainer with constraints, observed."""
+
+
+_CONSTRAINTS = [{"reward": name, "threshold": value} for name, value in zip(REWARDS, THRESHOLDS, strict=True)]
 # Trainer, configuration and settings of each method
 ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "GRPO": (ObservedGRPOTrainer, GRPOConfig, {}),
-    "GRPO, KL 0.04": (ObservedGRPOTrainer, GRPOConfig, {"beta": 0.04}),
+    "GRPO, KL coefficient 0.04": (ObservedGRPOTrainer, GRPOConfig, {"beta": 0.04}),
+    "constrained GRPO (xi)": (
+        ObservedConstrainedGRPOTrainer,
+        ConstrainedGRPOConfig,
+        {"method": "xi", "constraints": _CONSTRAINTS, "beta": 0.04, "calibration_samples": 0, "dashboard": False},
+    ),
 }
 
 
@@ -106,8 +120,8 @@ def train(arm: str, seed: int, config: Any, arguments: SmolArguments, folder: Pa
     Trains once.
 
     Returns:
-        `dict` with `arm`, `seed`, `curve` (for each update the KL of a response in nats and means over its
-        completions), `completions` and the seconds it took.
+        `dict` with `arm`, `seed`, `curve` (for each update the KL of a response in nats and the means of the
+        rewards), `observed` (step, text, surprisal and judged sentiment of each completion) and the seconds it took.
     """
     trainer_class, config_class, settings = ARMS[arm]
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
@@ -126,13 +140,14 @@ def train(arm: str, seed: int, config: Any, arguments: SmolArguments, folder: Pa
     logged = [entry for entry in trainer.state.log_history if f"rewards/{REWARDS[0]}/mean" in entry]
     positive = Judge(folder).positive([row["completion"] for row in trainer.observed])
     frame = pd.DataFrame(trainer.observed).assign(positive=positive)
-    means = frame.groupby("step")[["surprisal", "positive"]].mean()
     curve = [
-        {"step": entry["step"], "kl": kl_of_response(entry), **{name: entry[f"rewards/{name}/mean"] for name in REWARDS}}
+        {
+            "step": entry["step"],
+            "kl": kl_of_response(entry),
+            **{name: entry[f"rewards/{name}/mean"] for name in REWARDS},
+        }
         for entry in logged
     ]
-    for point, (_, own) in zip(curve, means.iterrows(), strict=True):
-        point.update(own.to_dict())
     return {"arm": arm, "seed": seed, "curve": curve, "observed": frame.to_dict("records"), **seconds}
 
 
@@ -167,6 +182,7 @@ def main(training_args: GRPOConfig, arguments: SmolArguments) -> None:
     for seed, arm in itertools.product(arguments.seeds, arguments.arms):
         if not finished.has(arm=arm, seed=seed):
             finished.add(train(arm, seed, training_args, arguments, folder))
+    write_report([run for run in finished.rows if run["seed"] in arguments.seeds], folder)
 
 
 def make_parser() -> StrictParser:
