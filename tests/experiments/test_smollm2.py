@@ -1,4 +1,4 @@
-"""GRPO on review openings: the gold metric by hand, both classifiers, and that what is observed is what was trained on."""
+"""GRPO on review openings: the gold metric by hand, both classifiers, and what is observed of a run."""
 
 import numpy as np
 import pandas as pd
@@ -74,9 +74,7 @@ def test_report(tmp_path):
     def run(arm, seed, courses):
         observed = [
             {"step": step, "completion": "", "surprisal": surprisal + noise, "positive": positive}
-            for step, (surprisal, positive) in enumerate(
-                courses for courses in np.repeat(courses, report.WINDOW, axis=0)
-            )
+            for step, (surprisal, positive) in enumerate(np.repeat(courses, report.WINDOW, axis=0))
             for noise in (-1.0, 1.0)
         ]
         curve = [

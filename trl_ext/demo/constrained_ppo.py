@@ -1,5 +1,5 @@
-"""The demo's second part: PPO with tuned weights over-optimises two proxies, constrained PPO holds them where they still
-mean something."""
+"""The demo's second part: PPO with tuned weights over-optimises two proxies, constrained PPO holds them where they
+still mean something."""
 
 import json
 import shutil
@@ -73,8 +73,8 @@ def demonstrate_constrained_ppo(
 ) -> list[Point]:
     """
     Trains PPO with tuned weights on two proxies, takes as thresholds the values of both where the gold metric was
-    highest, and trains with constraints at these, four times as long as the best gold takes. Prints one table and draws
-    one picture, `overoptimization.png`; the dashboard of the constrained run is `dashboard.png` in its folder.
+    highest, and trains with constraints at these, four times as long as the best gold takes. Prints one table and
+    draws one picture, `overoptimization.png`; the dashboard of the constrained run is `dashboard.png` in its folder.
 
     Args:
         output_dir (`str` or `Path`):
@@ -85,7 +85,7 @@ def demonstrate_constrained_ppo(
             Steps of each run, to try it quickly.
 
     Returns:
-        `list[Point]`: base model, tuned PPO where the gold metric was highest, at its end, and constrained PPO at its end.
+        `list[Point]`: base model, tuned PPO at its best gold metric and at its end, constrained PPO at its end.
     """
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
     num_steps = NUM_STEPS if max_steps is None else max_steps

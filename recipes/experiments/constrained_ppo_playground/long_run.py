@@ -1,9 +1,9 @@
 """
 Which method keeps what it has gained: 128 updates of every method, four times as many as reach the best gold.
 
-Every method is tuned with the same number of trials, on one seed that is not used again, by its mean gold on validation
-prompts; then it runs on the seeds of the comparison. Finished runs are kept in `runs.jsonl`, so an interrupted
-experiment goes on where it stopped.
+Every method is tuned with the same number of trials, on one seed that is not used again, by its mean gold on
+validation prompts; then it runs on the seeds of the comparison. Finished runs are kept in `runs.jsonl`, so an
+interrupted experiment goes on where it stopped.
 
 python -m recipes.experiments.constrained_ppo_playground.long_run \
     --config recipes/experiments/constrained_ppo_playground/long_run.yaml
@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig
 
-from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig
+from trl_ext import ConstrainedPPOConfig
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 from trl_ext.sparse_po.evaluation import reward_and_divergence
 

@@ -43,8 +43,8 @@ def stopped_early(result: dict[str, Any]) -> dict[str, Any]:
 def summary_table(results: Results) -> str:
     """Gold on test prompts of every method, Markdown: mean and standard error over seeds, and the least of all."""
     columns = [
-        "method", "gold at 32", "gold at 128", "64 to 128: mean", "64 to 128: least of all seeds", "share", "similarity",
-        "KL", "seeds",
+        "method", "gold at 32", "gold at 128", "64 to 128: mean", "64 to 128: least of all seeds", "share",
+        "similarity", "KL", "seeds",
     ]  # fmt: skip
     rows = []
     for name in dict.fromkeys(result["name"] for result in results):
@@ -72,7 +72,7 @@ def _cell(values: Sequence[float], digits: int = 3) -> str:
 
 
 def tuning_table(results: Results, chosen: Callable[[str], int]) -> str:
-    """Every trial of the tuning, Markdown: what was tried, its mean gold on validation prompts, and what was chosen."""
+    """Every trial of the tuning, Markdown, with its mean gold on validation prompts; what was chosen is bold."""
     rows = []
     for result in results:
         value = np.mean([point["validation/gold"] for point in result["curve"][1:]])

@@ -2,8 +2,8 @@
 
     gold = P(positive) * exp(-max(0, |surprisal - usual| - spread))
 
-with the mean surprisal of a completion's tokens under the base model, in nats (the logarithm of its perplexity), and the
-mean and spread of that over the base model's own samples.
+with the mean surprisal of a completion's tokens under the base model, in nats (the logarithm of its perplexity), and
+the mean and spread of that over the base model's own samples.
 """
 
 from collections.abc import Sequence

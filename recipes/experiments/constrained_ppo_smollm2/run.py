@@ -1,6 +1,6 @@
 """
-Over-optimisation of a real pretrained model: GRPO on openings of IMDB reviews with two rewards that can be hacked, with
-and without constraints, judged by a metric that no run trains on.
+Over-optimisation of a real pretrained model: GRPO on openings of IMDB reviews with two rewards that can be hacked,
+with and without constraints, judged by a metric that no run trains on.
 
 Every completion that is trained on is judged, each time on prompts that the run has not seen before, and the base
 model's log-probabilities come from the run's own KL: the gold metric costs no forward. Finished runs are kept in
