@@ -131,11 +131,9 @@ def train(task: Task, config: Any, arguments: LongRunArguments, name: str, seed:
 
 def configured(config_class: type, config: Any, seed: int, settings: dict[str, Any], group_size: int) -> Any:
     """The settings that all methods share in the class of one, with those of one run in their place."""
-    names = (
-        SHARED if issubclass(config_class, ConstrainedGRPOConfig) or config_class is GRPOConfig else SHARED + CRITIC
-    )
-    given = {name: getattr(config, name) for name in names}
-    if names is SHARED:
+    has_critic = config_class is ConstrainedPPOConfig
+    given = {name: getattr(config, name) for name in (*SHARED, *(CRITIC if has_critic else ()))}
+    if not has_critic:
         given["num_generations"] = group_size
     if issubclass(config_class, ConstrainedPPOConfig):
         given |= {"dashboard": False, "calibration_samples": config.calibration_samples}
