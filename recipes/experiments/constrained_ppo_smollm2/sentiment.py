@@ -15,6 +15,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 PROXY_FILE, GOLD_FILE = "proxy.joblib", "gold.joblib"
 # Words of the pieces that the judge learns from and both are tested on, as many as prompt and continuation have
 PIECE_WORDS = 30
+# Test reviews that the accuracies are measured on
+NUM_TEST = 4000
 
 
 def clean(text: str) -> str:
@@ -78,7 +80,8 @@ def prepare(imdb_dir: str | Path, folder: Path) -> dict[str, float]:
         joblib.dump(train_proxy(own), folder / PROXY_FILE)
         joblib.dump(train_gold(others), folder / GOLD_FILE)
     proxy, gold = (joblib.load(folder / name) for name in (PROXY_FILE, GOLD_FILE))
-    test = pd.read_parquet(Path(imdb_dir) / "imdb_test.parquet").sample(4000, random_state=0)
+    test = pd.read_parquet(Path(imdb_dir) / "imdb_test.parquet")
+    test = test.sample(min(NUM_TEST, len(test)), random_state=0)
     texts, labels = pieces(test, PIECE_WORDS, seed=0)
     answers = {name: classifier.predict(texts) for name, classifier in (("proxy", proxy), ("gold", gold))}
     accuracies = {name: float(np.mean(answer == labels)) for name, answer in answers.items()}
