@@ -2,8 +2,9 @@
 
     gold = P(positive) * exp(-max(0, |surprisal - usual| - spread))
 
-with the mean surprisal of a completion's tokens under the base model, in nats (the logarithm of its perplexity), and
-the mean and spread of that over the base model's own samples.
+with the median surprisal of a completion's tokens under the base model, in nats, and the mean and spread of that over
+the base model's own samples. The mean surprisal, whose exponential is the perplexity, is fooled by one word again and
+again: its first two tokens surprise as much as the others are predictable.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,13 @@ import torch
 from .sentiment import GOLD_FILE
 
 
-def mean_surprisals(base_log_probs: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """Mean surprisal of the tokens of each response, in nats, from the base model's log-probabilities `(B, T)`."""
-    return (-(base_log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
+def median_surprisals(base_log_probs: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """
+    Median surprisal of the tokens of each response, in nats, from the base model's log-probabilities `(B, T)`; 0 for
+    an empty response.
+    """
+    rows = [row[own.bool()] for row, own in zip(-base_log_probs, mask, strict=True)]
+    return [float(row.quantile(0.5)) if len(row) else 0.0 for row in rows]
 
 
 def fluency(surprisals: Sequence[float], usual: float, spread: float) -> np.ndarray:

@@ -27,14 +27,14 @@ from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
 from ..runner import FinishedRuns
-from .gold import Judge, mean_surprisals
+from .gold import Judge, median_surprisals
 from .report import write_report
 from .sentiment import SentimentScore, clean, distinct_share, prepare
 
 
 REWARDS = ("sentiment_score", "distinct_share")
-# Where the gold metric was highest in a run of GRPO on a seed that is not reported
-THRESHOLDS = (0.4, 0.95)
+# Means over updates 9 to 12 of a run of GRPO on a seed that is not reported, before it began to repeat itself
+THRESHOLDS = (0.56, 0.93)
 QUESTION = " ... This movie is"
 
 
@@ -72,7 +72,7 @@ class SmolArguments:
 
 
 class Observed:
-    """Keeps what the loss was computed on: text and surprisal of every completion, by step. Comes before a trainer."""
+    """Keeps what the loss was computed on: text and surprisal of every completion. Comes before a trainer."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "observed"):
@@ -80,9 +80,9 @@ class Observed:
         if model.training:
             mask = inputs["completion_mask"]
             texts = self.processing_class.batch_decode(inputs["completion_ids"] * mask, skip_special_tokens=True)
-            surprisals = mean_surprisals(inputs["ref_per_token_logps"], mask)
+            surprisals = median_surprisals(inputs["ref_per_token_logps"], mask)
             self.observed += [
-                {"step": self.state.global_step, "completion": text, "surprisal": surprisal}
+                {"step": self.state.global_step, "completion": text, "surprisal": round(surprisal, 3)}
                 for text, surprisal in zip(texts, surprisals, strict=True)
             ]
         return super().compute_loss(model, inputs, *args, **kwargs)
