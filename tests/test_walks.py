@@ -6,7 +6,15 @@ from datasets import Dataset
 
 from tests.helpers.tiny import WORDS, save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
 from tests.helpers.walk import walk
-from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer, EPHead, SparsePOConfig, SparsePOTrainer
+from trl_ext import (
+    ConstrainedGRPOConfig,
+    ConstrainedGRPOTrainer,
+    ConstrainedPPOConfig,
+    ConstrainedPPOTrainer,
+    EPHead,
+    SparsePOConfig,
+    SparsePOTrainer,
+)
 from trl_ext.equilibrium import remove_lm_head_guard
 from trl_ext.optim import AdamP
 
@@ -52,6 +60,21 @@ def test_constrained_ppo_rollout_and_loss(folder, tmp_path):
     trainer.current_gradient_accumulation_steps = 1
     found = walk(lambda: trainer.training_step(trainer.model, batch, None))
     assert 0 < len(found.files) <= 6, found
+
+
+def test_constrained_grpo_rollout_and_loss(folder, tmp_path):
+    args = ConstrainedGRPOConfig(
+        str(tmp_path), constraints=[{"reward": "low_ids", "threshold": 0.5}], max_completion_length=6,
+        per_device_train_batch_size=4, num_generations=2, max_steps=1, dashboard=False, **COMMON,
+    )  # fmt: skip
+    trainer = ConstrainedGRPOTrainer(
+        folder, low_ids, args, Dataset.from_dict({"prompt": WORDS[3:11]}), processing_class=tiny_tokenizer()
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.current_gradient_accumulation_steps = 1
+    found = walk(lambda: trainer.training_step(trainer.model, batch, None))
+    assert 0 < len(found.files) <= 9, found
 
 
 def test_adamp_step():

@@ -1,11 +1,12 @@
 """Time and peak memory of an optimizer step of ConstrainedPPOTrainer against TRL's GRPOTrainer, without generation.
 
-Cases without a critic are those of ConstrainedGRPOTrainer, under three constraints. Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
+Both trainers run their own `train()` in one process with the same model, prompts, three rewards and completions,
 which are fixed and handed over through `rollout_func`. They take turns, a few steps each, and a turn's times are CPU
 times of whole steps: scoring, loss, backward, clipping and optimizer. The ratio is the median over pairs of turns that
 follow one another; that of the fastest steps, over the turns the fastest first and the fastest second step, is shown
 beside it. On a busy machine the two differ, and neither is to be trusted; the floating-point operations of the matrix
-products are counted, and their ratio does not depend on the machine.
+products are counted, and their ratio does not depend on the machine. There are three constraints, also in the cases
+without a critic.
 
 python -m tests.benchmarks.constrained_ppo --output docs/results/constrained_ppo_benchmark.md
 """

@@ -158,8 +158,11 @@ def test_gradient_of_the_mean_target():
 @pytest.mark.parametrize(("kind", "sign"), [(">=", 1.0), ("<=", -1.0), ("==", 1.0)])
 def test_controller_mixes_as_its_settings_say(kind, sign):
     controller = RolloutController(
-        config(constraints=[{"reward": "b", "threshold": 1.0, "kind": kind}], multiplier_squash="sigmoid"), ["a", "b"]
-    )
+        config(
+            constraints=[{"reward": "b", "threshold": 1.0, "kind": kind}], multiplier_squash="sigmoid", mixing="paper",
+            whitening="streams",
+        ), ["a", "b"],
+    )  # fmt: skip
     advantages, mask = streams(3)
     found = controller.mix(advantages, mask, torch.ones(2), lambda tensor: tensor)
     weights = torch.tensor([0.5], dtype=torch.float64)
@@ -176,9 +179,9 @@ def test_controller_mixes_as_its_settings_say(kind, sign):
 def test_names_not_positions_decide_which_threshold_is_whose():
     """The official code's search hands thresholds over in another order than that of the rewards."""
     constraints = [{"reward": "intent", "threshold": 0.48}, {"reward": "meteor", "threshold": 0.23}]
-    controller = RolloutController(config(method="xi", constraints=constraints), ["meteor", "intent", "other"])
+    controller = RolloutController(config(method="xi-paper", constraints=constraints), ["meteor", "intent", "other"])
     metrics = defaultdict(list)
-    controller.close_rollout(metrics, {"meteor": 0.2, "intent": 0.5, "other": 9.0}, (0.1, 1.0), training=True)
+    controller.close_rollout(metrics, torch.tensor([[0.2, 0.5, 9.0]]), (0.1, 1.0), training=True)
     assert metrics["violation/meteor"] == [pytest.approx(0.03)]
     assert metrics["violation/intent"] == [pytest.approx(-0.02)]
     assert metrics["relative_violation/meteor"] == [pytest.approx(0.03 / 0.23)]
@@ -195,7 +198,7 @@ def test_episodes_and_not_tokens_are_averaged():
     assert float((lengths * rewards).sum() / lengths.sum()) == pytest.approx(0.167, abs=1e-3)
     controller = RolloutController(config(method="xi", constraints=[{"reward": "r", "threshold": 0.3}]), ["r"])
     metrics = defaultdict(list)
-    controller.close_rollout(metrics, {"r": float(rewards.mean())}, None, training=True)
+    controller.close_rollout(metrics, rewards.unsqueeze(1), None, training=True)
     assert metrics["violation/r"] == [pytest.approx(0.0, abs=1e-7)]
 
 
@@ -204,7 +207,7 @@ def test_every_number_of_constraints(count):
     names = ["a", "b", "c"][:count]
     constraints = [{"reward": name, "threshold": 0.5, "kind": ">="} for name in names]
     controller = RolloutController(config(constraints=constraints, multiplier_squash="none"), names)
-    controller.close_rollout(defaultdict(list), dict.fromkeys(names, 0.4), None, training=True)
+    controller.close_rollout(defaultdict(list), torch.full((1, count), 0.4), None, training=True)
     weights = controller.multipliers.weights()
     assert weights.shape == (count,) and torch.equal(weights, weights[:1].expand(count)) and weights[0] > 0
     advantages, mask = streams(count + 1)
@@ -214,7 +217,14 @@ def test_every_number_of_constraints(count):
 
 def test_presets_only_fill():
     filled = config(method="mu", constraints=[{"reward": 0, "threshold": 1.0}])
-    assert filled.constraints[0]["kind"] == ">=" and filled.objective == "kl" and filled.multiplier_squash == "sigmoid"
+    assert filled.constraints[0]["kind"] == ">=" and filled.objective == "kl" and filled.multiplier_squash == "none"
+    assert (filled.multiplier_units, filled.multiplier_max, filled.mixing) == ("spread", 10.0, "normalized")
+    paper = config(method="mu-paper", constraints=[{"reward": 0, "threshold": 1.0}], multiplier_max=3.0)
+    assert (paper.multiplier_squash, paper.multiplier_units, paper.multiplier_max) == ("sigmoid", "raw", 3.0)
+    assert (paper.mixing, paper.whitening, paper.multiplier_drift) == ("paper", "streams", 0.0)
+    assert not paper.multiplier_anti_windup and paper.multiplier_proportional == 10.0
+    averaged = config(method="xi", constraints=[{"reward": 0, "threshold": 1.0}], multiplier_window=3)
+    assert averaged.multiplier_drift == 0.0
     stated = config(
         method="mu", objective="rewards", multiplier_squash="softplus", whitening="none", mixing="normalized",
         constraints=[{"reward": 0, "threshold": 1.0, "kind": "<="}],
@@ -222,7 +232,7 @@ def test_presets_only_fill():
     assert (stated.objective, stated.multiplier_squash, stated.whitening) == ("rewards", "softplus", "none")
     assert stated.constraints[0]["kind"] == "<=" and stated.mixing == "normalized"
     free = config(objective="rewards")
-    assert not free.learns_multipliers and free.whitening == "streams"
+    assert not free.learns_multipliers and free.whitening == "spread"
     assert not config(method="sat", constraints=[{"reward": 0, "threshold": 1.0}]).learns_multipliers
 
 

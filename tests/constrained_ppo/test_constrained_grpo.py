@@ -7,9 +7,8 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.constrained_ppo.test_resume import assert_same
 from tests.helpers.constrained_grpo import BOUNDS, make, rollout
-from tests.helpers.constrained_ppo import length, low_ids, prompts
+from tests.helpers.constrained_ppo import assert_same, length, low_ids, prompts
 from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig
 from trl_ext.constrained_ppo.group_relative import (
     group_advantages,
@@ -281,6 +280,17 @@ def test_a_run_under_constraints_shows_and_keeps_what_one_with_a_critic_does(tmp
     assert "| `num_generations` | 4 |" in card and "critic.safetensors" not in card and "`gae_lambda`" not in card
 
 
+def test_the_search_moves_its_thresholds(tmp_path, path):
+    trainer = make(
+        tmp_path, path, **BOUNDS, max_steps=5, save_strategy="steps", save_steps=2,
+        search={"max_gold_evaluations": 4, "steps_per_threshold": 1, "rollout_window": 1},
+        trainer_arguments={"eval_dataset": prompts(8), "gold_reward": gold},
+    )  # fmt: skip
+    trainer.train()
+    tried = [trial.thresholds for trial in trainer.search_callback.search.history]
+    assert len(tried) >= 2 and tried[0] != tried[1] and trainer.num_gold_evaluations >= 2
+
+
 RESUMED = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "beta": 0.1, **BOUNDS}
 
 
@@ -316,6 +326,7 @@ def test_early_ends(tmp_path, path):
         ({"critic": "shared"}, "`critic='shared'`.*ConstrainedPPOConfig"),
         ({"num_generations": 1}, "`num_generations=1`.*2 or more"),
         ({"gamma": 0.9}, "`gamma=0.9` needs a critic"),
+        ({"critic_detach": True}, "`critic_detach=True` needs a critic"),
         ({"vf_coef": [0.1, 0.2]}, r"`vf_coef=\[0.1, 0.2\]` needs a critic"),
         ({"whitening": "mixture"}, "`whitening='mixture'`.*scale_rewards"),
         ({**MU, "beta": 0.1, "whitening": "mixture"}, "weights would cancel: use `whitening='spread'`"),

@@ -47,7 +47,7 @@ def test_script_is_short_and_has_no_trainer():
 
 def test_rollout_loss_gradients_and_multipliers_equal_the_trainer(minimal, tmp_path, path):
     # Two iterations: the trainer then keeps the log-probabilities at generation, which the ratio is taken from
-    trainer = make(tmp_path, path, num_iterations=2, multiplier_init=0.2, **XI)
+    trainer = make(tmp_path, path, num_iterations=2, multiplier_init=0.2, **{**XI, "method": "xi-paper"})
     perturb(trainer.model, 0, 0.05)
     with torch.no_grad():
         trainer.model.lm_head.weight[1] *= 4  # ends early about as often as not

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
 from peft import LoraConfig
 
-from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts
+from tests.helpers.constrained_ppo import XI, assert_same, length, low_ids, make, prompts
 
 
 def run(folder, path, checkpoint=None, num_prompts=64, arguments=None, **settings):
@@ -19,20 +18,6 @@ def run(folder, path, checkpoint=None, num_prompts=64, arguments=None, **setting
     trainer.train_dataset = prompts(num_prompts)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
-
-
-def assert_same(whole, resumed):
-    for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
-    assert resumed.controller.state_dict() == whole.controller.state_dict()
-    if whole.multipliers is not None:
-        assert resumed.multipliers.state_dict() == whole.multipliers.state_dict()
-    kept = ("loss", "rewards/low_ids/mean", "kl/per_response", "weight/low_ids", "average/low_ids")
-    histories = [
-        [{key: entry.get(key) for key in kept} for entry in trainer.state.log_history if "loss" in entry]
-        for trainer in (whole, resumed)
-    ]
-    assert histories[0] == histories[1]
 
 
 @pytest.mark.parametrize(

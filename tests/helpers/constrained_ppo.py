@@ -1,5 +1,6 @@
 """Rewards, prompts and trainers of constrained PPO on tiny models, for its tests."""
 
+import torch
 from datasets import Dataset
 
 from tests.helpers.tiny import tiny_tokenizer
@@ -58,3 +59,18 @@ def rollout(trainer):
     trainer.current_gradient_accumulation_steps = 1
     rows = [prompts()[index] for index in range(8)]
     return trainer._generate_and_score_completions(rows)
+
+
+def assert_same(whole, resumed):
+    """Two trainers have the same weights, states and logs."""
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert resumed.controller.state_dict() == whole.controller.state_dict()
+    if whole.multipliers is not None:
+        assert resumed.multipliers.state_dict() == whole.multipliers.state_dict()
+    kept = ("loss", "rewards/low_ids/mean", "kl/per_response", "weight/low_ids", "average/low_ids")
+    histories = [
+        [{key: entry.get(key) for key in kept} for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, resumed)
+    ]
+    assert histories[0] == histories[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from trl import GRPOConfig
 
@@ -38,11 +38,9 @@ class ConstrainedGRPOConfig(ConstrainedPPOConfig):
     num_generations: int | None = field(default=8, metadata={"help": "Completions of each prompt, at least 2."})
     kl_coef: float = field(default=0.0, metadata={"help": "Other name of `beta`."})
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL term in the loss."})
-    disable_dropout: bool = field(
-        default=GRPOConfig.disable_dropout, metadata={"help": "Whether to disable dropout."}
-    )
+    disable_dropout: bool = field(default=GRPOConfig.disable_dropout, metadata={"help": "Whether to disable dropout."})
 
-    _no_method: ClassVar[Preset] = Preset("rewards")
+    _no_method = Preset("rewards")
 
     def __post_init__(self):
         if self.critic != "none":

@@ -1,8 +1,8 @@
 """Configuration of constrained PPO: fields, presets of `method`, and all checks that need no model."""
 
 import logging
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from transformers import SchedulerType
 from trl import GRPOConfig
@@ -11,6 +11,7 @@ from ..core.checks import check_choice, check_number
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
+from .group_settings import check_without_critic, settle_without_critic
 from .threshold_search.config import ThresholdSearchConfig
 
 
@@ -71,12 +72,6 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
 _KL_COEF = 0.2
-# Fields that say something of a critic, or of advantages from one
-_CRITIC_FIELDS = (
-    "gamma", "gae_lambda", "vf_coef", "kl_vf_coef", "cliprange_value", "critic_model_name_or_path", "critic_head",
-    "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
-    "critic_learning_rate", "critic_detach",
-)  # fmt: skip
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
 _FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
@@ -373,12 +368,12 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
 
     # What stands for a preset where `method` names none
-    _no_method: ClassVar[Preset] = Preset("kl")
+    _no_method = Preset("kl")
 
     def __post_init__(self):
         check_choice(self, "critic", choices=("shared", "separate", "none"))
         if self.critic == "none":
-            self._check_without_critic()
+            settle_without_critic(self)
         one = self.num_generations == 1
         if one:
             self.num_generations = _OneGeneration(1)
@@ -429,33 +424,6 @@ class ConstrainedPPOConfig(GRPOConfig):
         if preset.kind is not None:
             self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
 
-    def _check_without_critic(self) -> None:
-        """Refuses what says nothing without a critic, and settles the two names of the KL's coefficient."""
-        for name in _CRITIC_FIELDS:
-            own = self.__dataclass_fields__[name]
-            default = own.default if own.default_factory is MISSING else own.default_factory()
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` needs a critic and `critic='none'`. Leave it out, or set "
-                    "`critic='shared'`."
-                )
-        if self.num_generations is not None and self.num_generations < 2:
-            raise ValueError(
-                f"`critic='none'` compares the completions of a prompt and `num_generations={self.num_generations}`. "
-                "Set it to 2 or more, such as 8."
-            )
-        if self.whitening is not None and (not self.constraints or self.method == "sat"):
-            raise ValueError(
-                f"`whitening={self.whitening!r}` scales what multipliers weigh, and with `critic='none'` here is "
-                "nothing else. Leave it out; `scale_rewards` and `multi_objective_aggregation` scale the rewards."
-            )
-        if self.beta and self.kl_coef not in (self.beta, type(self).kl_coef):
-            raise ValueError(
-                f"`beta={self.beta}` and `kl_coef={self.kl_coef}` name the same coefficient with `critic='none'`. "
-                "Give one of them."
-            )
-        self.kl_coef = self.beta or self.kl_coef
-
     def _check_numbers(self) -> None:
         given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
         if not all(float(coefficient) >= 0 for coefficient in given):
@@ -477,7 +445,7 @@ class ConstrainedPPOConfig(GRPOConfig):
     def _check_method(self) -> None:
         check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
         if self.critic == "none":
-            self._check_groups()
+            check_without_critic(self)
         elif self.group_baseline != "mean":
             raise ValueError(
                 f"`group_baseline={self.group_baseline!r}` needs `critic='none'`: with a critic its values are the "
@@ -534,28 +502,6 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "`objective='kl'` to unit size, and only the critic's targets see the coefficient. Use "
                 "`whitening='spread'` for a coefficient that acts."
             )
-
-    def _check_groups(self) -> None:
-        if self.group_baseline == "leave_one_out" and self.multi_objective_aggregation == "normalize_then_sum":
-            raise ValueError(
-                "`group_baseline='leave_one_out'` changes the size of an advantage only, which "
-                "`multi_objective_aggregation='normalize_then_sum'` takes out again. Leave out one of them."
-            )
-        if any(one.per_prompt and one.probability is not None for one in self.parsed_constraints()):
-            raise ValueError(
-                "A constraint on the share of prompts (`per_prompt` with `probability`) is the same for all "
-                "completions of a prompt, so that with `critic='none'` it has no advantage. Leave out one of the two, "
-                "or set `critic='shared'`."
-            )
-        if self.whitening == "mixture" and self.learns_multipliers:
-            others = "The multipliers' weights would cancel" if self.objective == "kl" else ""
-            if self.multiplier_update == "minibatch":
-                others = "A minibatch is no rollout to take the spread over"
-            if others:
-                raise ValueError(
-                    f"`whitening='mixture'` brings the mixed advantages of a rollout to unit size. {others}: use "
-                    "`whitening='spread'`."
-                )
 
     def _check_critic(self) -> None:
         if self.critic == "shared" and self.critic_model_name_or_path is not None:

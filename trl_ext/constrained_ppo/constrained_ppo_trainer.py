@@ -9,7 +9,7 @@
     _compute_loss                        TRL's clipped policy loss with those advantages, and `clipped_value_loss`
     compute_loss                         skips the update where the policy has moved too far from the rollout
 
-Without a critic, `_compare_in_groups` takes the place of `_estimate`: `reward_advantages`, `group_advantages`.
+Without a critic, `GroupRelativeMixin` takes the place of `_estimate` and of the value loss.
 What the hooks tell each other stands in `self.rollout`; what the loss needs, in the batch.
 """
 
@@ -45,11 +45,11 @@ from .critic import (
     record_heads,
     value_heads_of,
 )
-from .group_relative import leave_one_out, reward_advantages
 from .multipliers import LagrangeMultipliers
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .rollout import Rollout
 from .threshold_search.callback import ThresholdSearchCallback
+from .without_critic import GroupRelativeMixin
 
 
 logger = get_logger(__name__)
@@ -64,7 +64,7 @@ _MULTIMODAL = (
 _EPOCH_ROUNDING = 1e-6
 
 
-class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
+class ConstrainedPPOTrainer(GroupRelativeMixin, CompanionMixin, MethodCardMixin, OwnOptimizerMixin, GRPOTrainer):
     """
     PPO with a critic and, under constraints, learned Lagrange multipliers that hold rewards in their useful range
     (https://huggingface.co/papers/2310.04373).
@@ -229,7 +229,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = self._open_rollout(inputs, "training" if self.model.training else "evaluation")
         rollout = self.rollout
-        if not self.has_companion:
+        if self.args.critic == "none":
             self._compare_in_groups(rollout, output)
             return output
         self._estimate(rollout, output)
@@ -254,12 +254,14 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     ) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         missing = (~torch.isfinite(rewards)).any(dim=0).nonzero().flatten().tolist()
-        if not self.has_companion:
+        if self.args.critic == "none":
             # As in GRPO, a reward without a constraint may say nothing of a completion
             missing = [index for index in missing if index in self.controller.constrained]
         if missing:
             names = [self.reward_func_names[index] for index in missing]
-            needing = "every value head needs a target" if self.has_companion else "a constraint needs their means"
+            needing = "a constraint needs their means"
+            if self.args.critic != "none":
+                needing = "every value head needs a target"
             raise ValueError(
                 f"The rewards {names} returned None, NaN or an infinite value for a completion, and {needing}. Return "
                 "a finite number for every completion."
@@ -287,7 +289,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # The log-probabilities at generation come with the values, which `super()` would not ask for
-        wanted = self.has_companion and self.rollout.purpose != "calibration"
+        wanted = self.args.critic != "none" and self.rollout.purpose != "calibration"
         if wanted and model is self.model and self.rollout.scored is None:
             model = self.rollout.scored = ForwardRecorder(model, _WITH_VALUES)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -310,39 +312,6 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         rollout.advantages, rollout.returns = gae(
             streams, rollout.values.movedim(-1, 0), rollout.mask, self.args.gamma, self.args.gae_lambda
         )
-
-    def _compare_in_groups(self, rollout: Rollout, output: dict[str, Any]) -> None:
-        """Without a critic: each completion's advantage over the others of its prompt, from all processes."""
-        args, training = self.args, rollout.purpose == "training"
-        rollout.mask = self._loss_mask(output)
-        if "old_per_token_logps" in output and "ref_per_token_logps" in output:
-            log_probs, reference = output["old_per_token_logps"], output["ref_per_token_logps"]
-            rollout.divergence = token_divergence(log_probs, reference, args.kl_estimator) * rollout.mask
-        self._close_rollout(rollout)
-        penalised = args.missing_eos_penalty is not None and training
-        if not (self.controller.constraints or penalised or args.group_baseline != "mean"):
-            return  # TRL's own advantages stay
-        rows, size = len(rollout.mask), self._group_size()
-        signals = self.accelerator.gather(self._trained_rewards(rollout, output))
-        rewards = signals[:, : len(self.reward_funcs)]
-        objective = torch.zeros_like(signals[:, 0])
-        if self.multipliers is None or args.objective != "kl":
-            scale, aggregation = args.scale_rewards, args.multi_objective_aggregation
-            objective = reward_advantages(rewards, self.reward_weights, size, scale, aggregation)
-        streams = self.controller.group_streams(signals, size)
-        if args.group_baseline == "leave_one_out":
-            objective, streams = (leave_one_out(advantages, rewards, size) for advantages in (objective, streams))
-        mixed = self.controller.mix_groups(objective, streams)
-        output["advantages"] = self._own_rows(mixed, rows)
-        logged = self._logs["advantages"]
-        for _ in range(min(len(mixed), len(logged))):
-            logged.pop()
-        logged.extend(mixed.tolist())
-        if args.multiplier_update == "minibatch" and self.multipliers is not None:
-            output["objective_advantages"] = self._own_rows(objective, rows)
-            output["stream_advantages"] = self._own_rows(streams, rows)
-            bounded = self.controller.constrained_signals(rollout.rewards, size)
-            output["episode_rewards"] = self._own_rows(bounded, rows)
 
     def _loss_mask(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"]
@@ -392,7 +361,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
             self.end_training(reason)
         if not training:
             return
-        if self.has_companion:
+        if self.args.critic != "none":
             record_heads(metrics, value_heads_of(self.companion.module))
         constant = (rewards == rewards[:1]).all(dim=0).tolist() if len(rewards) > 1 else []
         for name in itertools.compress(self.reward_func_names, constant):
@@ -410,7 +379,7 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
     # From the batch to the loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self.has_companion:
+        if self.args.critic == "none":
             return self._group_relative_loss(model, inputs)
         mask = self._loss_mask(inputs)
         if "stream_advantages" in inputs:
@@ -432,39 +401,6 @@ class ConstrainedPPOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, 
         log_probs = recorder.last_tokens("log_probs", mask.size(1)).detach()
         self._check_update(loss.detach(), log_probs, values.detach(), errors.detach(), inputs)
         return loss
-
-    def _group_relative_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss, its KL term weighed as the multipliers weigh the objective."""
-        if "stream_advantages" in inputs:
-            mixed = self.controller.mix_groups(inputs["objective_advantages"], inputs["stream_advantages"])
-            inputs = {**inputs, "advantages": mixed}
-        recorder, kl_coef = ForwardRecorder(model, {}), self.controller.kl_loss_coef()
-        if self.multipliers is not None and self.args.kl_coef > 0:
-            self._metrics["train" if self.model.training else "eval"]["kl/loss_coef"].append(kl_coef)
-        with self._kl_in_loss(kl_coef):
-            loss = super()._compute_loss(recorder, inputs)
-        log_probs = recorder.last_tokens("log_probs", inputs["completion_ids"].size(1)).detach()
-        self._take_divergence_of_loss(log_probs, inputs)
-        self._check_update(loss.detach(), log_probs, None, None, inputs)
-        return loss
-
-    def _take_divergence_of_loss(self, log_probs: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """The KL of a rollout that only its losses give log-probabilities of, after the last of its micro-batches."""
-        count = self.args.steps_per_generation if self.model.training else 1
-        pieces = self.rollout.losses_divergences
-        if "old_per_token_logps" in inputs or "ref_per_token_logps" not in inputs or len(pieces) == count:
-            return
-        mask = self._loss_mask(inputs)
-        divergence = token_divergence(log_probs, inputs["ref_per_token_logps"], self.args.kl_estimator) * mask
-        pieces.append((divergence, mask))
-        if len(pieces) < count:
-            return
-        whole, masks = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        divergences = mean_divergences(whole, masks, self.accelerator.gather)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        reason = self.controller.take_divergences(metrics, divergences, self.model.training)
-        if reason is not None:
-            self.end_training(reason)
 
     def _check_update(
         self,
