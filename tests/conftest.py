@@ -20,8 +20,10 @@ OTHERS_VARIABLES = ("KMP_", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_", "
 
 # Files that take more than a few seconds, which `make quick` leaves out
 SLOW = (
+    "constrained_ppo/test_bandits.py",
     "constrained_ppo/test_constrained_grpo.py",
     "constrained_ppo/test_constrained_ppo_trainer.py",
+    "constrained_ppo/test_constraints.py",
     "constrained_ppo/test_critic.py",
     "constrained_ppo/test_dashboard.py",
     "constrained_ppo/test_proxy_points.py",

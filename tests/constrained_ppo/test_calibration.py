@@ -92,7 +92,7 @@ def test_calibration_before_training(tmp_path, path, caplog, monkeypatch):
 def test_calibration_changes_nothing_else(tmp_path, path):
     runs = []
     for samples in (0, 24):
-        trainer = make(tmp_path / str(samples), path, **XI, calibration_samples=samples)
+        trainer = make(tmp_path / str(samples), path, **{**XI, "method": "xi-paper"}, calibration_samples=samples)
         trainer.train()
         runs.append(trainer)
     for (name, p), (_, q) in zip(runs[0].model.named_parameters(), runs[1].model.named_parameters(), strict=True):

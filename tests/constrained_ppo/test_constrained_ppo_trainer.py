@@ -48,7 +48,7 @@ def test_reward_rises(tmp_path, path):
     assert sum(means[-5:]) / 5 > means[0] + 0.2
 
 
-@pytest.mark.parametrize("settings", [{}, XI], ids=["ppo", "xi"])
+@pytest.mark.parametrize("settings", [{}, XI, {**XI, "method": "xi-paper"}], ids=["ppo", "xi", "xi-paper"])
 def test_rollout_and_loss_equal_the_formulas(settings, tmp_path, path):
     trainer = make(tmp_path, path, **settings)
     with torch.no_grad():
@@ -87,6 +87,11 @@ def test_rollout_and_loss_equal_the_formulas(settings, tmp_path, path):
     if settings:
         weights = trainer.multipliers.weights().float()
         expected = mix_advantages(a_kl, torch.stack([a_low, a_length]), weights, mask)
+        if settings["method"] == "xi":
+            spreads = trainer.rollout.rewards.std(dim=0, unbiased=False)
+            spreads = spreads.where(spreads > 1e-6, 1.0)  # a constant is not scaled
+            summed = a_kl + weights[0] * a_low / spreads[0] + weights[1] * a_length / spreads[1]
+            expected = summed / (1 + weights.abs().sum())
     else:
         expected = whiten(a_low + a_length + a_kl, mask)
     torch.testing.assert_close(batch["advantages"], expected, rtol=1e-3, atol=1e-4)

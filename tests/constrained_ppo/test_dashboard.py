@@ -65,14 +65,19 @@ def test_table_takes_the_sign_of_the_violation_and_moved_thresholds():
 
 
 def test_a_range_has_two_thresholds(tmp_path, monkeypatch):
-    entries = [{"step": s, "rewards/a/mean": 0.5, "violation/a": 0.1, "relative_violation/a": 1e7, "threshold/a": 0.25}
-               for s in (1, 2)]  # fmt: skip
+    own = {"violation/a.at_least": -0.25, "relative_violation/a.at_least": -1.0, "threshold/a.at_least": 0.25,
+           "violation/a.at_most": 0.1, "relative_violation/a.at_most": 1e7, "threshold/a.at_most": 0.75}  # fmt: skip
+    entries = [{"step": s, "rewards/a/mean": 0.5, **own} for s in (1, 2)]
     constraints = [Constraint("a", 0.25, ">="), Constraint("a", 0.75, "<=")]
-    assert ">= 0.25, <= 0.75 +0.1 " in " ".join(printed(dashboard_table(entries, constraints)).split())
+    text = " ".join(printed(dashboard_table(entries, constraints)).split())
+    assert "a 0.5 >= 0.25 -0.25 (-100%) <= 0.75 +0.1 " in text
     figures = drawn(monkeypatch)
     draw_dashboard(entries, tmp_path / "d.png", constraints)
     labels = [line.get_label() for line in figures[0].axes[0].get_lines()]
     assert labels == ["rollouts", "threshold (>= 0.25)", "threshold (<= 0.75)"]
+    violations = figures[0].axes[1].get_lines()
+    assert [line.get_label() for line in violations[:2]] == ["a.at_least", "a.at_most"]
+    assert violations[0].get_linestyle() != violations[1].get_linestyle()
 
 
 def test_table_without_constraints_and_without_anything():

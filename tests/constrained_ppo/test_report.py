@@ -45,7 +45,7 @@ def test_card_of_a_constrained_run(tmp_path, path):
     assert {"trl", "trl_ext", "constrained-ppo"} <= set(card.data.tags)
     assert f"- trl_ext: {trl_ext.__version__}" in text and "moskovitz2024" in text and "papers/2310.04373" in text
     assert "| `method` | xi |" in text and "| `objective` | kl |" in text and "| `critic` | shared |" in text
-    assert "| `multiplier_squash` | tanh |" in text
+    assert "| `multiplier_squash` | none |" in text
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     expected = [
         "`low_ids`", *(f"{logged[key]:.4g}" for key in ("rewards/low_ids/mean", "average/low_ids")), "== 0.7",

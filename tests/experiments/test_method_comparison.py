@@ -95,7 +95,7 @@ def test_plan_has_equal_compute_and_every_method(tmp_path):
     for run in later:
         settings = configured(config(tmp_path), run, tmp_path / "run")
         assert settings.seed == run.seed and settings.kl_coef == by_name[run.name].get("kl_coef", 0.05)
-    assert configured(config(tmp_path), later[3], tmp_path).whitening == "streams"
+    assert configured(config(tmp_path), later[3], tmp_path).whitening == "spread"
     with pytest.raises(ValueError, match="equal compute"):
         tuning_runs(task, replace(arguments, weight_grid=[0.0, 0.1, 0.2, 0.3, 0.4]))
 

@@ -219,8 +219,8 @@ class RolloutController:
             )
         if reward in self._ambiguous:
             raise ValueError(
-                f"The constraint on {reward!r} names several rewards. They are {dict(enumerate(names))}: use an index, "
-                "or give the reward functions `__name__`s of their own."
+                f"The constraint on {reward!r} names several rewards. They are {dict(enumerate(names))}: use an "
+                "index, or give the reward functions `__name__`s of their own."
             )
         return names.index(reward) if isinstance(reward, str) else reward
 
@@ -393,7 +393,7 @@ class RolloutController:
         """One dual step on the means of the constraints' signals and their standard errors, `(N,)` each."""
         multipliers = cast(LagrangeMultipliers, self.multipliers)
         if self.args.multiplier_units == "spread":
-            multipliers.set_spreads(self.spreads.values()[self._streams])
+            multipliers.set_spreads(self.constrained_spreads())
         multipliers.update(means, errors)
         constraints = zip(self.keys, self._named(), multipliers.exhausted(), strict=True)
         for key, constraint, exhausted in constraints:
@@ -404,6 +404,10 @@ class RolloutController:
     def constrained_signals(self, rewards: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
         """What the constraints bound the means of, `(N, C)`, of rewards `(N, K)`."""
         return self.signals(rewards, num_generations)[:, self._streams]
+
+    def constrained_spreads(self) -> torch.Tensor:
+        """Spread of each constraint's signal, `(C,)`, float64."""
+        return self.spreads.values()[self._streams]
 
     def _violations(self, means: Sequence[float]) -> dict[str, float]:
         constraints = zip(self.keys, self._current(), means, strict=True)
@@ -434,7 +438,7 @@ class RolloutController:
         return self.stopping.check_divergence(per_response)
 
     def _record_violations(self, metrics: Metrics, violations: Mapping[str, float]) -> None:
-        spreads = self.spreads.values()[self._streams].tolist()
+        spreads = self.constrained_spreads().tolist()
         for key, constraint, spread in zip(self.keys, self._current(), spreads, strict=True):
             limit = abs(constraint.limit)
             scale = limit if limit > _SMALL_LIMIT * spread else spread
@@ -443,7 +447,7 @@ class RolloutController:
 
     def _record_multipliers(self, metrics: Metrics, multipliers: LagrangeMultipliers) -> None:
         weights, unsquashed, saturated = multipliers.weights(), multipliers.values(), multipliers.saturated()
-        filtered, spreads = multipliers.violations(), self.spreads.values()[self._streams]
+        filtered, spreads = multipliers.violations(), self.constrained_spreads()
         for index, (key, constraint) in enumerate(zip(self.keys, multipliers.constraints, strict=True)):
             metrics[f"multiplier/{key}"].append(float(unsquashed[index]))
             metrics[f"weight/{key}"].append(float(weights[index]))

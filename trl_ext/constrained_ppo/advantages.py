@@ -4,8 +4,8 @@
     A = (K - sum_i w_i) A_0 + sum_i w_i A_i         (4.4) of https://huggingface.co/papers/2310.04373
 
 [`mix_normalized`] and [`mix_advantages`] are those equations and what runs, through `RolloutController.mix` and
-[`policy_advantages`]. A plain form stands in `recipes/experiments/minimal/constrained_ppo.py`; `tests/constrained_ppo/test_minimal.py` holds the two
-equal.
+[`policy_advantages`]. A plain form of (4.4) stands in `recipes/experiments/minimal/constrained_ppo.py`;
+`tests/constrained_ppo/test_minimal.py` holds the two equal.
 """
 
 from collections.abc import Callable, Sequence

@@ -31,7 +31,7 @@ class Preset:
     proportional: float = 3.0
     drift: float = 0.05
     anti_windup: bool = True
-    maximum: float | None = 10.0
+    maximum: float | None = 5.0
 
 
 def _published(objective: Literal["kl", "rewards"], kind: str | None, squash: str | None) -> Preset:
@@ -160,7 +160,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 10, or none in the paper's form.
+            preset's, 5, or none in the paper's form.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
@@ -250,7 +250,7 @@ class ConstrainedPPOConfig(GRPOConfig):
 
     method: Literal["ppo", "mu", "xi", "all", "sat", "mu-paper", "xi-paper", "all-paper", "ppo-lag"] | None = field(
         default=None,
-        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."}
+        metadata={"help": "Preset: 'ppo', 'mu', 'xi', 'all', 'sat', 'ppo-lag', or 'mu-paper' and the like."},
     )
     objective: Literal["kl", "rewards"] | None = field(
         default=None, metadata={"help": "What is maximised under the constraints: 'kl' or 'rewards'."}
@@ -293,7 +293,9 @@ class ConstrainedPPOConfig(GRPOConfig):
         default=None, metadata={"help": "Squashing of the multipliers."}
     )
     multiplier_init: float = field(default=0.0, metadata={"help": "Start of every multiplier."})
-    multiplier_max: float | None = field(default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."})
+    multiplier_max: float | None = field(
+        default=None, metadata={"help": "Bound on the size of every multiplier; inf for none."}
+    )
     multiplier_delay_steps: int = field(default=0, metadata={"help": "Rollouts that only observe."})
     multiplier_window: int = field(default=1, metadata={"help": "Number of last rollouts whose mean is used."})
     multiplier_ema: float = field(default=0.0, metadata={"help": "Decay of an exponential moving average."})

@@ -98,8 +98,8 @@ class Constraint:
         if self.probability is not None:
             if not 0 < self.probability < 1:
                 raise ValueError(
-                    f"`probability` {about} must lie in (0, 1), got {self.probability!r}. It is the share of responses "
-                    "that may miss the threshold, such as 0.05."
+                    f"`probability` {about} must lie in (0, 1), got {self.probability!r}. It is the share of "
+                    "responses that may miss the threshold, such as 0.05."
                 )
             if self.kind == "==":
                 raise ValueError(f"`probability` {about} needs the `kind` '>=' or '<=', got '=='.")
@@ -266,7 +266,9 @@ def check_constraints(constraints: Sequence[Constraint]) -> None:
         own = [constraint for constraint in constraints if constraint.reward == reward]
         spreads = {constraint.spread for constraint in own if constraint.spread and not constraint.is_derived}
         if len(spreads) > 1:
-            raise ValueError(f"The constraints on reward {reward!r} state several `spread`: {sorted(spreads)}. Give one.")
+            raise ValueError(
+                f"The constraints on reward {reward!r} state several `spread`: {sorted(spreads)}. Give one."
+            )
         # A share may be missed, so that such a bound leaves the mean free
         bounds = [c for c in own if c.probability is None and not c.tolerance]
         stated = [(c.threshold, c.kind) for c in bounds if c.threshold is not None]

@@ -217,9 +217,7 @@ def _per_constraint(log_history: LogHistory, marks: dict[str, tuple[str, str]], 
     return [line for line in lines if line.points[0]]
 
 
-def _reward_panel(
-    log_history: LogHistory, name: str, constraints: list[tuple[str, Constraint]], color: str
-) -> Panel:
+def _reward_panel(log_history: LogHistory, name: str, constraints: list[tuple[str, Constraint]], color: str) -> Panel:
     lines = [_Line(series(log_history, f"rewards/{name}/mean"), "rollouts", color)]
     average = series(log_history, f"average/{name}")
     if average[0]:

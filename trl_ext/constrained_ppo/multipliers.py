@@ -163,7 +163,8 @@ class LagrangeMultipliers:
         if self.drift and (self.ema or self.window > 1):
             raise ValueError(
                 f"`multiplier_drift={self.drift}` filters what `multiplier_ema={self.ema}` or "
-                f"`multiplier_window={self.window}` has averaged already. Set `multiplier_drift: 0`, or leave those out."
+                f"`multiplier_window={self.window}` has averaged already. Set `multiplier_drift: 0`, or leave those "
+                "out."
             )
 
     def set_spreads(self, spreads: Sequence[float] | torch.Tensor) -> None:
@@ -233,9 +234,7 @@ class LagrangeMultipliers:
         self._averages = self.ema * self._averages + (1 - self.ema) * torch.tensor(observed, dtype=torch.float64)
         return (self._averages / (1 - self.ema**self._num_averaged)).tolist()
 
-    def _filtered(
-        self, means: torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None
-    ) -> torch.Tensor:
+    def _filtered(self, means: torch.Tensor, standard_errors: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
         """A scalar Kalman filter of each mean, with random walks of `drift` spreads an update."""
         if not self.drift or standard_errors is None:
             return means
@@ -359,14 +358,14 @@ class LagrangeMultipliers:
         count = len(self.constraints)
         if len(state["values"]) != count:
             raise ValueError(
-                f"The saved state has {len(state['values'])} multipliers and this run {count} constraints. Resume with "
-                "the constraints of the saved run."
+                f"The saved state has {len(state['values'])} multipliers and this run {count} constraints. Resume "
+                "with the constraints of the saved run."
             )
         names = state.get("names", self.names)
         if sorted(names) != sorted(self.names):
             raise ValueError(
-                f"The saved state has multipliers of {names} and this run of {self.names}. Resume with the constraints "
-                "of the saved run."
+                f"The saved state has multipliers of {names} and this run of {self.names}. Resume with the "
+                "constraints of the saved run."
             )
         if "names" not in state and self.drift:
             raise ValueError(

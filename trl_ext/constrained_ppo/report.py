@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..core.log import LogHistory, best_value, last_value, reward_names
 from ..core.model_card import settings_table
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, cap_warnings
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, check_constraints, constraints_by_reward
 from .critic import CRITIC_FILE, kind_of
@@ -193,7 +193,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
     for row in calibrations:
         numbers = [row.mean, row.spread, *row.quantiles]
         table.add_row(
-            f"{row.reward} {row.kind} {row.threshold:.4g}",
+            f"{row.reward} {row.stated}",
             *(f"{number:.3g}" for number in numbers),
             f"{row.rank:.0%}",
             f"{row.deviations:+.2f}",
@@ -233,9 +233,14 @@ class CalibrationCallback(TrainerCallback):
             if not args.disable_tqdm:
                 Console().print(calibration_table(found))
             _save_calibration(found, args.output_dir)
-        for calibration in found:
-            for warning in calibration.warnings:
-                logger.warning(warning, main_process_only=True)
+        warnings = [warning for calibration in found for warning in calibration.warnings]
+        if controller.multipliers is not None:
+            signals = controller.constrained_signals(rewards, trainer.num_generations_eval)
+            warnings += cap_warnings(
+                constraints, controller.constrained_names(), signals, controller.constrained_spreads(), args
+            )
+        for warning in warnings:
+            logger.warning(warning, main_process_only=True)
 
 
 class ConstraintDashboardCallback(TrainerCallback):
