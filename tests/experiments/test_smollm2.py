@@ -7,7 +7,7 @@ import torch
 from trl import GRPOConfig
 
 from recipes.experiments.constrained_ppo_smollm2 import report
-from recipes.experiments.constrained_ppo_smollm2.gold import Judge, fluency, gold, median_surprisals
+from recipes.experiments.constrained_ppo_smollm2.gold import Judge, distinct_pairs, fluency, gold, mean_surprisals
 from recipes.experiments.constrained_ppo_smollm2.run import ObservedGRPOTrainer
 from recipes.experiments.constrained_ppo_smollm2.sentiment import SentimentScore, distinct_share, halves, prepare
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
@@ -42,9 +42,13 @@ def test_distinct_share():
 def test_gold_by_hand():
     """Usual surprisal 3 with a spread of 1: 3.5 is ordinary, 5 a nat too surprising, 0.5 a nat and a half too dull."""
     assert fluency([3.5, 5.0, 0.5], 3.0, 1.0) == pytest.approx([1.0, np.exp(-1.0), np.exp(-1.5)])
-    assert gold([0.5, 1.0, 1.0], [3.5, 5.0, 0.5], 3.0, 1.0) == pytest.approx([0.5, np.exp(-1.0), np.exp(-1.5)])
+    texts = ["a b c", "good good good", "good film good film"]
+    assert distinct_pairs([*texts, "one"]) == pytest.approx([1.0, 1 / 2, 2 / 3, 0.0])
+    assert gold([0.5, 1.0, 1.0], [3.5, 5.0, 0.5], texts, 3.0, 1.0) == pytest.approx(
+        [0.5, np.exp(-1.0) / 2, np.exp(-1.5) * 2 / 3]
+    )
     log_probs = torch.tensor([[-1.0, -6.0, -2.0, -90.0], [-1.0, -1.0, -1.0, -1.0]])
-    assert median_surprisals(log_probs, torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])) == [2.0, 0.0]
+    assert mean_surprisals(log_probs, torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])) == [3.0, 0.0]
 
 
 def test_what_is_observed_is_what_was_trained_on(tmp_path):
@@ -73,7 +77,7 @@ def test_report(tmp_path):
 
     def run(arm, seed, courses):
         observed = [
-            {"step": step, "completion": "", "surprisal": surprisal + noise, "positive": positive}
+            {"step": step, "completion": "a b c", "surprisal": surprisal + noise, "positive": positive}
             for step, (surprisal, positive) in enumerate(np.repeat(courses, report.WINDOW, axis=0))
             for noise in (-1.0, 1.0)
         ]

@@ -1,12 +1,13 @@
-"""The gold metric: positive in the eyes of a classifier that was not trained on, and ordinary text for the base model.
+"""The gold metric: positive in the eyes of a classifier that was not trained on, and ordinary text.
 
-    gold = P(positive) * exp(-max(0, |surprisal - usual| - spread))
+    gold = P(positive) * exp(-max(0, |surprisal - usual| - spread)) * share of word pairs that are no repetitions
 
-with the median surprisal of a completion's tokens under the base model, in nats, and the mean and spread of that over
-the base model's own samples. The mean surprisal, whose exponential is the perplexity, is fooled by one word again and
-again: its first two tokens surprise as much as the others are predictable.
+with the mean surprisal of a completion's tokens under the base model, in nats, the logarithm of its perplexity, and
+the mean and spread of that over the base model's own samples. The last factor is there because a small model finds one
+word again and again as ordinary as any text: its perplexity does not see that.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,12 @@ import joblib
 import numpy as np
 import torch
 
-from .sentiment import GOLD_FILE
+from .sentiment import GOLD_FILE, words_of
 
 
-def median_surprisals(base_log_probs: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """
-    Median surprisal of the tokens of each response, in nats, from the base model's log-probabilities `(B, T)`; 0 for
-    an empty response.
-    """
-    rows = [row[own.bool()] for row, own in zip(-base_log_probs, mask, strict=True)]
-    return [float(row.quantile(0.5)) if len(row) else 0.0 for row in rows]
+def mean_surprisals(base_log_probs: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Mean surprisal of the tokens of each response, in nats, from the base model's log-probabilities `(B, T)`."""
+    return (-(base_log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
 
 
 def fluency(surprisals: Sequence[float], usual: float, spread: float) -> np.ndarray:
@@ -33,9 +30,21 @@ def fluency(surprisals: Sequence[float], usual: float, spread: float) -> np.ndar
     return np.exp(-np.maximum(0.0, distances - spread))
 
 
-def gold(positive: Sequence[float], surprisals: Sequence[float], usual: float, spread: float) -> np.ndarray:
+def distinct_pairs(completions: Sequence[str]) -> np.ndarray:
+    """Share of the pairs of neighbouring words of each text that are no repetitions; 0 for fewer than two words."""
+    found = []
+    for completion in completions:
+        pairs = list(itertools.pairwise(words_of(completion)))
+        found.append(len(set(pairs)) / len(pairs) if pairs else 0.0)
+    return np.array(found)
+
+
+def gold(
+    positive: Sequence[float], surprisals: Sequence[float], completions: Sequence[str], usual: float, spread: float
+) -> np.ndarray:
     """The gold metric of each completion, in `[0, 1]`."""
-    return np.asarray(positive, dtype=np.float64) * fluency(surprisals, usual, spread)
+    ordinary = fluency(surprisals, usual, spread) * distinct_pairs(completions)
+    return np.asarray(positive, dtype=np.float64) * ordinary
 
 
 class Judge:

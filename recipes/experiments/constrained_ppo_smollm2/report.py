@@ -10,7 +10,7 @@ from trl_ext.core.figures import COLORS, MARKERS, new_axes, save_figure
 
 from ..method_comparison_report import mean_and_error
 from ..runner import markdown_table
-from .gold import fluency, gold
+from .gold import distinct_pairs, fluency, gold
 
 
 Results = Sequence[dict[str, Any]]
@@ -30,9 +30,10 @@ def measured(result: dict[str, Any], usual: float, spread: float) -> dict[str, n
     positive, surprisal, step = (
         np.array([row[name] for row in result["observed"]]) for name in ("positive", "surprisal", "step")
     )
+    texts = [row["completion"] for row in result["observed"]]
     of_texts = {
-        "gold": gold(positive, surprisal, usual, spread), "positive": positive, "surprisal": surprisal,
-        "fluency": fluency(surprisal, usual, spread),
+        "gold": gold(positive, surprisal, texts, usual, spread), "positive": positive, "surprisal": surprisal,
+        "fluency": fluency(surprisal, usual, spread), "distinct_pairs": distinct_pairs(texts),
     }  # fmt: skip
     number = len(result["curve"]) // WINDOW
     found = {
@@ -48,7 +49,7 @@ def measured(result: dict[str, Any], usual: float, spread: float) -> dict[str, n
 def summary_table(results: Results) -> str:
     """For each method the gold metric at first, at best and at the end, and the rest at the end, Markdown."""
     usual, spread = usual_surprisal(results)
-    names = ("sentiment_score", "distinct_share", "positive", "surprisal")
+    names = ("sentiment_score", "distinct_share", "positive", "distinct_pairs", "surprisal")
     columns = ["method", "gold at first", "best gold", "KL there", "gold at the end", "KL at the end", *names, "seeds"]
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in results):

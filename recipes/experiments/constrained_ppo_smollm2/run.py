@@ -27,13 +27,13 @@ from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
 from ..runner import FinishedRuns
-from .gold import Judge, median_surprisals
+from .gold import Judge, mean_surprisals
 from .report import write_report
 from .sentiment import SentimentScore, clean, distinct_share, prepare
 
 
 REWARDS = ("sentiment_score", "distinct_share")
-# Means over updates 9 to 12 of a run of GRPO on a seed that is not reported, before it began to repeat itself
+# Means over updates 9 to 12, where the gold metric was highest, of a run of GRPO on a seed that is not reported
 THRESHOLDS = (0.56, 0.93)
 QUESTION = " ... This movie is"
 
@@ -80,7 +80,7 @@ class Observed:
         if model.training:
             mask = inputs["completion_mask"]
             texts = self.processing_class.batch_decode(inputs["completion_ids"] * mask, skip_special_tokens=True)
-            surprisals = median_surprisals(inputs["ref_per_token_logps"], mask)
+            surprisals = mean_surprisals(inputs["ref_per_token_logps"], mask)
             self.observed += [
                 {"step": self.state.global_step, "completion": text, "surprisal": round(surprisal, 3)}
                 for text, surprisal in zip(texts, surprisals, strict=True)
