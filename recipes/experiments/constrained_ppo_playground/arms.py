@@ -72,9 +72,13 @@ def _published(method: str) -> Arm:
     )
 
 
-def _by_thresholds(method: str, *kl_coefs: float) -> Arm:
+def _by_thresholds(method: str, *kl_coefs: float, **settings: Any) -> Arm:
     return _ppo(
-        *(_held(method, thresholds, kl_coef=kl_coef) for thresholds in (TOGETHER, APART) for kl_coef in kl_coefs)
+        *(
+            _held(method, thresholds, kl_coef=kl_coef, **settings)
+            for thresholds in (TOGETHER, APART)
+            for kl_coef in kl_coefs
+        )
     )
 
 
@@ -87,6 +91,7 @@ ARMS: dict[str, Arm] = {
     "all": _by_thresholds("all", 0.001, 0.01),
     "mu": _by_thresholds("mu", 0.2, 0.05),
     "xi": _by_thresholds("xi", 0.2, 0.05),
+    "xi, multipliers up to 10": _by_thresholds("xi", 0.2, 0.05, multiplier_max=10.0),
     "all, paper's form": _published("all-paper"),
     "mu, paper's form": _published("mu-paper"),
     "xi, paper's form": _published("xi-paper"),
