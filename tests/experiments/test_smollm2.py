@@ -23,7 +23,7 @@ def reviews(number, seed):
 
 def test_classifiers(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
-        reviews(60, seed).to_parquet(tmp_path / f"imdb_{split}.parquet")
+        reviews(120, seed).to_parquet(tmp_path / f"imdb_{split}.parquet")
     own, others = halves(tmp_path)
     assert not set(own.index) & set(others.index) and own["label"].mean() == others["label"].mean() == 0.5
     assert prepare(tmp_path, tmp_path) == {"proxy": 1.0, "gold": 1.0, "agreement": 1.0}
