@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP) ## Compare methods on the playground: tables and pictures (11 minutes on 2 idle cores)
+demo: $(STAMP) ## Compare methods on the playground: tables and pictures (12 minutes on 2 idle cores)
 	$(VENV)/bin/trl-ext demo
 
 lint: $(STAMP) ## Check style and types

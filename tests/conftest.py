@@ -43,6 +43,7 @@ SLOW = (
     "equilibrium/test_value_heads.py",
     "experiments/test_adamp.py",
     "experiments/test_method_comparison.py",
+    "experiments/test_smollm2.py",
     "gpu/test_dry.py",
     "optim/test_deepspeed_cases.py",
     "optim/test_install.py",

@@ -22,6 +22,8 @@ def test_second_part_of_the_demo(tmp_path, monkeypatch, capsys):
     assert "dashboard.png" in text and text.count("Two proxies and the gold metric") == 1
     assert (folder / "xi" / "dashboard.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "ppo" / "dashboard.png").exists()
+    assert "overoptimization.png" in text
+    assert (folder / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
     base, peak, end, constrained = json.loads((folder / "results.json").read_text())
     assert (base["step"], base["divergence"], end["step"], constrained["step"]) == (0, 0.0, 3, 3)
     # Both runs start from the same model and validation prompts

@@ -1,4 +1,5 @@
-"""The demo's second part: plain PPO hacks two proxies, constrained PPO holds them where they still mean something."""
+"""The demo's second part: PPO with tuned weights over-optimises two proxies, constrained PPO holds them where they
+still mean something."""
 
 import json
 import shutil
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 PROXIES = ("positive_word_share", "reference_similarity")
-NUM_STEPS = 32
+# Four times as many as the best gold takes: it is then that the difference shows
+NUM_STEPS = 128
+# Chosen as the best of ten trials of 32 steps
+TUNED = {"kl_coef": 0.003, "reward_weights": [0.9, 0.1]}
 NUM_VALIDATION_PROMPTS = 128
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 64,
@@ -68,9 +72,9 @@ def demonstrate_constrained_ppo(
     output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
 ) -> list[Point]:
     """
-    Trains plain PPO on one of two proxies, takes as thresholds the values of both where the gold metric was highest,
-    and trains with constraints at these. Prints one table; the dashboard of the constrained run is `dashboard.png` in
-    its folder.
+    Trains PPO with tuned weights on two proxies, takes as thresholds the values of both where the gold metric was
+    highest, and trains with constraints at these, four times as long as the best gold takes. Prints one table and
+    draws one picture, `overoptimization.png`; the dashboard of the constrained run is `dashboard.png` in its folder.
 
     Args:
         output_dir (`str` or `Path`):
@@ -81,31 +85,34 @@ def demonstrate_constrained_ppo(
             Steps of each run, to try it quickly.
 
     Returns:
-        `list[Point]`: base model, PPO where the gold metric was highest, PPO at its end, constrained PPO at its end.
+        `list[Point]`: base model, tuned PPO at its best gold metric and at its end, constrained PPO at its end.
     """
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
     num_steps = NUM_STEPS if max_steps is None else max_steps
-    console.rule(f"PPO on one proxy, {PROXIES[0]}")
+    console.rule("PPO on two proxies, with tuned weights")
     with console.status(f"Training for {num_steps} steps"):
-        plain = _train(
-            output_dir / "ppo", num_steps, method="ppo", kl_coef=1e-6, reward_weights=[1.0, 0.0], dashboard=False
-        )
+        plain = _train(output_dir / "ppo", num_steps, method="ppo", dashboard=False, **TUNED)
     course = _measured(plain, "PPO")
     peak = max(course, key=lambda point: point.gold)
     console.rule("Constrained PPO, the proxies held where the gold metric was highest")
     constraints = [{"reward": name, "threshold": value} for name, value in zip(PROXIES, peak.proxies, strict=True)]
     with console.status(f"Training for {num_steps} steps"):
         constrained = _train(output_dir / "xi", num_steps, method="xi", constraints=constraints)
+    held = _measured(constrained, "xi")
     points = [
         _renamed(course[0], "base model"),
-        _renamed(peak, "PPO, gold at its highest"),
-        _renamed(course[-1], "PPO at its end"),
-        _renamed(_measured(constrained, "xi")[-1], "constrained PPO (xi) at its end"),
+        _renamed(peak, "tuned PPO, gold at its highest"),
+        _renamed(course[-1], "tuned PPO at its end"),
+        _renamed(held[-1], "constrained PPO (xi) at its end"),
     ]
     console.print(comparison_table(points))
     (output_dir / "results.json").write_text(json.dumps([vars(point) for point in points], indent=1))
-    picture = output_dir / "xi" / "dashboard.png"
-    console.print(f"Dashboard: {picture}. {time.monotonic() - start:.0f} seconds.", soft_wrap=True)
+    picture = output_dir / "overoptimization.png"
+    draw_courses(course, held, peak.proxies, picture)
+    console.print(
+        f"Picture: {picture}. Dashboard: {output_dir / 'xi' / 'dashboard.png'}. "
+        f"{time.monotonic() - start:.0f} seconds.", soft_wrap=True,
+    )  # fmt: skip
     return points
 
 
@@ -123,7 +130,7 @@ def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedPPOTrai
             output_dir=str(folder),
             max_steps=num_steps,
             logging_steps=max(1, num_steps // 16),
-            eval_steps=max(1, num_steps // 8),
+            eval_steps=max(1, num_steps // 16),
             **SETTINGS,
             **settings,
         ),
@@ -172,3 +179,43 @@ def comparison_table(points: Sequence[Point]) -> Table:
             f"{point.divergence:.1f}",
         )  # fmt: skip
     return table
+
+
+def draw_courses(
+    tuned: Sequence[Point], constrained: Sequence[Point], thresholds: Sequence[float], path: str | Path
+) -> None:
+    """
+    Draws both runs: the gold metric on the left, and on the right the proxies as multiples of their thresholds.
+
+    Args:
+        tuned (`Sequence[Point]`):
+            Evaluations of PPO with tuned weights.
+        constrained (`Sequence[Point]`):
+            Evaluations of constrained PPO.
+        thresholds (`Sequence[float]`):
+            Threshold of each proxy, positive.
+        path (`str` or `Path`):
+            Picture.
+    """
+    from ..core.figures import COLORS, new_axes, save_figure
+
+    figure, (gold, proxies) = new_axes(1, 2, width=5.4, height=4.2)
+    runs = (("PPO, tuned weights", tuned, COLORS[1], "--", "s"), ("constrained PPO", constrained, COLORS[0], "-", "o"))
+    for name, points, color, line, marker in runs:
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5}
+        steps = [point.step for point in points]
+        gold.plot(steps, [point.gold for point in points], linewidth=2.4, label=name, **style)
+        for index, (proxy, threshold) in enumerate(zip(PROXIES, thresholds, strict=True)):
+            multiples = [point.proxies[index] / max(threshold, 1e-8) for point in points]
+            label = f"{name}: {proxy.replace('_', ' ')}"
+            faces = {"markerfacecolor": "white" if index else color}
+            proxies.plot(steps, multiples, linewidth=1.0 if index else 2.4, label=label, **style, **faces)
+    proxies.axhline(1.0, color="black", linewidth=1.0, linestyle=":", label="threshold")
+    gold.set_ylim(bottom=0.0)
+    proxies.set_ylim(bottom=0.0)
+    gold.set_title("What matters: the gold metric", loc="left", fontsize=11)
+    proxies.set_title("What is rewarded: proxies, in units of their thresholds", loc="left", fontsize=11)
+    for axes in (gold, proxies):
+        axes.set_xlabel("update")
+        axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,92 @@
+"""The long comparison on the playground: equal tuning, what its table says, and one measurement by hand."""
+
+import pytest
+
+from recipes.experiments.constrained_ppo_playground import long_run, long_run_report
+from recipes.experiments.constrained_ppo_playground.arms import ARMS, NUM_TRIALS, Arm
+from recipes.experiments.constrained_ppo_playground.long_run import GoldCurve, LongRunArguments, chosen_trial
+from recipes.experiments.method_comparison import Task
+from tests.helpers.tiny import save_tiny_model, tiny_pairs
+
+
+def good(completions, **columns):
+    return [float(text.split().count("good")) for text in completions]
+
+
+def config(folder, **settings):
+    path = "recipes/experiments/constrained_ppo_playground/long_run.yaml"
+    arguments = ["--config", path, "--output_dir", str(folder)]
+    for name, value in settings.items():
+        arguments += [f"--{name}", str(value)]
+    return long_run.make_parser().parse_args_and_config(arguments)[0]
+
+
+def test_every_method_has_as_many_trials_and_a_valid_configuration(tmp_path):
+    base = config(tmp_path)
+    for name, arm in ARMS.items():
+        assert len(arm.trials) == (1 if name == "ppo, equal weights" else NUM_TRIALS)
+        for trial in arm.trials:
+            args = long_run.configured(arm.config, base, 3, trial, group_size=8)
+            assert (args.seed, args.max_steps, args.learning_rate) == (3, 128, 0.8)
+            has_group = name in ("GRPO", "GDPO", "constrained GRPO")
+            assert args.num_generations == (8 if has_group else 1)
+    with pytest.raises(ValueError, match="`trials` must be 4, or 1"):
+        Arm(object, object, ({}, {}))
+
+
+def test_the_trial_is_chosen_on_validation_prompts_of_the_tuning_seed():
+    def result(seed, trial, validation, test):
+        points = [{"step": step, "validation/gold": validation, "test/gold": test} for step in (0, 16)]
+        return {"name": "xi", "seed": seed, "trial": trial, "curve": points}
+
+    results = [result(100, 0, 0.5, 0.9), result(100, 1, 0.6, 0.1), result(0, 2, 0.9, 0.9)]
+    assert chosen_trial(results, "xi", 100) == 1
+    assert chosen_trial(results, "mu", 100) == 0
+    arguments = LongRunArguments(num_trials=2)
+    assert long_run.trials_of("xi", arguments) == [("xi", 100, 0), ("xi", 100, 1)]
+    assert long_run.trials_of("ppo, equal weights", arguments) == []
+
+
+def run(name, seed, gold):
+    steps = (0, 32, 64, 96, 128)
+    points = [
+        {
+            "step": step, "test/gold": value, "validation/gold": value, "test/positive_word_share": 0.2,
+            "test/reference_similarity": 0.8, "test/kl": 10.0,
+        }
+        for step, value in zip(steps, gold, strict=True)
+    ]  # fmt: skip
+    return {"name": name, "seed": seed, "trial": 0, "settings": {}, "curve": points, "cpu_seconds": 20.0}
+
+
+def test_report(tmp_path):
+    """Tuned weights fall to nothing after update 64; what was kept of them does not."""
+    results = [run("xi", 0, [0.5, 0.6, 0.7, 0.8, 0.6]), run("xi", 1, [0.5, 0.8, 0.7, 0.7, 0.8])]
+    results += [run(long_run_report.TUNED, seed, [0.5, 0.8, 0.75, 0.0, 0.0]) for seed in (0, 1)]
+    text = long_run_report.write_report(results, [run("xi", 100, [0.5] * 5)], lambda name: 0, tmp_path)
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| xi | 0.700 ± 0.100 | 0.700 ± 0.100 | 0.717 ± 0.017 | 0.600 |" in text
+    assert f"| {long_run_report.TUNED} | 0.800 ± 0.000 | 0.000 ± 0.000 | 0.250 ± 0.000 | 0.000 |" in text
+    assert (
+        "| 0.800 ± 0.000 | 0.800 ± 0.000 | 0.800 ± 0.000 | 0.800 |"
+        in lines[f"{long_run_report.TUNED}, best policy kept"]
+    )
+    assert (tmp_path / "long_run.png").stat().st_size > 1000
+
+
+def test_both_splits_are_measured_on_the_policy_as_it_is(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    data = tiny_pairs(8)
+    task = Task(model, data, data.select(range(3)), data.select(range(3, 8)), (good,), lambda completions, **_: [
+        float(len(text)) for text in completions
+    ])  # fmt: skip
+    curve = GoldCurve(task, every=2, length=4)
+    for step in (0, 1, 2):
+        curve.measure(curve.reference, step) if step == 0 else curve.on_step_end(
+            None, type("State", (), {"global_step": step}), None, model=curve.reference
+        )
+    assert [point["step"] for point in curve.points] == [0, 2]
+    assert set(curve.points[0]) == {
+        "step", *(f"{split}/{name}" for split in ("validation", "test") for name in ("gold", "kl", "good"))
+    }  # fmt: skip
+    assert curve.points[0]["test/kl"] == pytest.approx(0.0, abs=1e-6)
