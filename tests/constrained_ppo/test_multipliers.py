@@ -198,6 +198,17 @@ def test_filter_by_hand():
     assert float(multipliers.update([1.0], [0.2])[0]) == pytest.approx((1.0 - gain) / 2)
     assert multipliers.state_dict()["filtered_variances"] == [pytest.approx((1 - gain) * 0.17)]
     assert float(multipliers.update([1.0], [0.0])[0]) == pytest.approx(0.0)  # exact: the gain is 1
+    # Ten standard deviations are no noise: the variance of the walk is what the noise leaves of the step
+    gain = (100.0 - 0.04) / 100.0
+    assert float(multipliers.update([-9.0], [0.2])[0]) == pytest.approx(10 * gain / 2)
+
+
+def test_a_policy_that_runs_away_is_followed_at_once():
+    """A mean that moves by a spread an update, eight standard errors: the weight turns with it."""
+    multipliers = new_default([Constraint("x", 1.0)])
+    for mean in (0.0, 0.0, 0.0, 1.0, 2.0):
+        weight = float(multipliers.update([mean], [0.125])[0])
+    assert weight < -2.5  # the proportional term alone would be -3
 
 
 def test_noise_of_a_batch_is_no_full_swing_of_a_weight():

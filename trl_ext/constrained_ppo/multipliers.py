@@ -21,6 +21,8 @@ from .constraints import Constraint, check_constraints, constraint_keys
 Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
 # A weight within this share of its squashing's range of a bound counts as saturated: the squashing is flat there
 _NEAR_BOUND = 0.02
+# Standard deviations of a rollout's mean from the filter's prediction beyond which the filter does not hold it for noise
+_SURPRISE = 3.0
 # Rounding of a multiplier that is clamped to its maximum, relative
 _ROUNDING = 1e-9
 SQUASHES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -54,7 +56,8 @@ class LagrangeMultipliers:
 
     Violations are in units of [`set_spreads`], so that one set of gains fits rewards of every scale. With `drift`, the
     noise of a batch is kept from the weights: violation' is that of a scalar Kalman filter of the mean, a random walk
-    of step `drift` spreads that is observed with the batch's standard error. The integral takes the mean as observed:
+    of step `drift` spreads that is observed with the batch's standard error; a mean three standard deviations from the
+    prediction is taken for a faster walk and followed at once. The integral takes the mean as observed:
     it averages noise by itself. With `anti_windup`, a multiplier does not move on where its weight is at a bound that
     the step pushes against, so that it acts again as soon as the violation turns.
 
@@ -265,8 +268,12 @@ class LagrangeMultipliers:
         noise = torch.as_tensor(standard_errors, dtype=torch.float64).square()
         predicted = self._filtered_variances + (self.drift * self._spreads).square()
         is_first = self._filtered_variances < 0
+        innovation = means - self._filtered_means
+        # A policy that moves faster than `drift` shows by what noise does not explain: it is then as fast as it looks
+        surprising = innovation.square() > _SURPRISE**2 * (predicted + noise)
+        predicted = torch.where(surprising, innovation.square() - noise, predicted)
         gain = torch.where(is_first, 1.0, predicted / (predicted + noise))
-        self._filtered_means = self._filtered_means + gain * (means - self._filtered_means)
+        self._filtered_means = self._filtered_means + gain * innovation
         self._filtered_variances = torch.where(is_first, noise, (1 - gain) * predicted)
         return self._filtered_means
 
