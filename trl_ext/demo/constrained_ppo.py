@@ -202,13 +202,13 @@ def draw_courses(
     figure, (gold, proxies) = new_axes(1, 2, width=5.4, height=4.2)
     runs = (("PPO, tuned weights", tuned, COLORS[1], "--", "s"), ("constrained PPO", constrained, COLORS[0], "-", "o"))
     for name, points, color, line, marker in runs:
-        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5}
+        style: dict[str, Any] = {"color": color, "linestyle": line, "marker": marker, "markersize": 5}
         steps = [point.step for point in points]
         gold.plot(steps, [point.gold for point in points], linewidth=2.4, label=name, **style)
         for index, (proxy, threshold) in enumerate(zip(PROXIES, thresholds, strict=True)):
             multiples = [point.proxies[index] / max(threshold, 1e-8) for point in points]
             label = f"{name}: {proxy.replace('_', ' ')}"
-            faces = {"markerfacecolor": "white" if index else color}
+            faces: dict[str, Any] = {"markerfacecolor": "white" if index else color}
             proxies.plot(steps, multiples, linewidth=1.0 if index else 2.4, label=label, **style, **faces)
     proxies.axhline(1.0, color="black", linewidth=1.0, linestyle=":", label="threshold")
     gold.set_ylim(bottom=0.0)

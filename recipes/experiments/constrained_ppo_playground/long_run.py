@@ -101,7 +101,8 @@ class GoldCurve(TrainerCallback):
         scores = {"gold": drawn.rewards, "kl": drawn.divergences}
         for reward in self.task.rewards:
             scores[reward.__name__] = reward(drawn.completions, chosen=columns["chosen"])
-        point, start = {"step": step}, 0
+        point: dict[str, float] = {"step": step}
+        start = 0
         for split, data in splits.items():
             own = slice(start, start + len(data))
             point |= {f"{split}/{name}": float(np.mean(values[own])) for name, values in scores.items()}

@@ -98,7 +98,11 @@ def draw(results: Results, path: Path) -> None:
             curves = [result["curve"] for result in results if result["name"] == name]
             steps = [point["step"] for point in curves[0]]
             values = np.array([[point["test/gold"] for point in curve] for curve in curves])
-            style = {"color": COLORS[position], "marker": MARKERS[position], "linestyle": LINES[position]}
+            style: dict[str, Any] = {
+                "color": COLORS[position],
+                "marker": MARKERS[position],
+                "linestyle": LINES[position],
+            }
             axes.plot(steps, values.mean(axis=0), label=name, linewidth=2.0, markersize=5, **style)
             axes.plot(steps, values.min(axis=0), linewidth=0.7, alpha=0.7, **{**style, "marker": None})
         axes.set_xlabel("update")

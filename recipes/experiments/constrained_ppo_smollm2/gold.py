@@ -24,7 +24,7 @@ def mean_surprisals(base_log_probs: torch.Tensor, mask: torch.Tensor) -> list[fl
     return (-(base_log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).tolist()
 
 
-def fluency(surprisals: Sequence[float], usual: float, spread: float) -> np.ndarray:
+def fluency(surprisals: Sequence[float] | np.ndarray, usual: float, spread: float) -> np.ndarray:
     """How ordinary texts of these surprisals are, in `(0, 1]`: 1 within `spread` of the `usual` one."""
     distances = np.abs(np.asarray(surprisals, dtype=np.float64) - usual)
     return np.exp(-np.maximum(0.0, distances - spread))
@@ -40,7 +40,11 @@ def distinct_pairs(completions: Sequence[str]) -> np.ndarray:
 
 
 def gold(
-    positive: Sequence[float], surprisals: Sequence[float], completions: Sequence[str], usual: float, spread: float
+    positive: Sequence[float] | np.ndarray,
+    surprisals: Sequence[float] | np.ndarray,
+    completions: Sequence[str],
+    usual: float,
+    spread: float,
 ) -> np.ndarray:
     """The gold metric of each completion, in `[0, 1]`."""
     ordinary = fluency(surprisals, usual, spread) * distinct_pairs(completions)

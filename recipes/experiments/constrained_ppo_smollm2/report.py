@@ -78,7 +78,7 @@ def draw(results: Results, path: Path) -> None:
     figure, (by_divergence, by_step) = new_axes(1, 2, width=5.6, height=4.2)
     for position, arm in enumerate(dict.fromkeys(result["arm"] for result in results)):
         runs = [measured(result, usual, spread) for result in results if result["arm"] == arm]
-        style = {"color": COLORS[position], "linestyle": LINES[position], "marker": MARKERS[position]}
+        style: dict[str, Any] = {"color": COLORS[position], "linestyle": LINES[position], "marker": MARKERS[position]}
         for number, run in enumerate(runs):
             label = {"label": arm} if number == 0 else {}
             by_divergence.plot(run["kl"], run["gold"], linewidth=1.0, markersize=4, **style, **label)

@@ -71,8 +71,8 @@ class SmolArguments:
     lora_layers: int = field(default=10, metadata={"help": "How many of the last layers have one; 0 for all."})
 
 
-class Observed:
-    """Keeps what the loss was computed on: text and surprisal of every completion. Comes before a trainer."""
+class ObservedGRPOTrainer(GRPOTrainer):
+    """TRL's trainer, which keeps what the loss was computed on: text and surprisal of every completion."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "observed"):
@@ -88,11 +88,7 @@ class Observed:
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class ObservedGRPOTrainer(Observed, GRPOTrainer):
-    """TRL's trainer, observed."""
-
-
-class ObservedConstrainedGRPOTrainer(Observed, ConstrainedGRPOTrainer):
+class ObservedConstrainedGRPOTrainer(ObservedGRPOTrainer, ConstrainedGRPOTrainer):
     """The trainer with constraints, observed."""
 
 
