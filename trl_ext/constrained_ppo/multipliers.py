@@ -21,7 +21,7 @@ from .constraints import Constraint, check_constraints, constraint_keys
 Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
 # A weight within this share of its squashing's range of a bound counts as saturated: the squashing is flat there
 _NEAR_BOUND = 0.02
-# Standard deviations of a rollout's mean from the filter's prediction beyond which the filter does not hold it for noise
+# Standard deviations between a mean and the prediction of it beyond which the filter does not hold them for noise
 _SURPRISE = 3.0
 # Rounding of a multiplier that is clamped to its maximum, relative
 _ROUNDING = 1e-9
