@@ -106,7 +106,7 @@ def draw(results: Results, path: Path) -> None:
             axes.plot(steps, values.mean(axis=0), label=name, linewidth=2.0, markersize=5, **style)
             axes.plot(steps, values.min(axis=0), linewidth=0.7, alpha=0.7, **{**style, "marker": None})
         axes.set_xlabel("update")
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     panels[0].set_ylabel("gold on test prompts (thin: the worst seed)")
     save_figure(figure, path)
 
