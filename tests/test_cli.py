@@ -42,7 +42,7 @@ def test_misspelt_keys_name_themselves_and_the_closest(tmp_path):
     [
         ({"learning_rate": "fast"}, [], "learning_rate: 'fast'.*float"),
         ({"max_steps": True}, [], "max_steps: True.*int"),
-        ({"mask_type": "dense"}, [], "mask_type: 'dense'.*one of"),
+        ({"mask_init": "dense"}, [], "mask_init: 'dense'.*one of"),
         ({"env": "A=1"}, [], "`env`"),
         ({"beta": [0.1, 0.2]}, [], r"beta: \[0.1, 0.2\].*float"),
         ({"max_steps": 2.5}, [], "max_steps: 2.5.*int"),
@@ -54,7 +54,7 @@ def test_misspelt_keys_name_themselves_and_the_closest(tmp_path):
         ({"datasets": [{"data_files": "x"}]}, [], r"datasets.*lacks \['path'\]"),
         ({}, ["--max_steps", "many"], "max_steps.*many"),
         ({}, ["recipe.yaml"], "recipe.yaml"),
-        ({}, ["--mask_type", "dense"], "mask_type.*dense"),
+        ({}, ["--mask_init", "dense"], "mask_init.*dense"),
     ],
 )
 def test_wrong_values(settings, arguments, message, tmp_path):

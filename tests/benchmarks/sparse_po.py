@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from tests.benchmarks.peak_memory import PeakMemory
 from trl_ext import SparsePOConfig, SparsePOTrainer, sparse_po_loss
+from trl_ext.playground import preference_dataset
 
 
 VARIANTS = {
@@ -55,7 +55,7 @@ def make_batch(num_pairs: int, length: int, vocab_size: int, device: torch.devic
 
 
 def make_trainer(folder: Path, settings: dict | None, output: Path, bf16: bool):
-    data = Dataset.from_list([{"prompt": "i", "chosen": " was good .", "rejected": " was bad ."}])
+    data = preference_dataset(1)
     common = {
         "output_dir": str(output), "use_cpu": not torch.cuda.is_available(), "bf16": bf16, "report_to": "none",
         "gradient_checkpointing": False, "max_length": None, "disable_tqdm": True,

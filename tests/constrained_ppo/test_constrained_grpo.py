@@ -1,5 +1,6 @@
 """Constrained PPO without a critic, and GRPO, which it is without constraints."""
 
+import itertools
 import json
 from dataclasses import MISSING, fields
 
@@ -102,22 +103,19 @@ def test_advantages_of_groups(scale, aggregation, tmp_path, path):
     torch.testing.assert_close(reward_advantages(rewards, weights, 4, scale, aggregation), expected)
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, path):
-    """A trainer of three rewards, of which one does not apply to every completion."""
-    return make(tmp_path_factory.mktemp("plain"), path, rewards=[low_ids, length, sometimes], beta=0.1)
-
-
-@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_reward_advantages_are_trls(scale, aggregation, plain):
-    plain.scale_rewards, plain.multi_objective_aggregation = scale, aggregation
+def test_reward_advantages_are_trls(tmp_path, path):
+    """Of three rewards, of which one does not apply to every completion."""
+    plain = make(tmp_path, path, rewards=[low_ids, length, sometimes], beta=0.1)
     plain.reward_weights = torch.tensor([1.0, 0.5, 2.0])
-    batch = rollout(plain)
-    rewards = plain.rollout.rewards
-    assert rewards.isnan().sum() == 3
-    found = reward_advantages(rewards, plain.reward_weights, 4, scale, aggregation)
-    torch.testing.assert_close(found, batch["advantages"])
+    for scale, aggregation in itertools.product(
+        ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
+    ):
+        plain.scale_rewards, plain.multi_objective_aggregation = scale, aggregation
+        batch = rollout(plain)
+        rewards = plain.rollout.rewards
+        assert rewards.isnan().sum() == 3
+        found = reward_advantages(rewards, plain.reward_weights, 4, scale, aggregation)
+        torch.testing.assert_close(found, batch["advantages"], msg=lambda text: f"{scale}, {aggregation}: {text}")  # noqa: B023
 
 
 def test_a_completion_without_any_reward_has_no_advantage():
