@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import trl_ext
-from tests.helpers.launching import free_port, launch, once, rank_environments
+from tests.helpers.launching import deepspeed_environment, free_port, launch, once, rank_environments
 
 
 pytestmark = pytest.mark.distributed
@@ -141,12 +141,18 @@ def trained_alone(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_accelerate_launch_and_trainer(stage, trained_alone, tmp_path):
-    launcher = [
-        "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"cpu_zero{max(stage, 2)}.yaml"),
-        "--zero_stage", str(stage), "--main_process_port", free_port(),
-    ]  # fmt: skip
     script = [str(FOLDER / "train_optimizer.py"), "--output", str(tmp_path), "--batch_size", "2"]
-    facts = run([*launcher, *script], tmp_path)
+    if stage == 2:  # The real command
+        launcher = [
+            "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_zero2.yaml"),
+            "--main_process_port", free_port(),
+        ]  # fmt: skip
+        facts = run([*launcher, *script], tmp_path)
+    else:
+        config = f"cpu_zero{max(stage, 2)}.yaml"
+        environment = deepspeed_environment(config, script[0], "--zero_stage", str(stage))
+        launch(script, [{**environment, **rank} for rank in rank_environments(2)])
+        facts = json.loads((tmp_path / "found.json").read_text())
     assert facts["world_size"] == 2 and facts["zero_stage"] == stage
     assert facts["chain"] == ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", ZERO[f"zero{stage}"], "AdamP"]
     assert facts["layer_share"] == {"q_proj": 1.0, "k_proj": 1.0}
