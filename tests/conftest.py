@@ -33,6 +33,7 @@ SLOW = (
     "constrained_ppo/test_proxy_points.py",
     "constrained_ppo/test_resume.py",
     "constrained_ppo/test_sweep.py",
+    "constrained_ppo/test_threshold_search_training.py",
     "constrained_ppo/test_training_control.py",
     "constrained_ppo/test_updates.py",
     "contract/test_parents.py",
