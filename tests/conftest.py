@@ -49,7 +49,7 @@ SLOW = (
     "optim/test_deepspeed_cases.py",
     "optim/test_install.py",
     "optim/test_kernels.py",
-    "optim/test_library.py",
+    "optim/test_compilation.py",
     "optim/test_memory.py",
     "optim/test_official.py",
     "optim/test_trl_scripts.py",

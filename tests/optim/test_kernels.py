@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.optim import copy_of, local_of
 from trl_ext.optim import AdamP
-from trl_ext.optim.kernels import cpu, library
+from trl_ext.optim.kernels import compilation, cpu
 from trl_ext.optim.shards import Shard
 from trl_ext.optim.weights import LocalTensor, Weight
 
@@ -30,7 +30,7 @@ def updated(local, by_rows, compiled):
 
 @pytest.fixture(autouse=True)
 def _needs_a_compiler():
-    if library.compiled_library() is None:
+    if compilation.compiled_library() is None:
         pytest.skip("no C compiler")
 
 
@@ -75,7 +75,7 @@ def test_the_short_way_rounds_as_the_long_one(shape, options):
         part[cpu.EXPECTED] = expected
         parts, hits = torch.tensor([part]), torch.zeros(1, 2)
         options_here, coefficients = cpu.options_of(table.group, table.step), torch.zeros(shape[0])
-        found = library.compiled_library().adamp_update_weights(
+        found = compilation.compiled_library().adamp_update_weights(
             cpu._at(parts, 0), *map(ctypes.c_int64, (0, 1)), ctypes.byref(options_here), ctypes.c_int64(1),
             cpu._at(coefficients, 0), ctypes.c_int64(len(coefficients)), cpu._at(hits, 0),
         )  # fmt: skip
@@ -134,8 +134,8 @@ def test_sums_are_exact_enough():
 def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library._build.cache_clear()
-    library.compiled_library.cache_clear()
+    compilation._build.cache_clear()
+    compilation.compiled_library.cache_clear()
     try:
         for fused in (None, True):
             weight = torch.nn.Parameter(torch.ones(4, 3))
@@ -145,8 +145,8 @@ def test_without_a_compiler_torch_does_it(compiler, monkeypatch, tmp_path, recwa
             warned = [str(warning.message) for warning in recwarn if "torch's own" in str(warning.message)]
             assert len(warned) == (fused is True)
     finally:
-        library._build.cache_clear()
-        library.compiled_library.cache_clear()
+        compilation._build.cache_clear()
+        compilation.compiled_library.cache_clear()
 
 
 def test_triton_kernels_in_the_interpreter():

@@ -159,7 +159,7 @@ def test_the_kernels_refuse_what_does_not_fit():
 
     from tests.helpers.optim import copy_of, local_of
     from trl_ext.optim.kernels import cpu
-    from trl_ext.optim.kernels.library import compiled_library
+    from trl_ext.optim.kernels.compilation import compiled_library
 
     kernels = compiled_library()
     if kernels is None:

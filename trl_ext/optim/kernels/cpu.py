@@ -29,7 +29,7 @@ from ..weights import (
     local_tensor,
     shared_scratch,
 )
-from .library import compiled_library
+from .compilation import compiled_library
 
 
 # As adamp.c numbers them
@@ -214,11 +214,10 @@ class Plan:
             ))  # fmt: skip
 
         _run([functools.partial(share, number, *ends) for number, ends in enumerate(pieces)])
-        # Autograd is told, as by torch's own operations
-        increment_version(self.watch.stepped_memory())
 
     def apply(self) -> None:
-        """Nothing is left to do."""
+        """Tells autograd what has changed, as torch's own operations do."""
+        increment_version(self.watch.stepped_memory())
 
     def _shares(self) -> list[tuple[int, int]]:
         """Weights of about the same size together for each of torch's threads."""

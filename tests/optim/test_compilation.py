@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from trl_ext.optim.kernels import library
+from trl_ext.optim.kernels import compilation
 
 
 @pytest.fixture
 def built(monkeypatch, tmp_path):
     """Builds in a folder of its own, by a compiler that only copies what the real one made once."""
-    if library.compiled_library() is None:
+    if compilation.compiled_library() is None:
         pytest.skip("no C compiler")
     made = tmp_path / "made.so"
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -32,14 +32,14 @@ def built(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def build():
-        library._build.cache_clear()
-        loaded = library._build()
+        compilation._build.cache_clear()
+        loaded = compilation._build()
         assert not isinstance(loaded, str), loaded
         assert loaded.adamp_step and loaded.adamp_update_weights
         return len(calls.read_text()), tmp_path / "cache" / "trl_ext" / "kernels"
 
     yield build
-    library._build.cache_clear()
+    compilation._build.cache_clear()
 
 
 def test_only_what_was_written_is_loaded(built, caplog):
@@ -77,10 +77,10 @@ def test_files_of_others_are_not_loaded(built, caplog):
 
 def test_the_reason_for_torchs_kernels_is_said(monkeypatch, caplog):
     monkeypatch.setenv("CC", "/nonexistent/cc")
-    library._build.cache_clear()
+    compilation._build.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert "/nonexistent/cc" in library._build()
+            assert "/nonexistent/cc" in compilation._build()
     finally:
-        library._build.cache_clear()
+        compilation._build.cache_clear()
     assert "torch's own kernels, since" in caplog.text
