@@ -36,15 +36,19 @@ def folder(tmp_path_factory):
 def test_sparse_po_training_step(folder, tmp_path):
     args = SparsePOConfig(str(tmp_path), per_device_train_batch_size=2, max_steps=1, **COMMON)
     trainer = SparsePOTrainer(folder, args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer())
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.current_gradient_accumulation_steps = 1
-    found = walk(lambda: trainer.training_step(trainer.model, batch, None))
+    found = walk_of_a_step(trainer)
     assert 0 < len(found.files) <= 6, found
 
 
 def low_ids(completion_ids, **_):
     return [sum(token < 20 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def walk_of_a_step(trainer):
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.current_gradient_accumulation_steps = 1
+    return walk(lambda: trainer.training_step(trainer.model, batch, None))
 
 
 def test_constrained_ppo_rollout_and_loss(folder, tmp_path):
@@ -55,10 +59,7 @@ def test_constrained_ppo_rollout_and_loss(folder, tmp_path):
     trainer = ConstrainedPPOTrainer(
         folder, low_ids, args, Dataset.from_dict({"prompt": WORDS[3:11]}), processing_class=tiny_tokenizer()
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.current_gradient_accumulation_steps = 1
-    found = walk(lambda: trainer.training_step(trainer.model, batch, None))
+    found = walk_of_a_step(trainer)
     assert 0 < len(found.files) <= 6, found
 
 
@@ -70,10 +71,7 @@ def test_constrained_grpo_rollout_and_loss(folder, tmp_path):
     trainer = ConstrainedGRPOTrainer(
         folder, low_ids, args, Dataset.from_dict({"prompt": WORDS[3:11]}), processing_class=tiny_tokenizer()
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.current_gradient_accumulation_steps = 1
-    found = walk(lambda: trainer.training_step(trainer.model, batch, None))
+    found = walk_of_a_step(trainer)
     assert 0 < len(found.files) <= 9, found
 
 
