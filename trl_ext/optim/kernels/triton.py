@@ -18,7 +18,7 @@ STEP, LR, GROUP, LEVEL = (tl.constexpr(column) for column in range(4, 8))
 FIRST_CHUNK, NUM_CHUNKS, NUM_HEAD, NUM_TAIL = (tl.constexpr(column) for column in range(8, 12))
 NUM_PARTS, ROW_SIZE, NUM_ROWS, ROW_VALUES = (tl.constexpr(column) for column in range(12, 16))
 SUMS, NUM_CUT, HEAD_CUT, TAIL_CUT = (tl.constexpr(column) for column in range(16, 20))
-NUMEL, COUNTS, WIDTH = (tl.constexpr(column) for column in range(20, 23))
+NUMEL, COUNTS, WIDTH, SEED = (tl.constexpr(column) for column in range(20, 24))
 NUM_COLUMNS = tl.constexpr(24)
 # Of the group_options of a group
 NUM_OPTIONS = tl.constexpr(16)
@@ -49,16 +49,31 @@ def _options(item, group_options, num_ahead, ADAM: tl.constexpr):
     beta1, rest1, beta2, rest2 = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     eps, sign, nesterov = tl.load(row + 7), tl.load(row + 9), tl.load(row + 10) != 0
     inverse1, inverse_root2 = tl.full((), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
+    rounds, seed = tl.load(row + 14) != 0, tl.load(item + SEED)
     if ADAM:
         count = tl.load(tl.load(item + STEP).to(tl.pointer_type(tl.float32))) + num_ahead
         inverse1 = 1 / _minus_expm1(count * tl.load(row + 11))
         inverse_root2 = 1 / tl.sqrt(_minus_expm1(count * tl.load(row + 12)))
-    return lr, decay, ratio, beta1, rest1, beta2, rest2, eps, sign, nesterov, inverse1, inverse_root2
+        # New at each step; a count in float32 is exact where two of them differ
+        seed += count.to(tl.int64) << 32
+    return lr, decay, ratio, beta1, rest1, beta2, rest2, eps, sign, nesterov, inverse1, inverse_root2, rounds, seed
+
+
+@triton.jit
+def _store_weight(to, value, place, mask, settings, W: tl.constexpr):
+    """Stores a tile, rounded to the nearest or at random; `place` in the item numbers the random numbers."""
+    if W == tl.bfloat16:  # noqa: SIM102, SIM300
+        if settings[12]:
+            # bfloat16 is the upper half of float32: a number added to the lower half carries over with the right odds
+            bits = value.to(tl.uint32, bitcast=True) + (tl.randint(settings[13], place.to(tl.uint32)) & 0xFFFF)
+            rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+            value = tl.where(tl.abs(value) < float("inf"), rounded, value)
+    tl.store(to, value.to(W), mask=mask)
 
 
 @triton.jit
 def _update(g, first, second, settings, ADAM: tl.constexpr):
-    _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2 = settings
+    _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2, _, _ = settings
     if ADAM:
         momentum = tl.where(nesterov, beta1 * first + rest1 * g, first)
         found = momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
@@ -68,10 +83,10 @@ def _update(g, first, second, settings, ADAM: tl.constexpr):
 
 
 @triton.jit
-def _advance(at, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr):
+def _advance(at, start, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr):
     """Updates the moments of a tile, and weights where it `moves`. Returns old weight, gradient and update."""
     weight, grad, exp_avg, exp_avg_sq = at
-    lr, decay, _, beta1, rest1, beta2, rest2, _, sign, _, _, _ = settings
+    lr, decay, _, beta1, rest1, beta2, rest2, _, sign, _, _, _, _, _ = settings
     w = tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
     g = sign * tl.load(grad + place, mask=valid, other=0.0).to(tl.float32)
     first = tl.load(exp_avg + place, mask=valid, other=0.0).to(tl.float32)
@@ -86,7 +101,7 @@ def _advance(at, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr
         tl.store(exp_avg_sq + place, second, mask=valid)
         second = second.to(tl.float32)
     u = tl.where(valid, _update(g, first, second, settings, ADAM), 0.0)
-    tl.store(weight + place, (w - (decay * w + lr * u)).to(W), mask=moves)
+    _store_weight(weight + place, w - (decay * w + lr * u), start + place, moves, settings, W)
     return w, g, u
 
 
@@ -146,7 +161,7 @@ def _measure_rows(
         for column in range(0, row_size, BLOCK):
             columns = column + tl.arange(0, BLOCK)
             place = row * row_size + columns
-            w, g, u = _advance(at, place, columns < row_size, columns < limit, settings, W, M, ADAM)
+            w, g, u = _advance(at, start, place, columns < row_size, columns < limit, settings, W, M, ADAM)
             gw += g * w
             gg += g * g
             ww += w * w
@@ -180,7 +195,7 @@ def _measure_narrow_rows(
         rows = first_row + tl.arange(0, HEIGHT)
         is_row = rows < num_rows
         valid, moves = is_row[:, None] & (columns < row_size), is_row[:, None] & (columns < limit)
-        w, g, u = _advance(at, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM)
+        w, g, u = _advance(at, start, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM)
         gw, gg = tl.sum(g * w, axis=1), tl.sum(g * g, axis=1)
         ww, uw = tl.sum(w * w, axis=1), tl.sum(u * w, axis=1)
         total_gw += gw
@@ -207,10 +222,10 @@ def _store_sums(out, found):
 
 
 @triton.jit
-def _waits(item, was_projected, decay):
-    """Whether the first kernel leaves a weight for the last one: it can't be had back from a decay by half."""
+def _waits(item, was_projected, decay, rounds):
+    """Whether the first kernel leaves a weight for the last: a decay by half or random rounding can't be undone."""
     level = tl.load(item + LEVEL)
-    return (level > TEST) | ((level == TEST) & ((was_projected != 0) | (decay > 0.5)))
+    return (level > TEST) | ((level == TEST) & ((was_projected != 0) | (decay > 0.5) | rounds))
 
 
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
@@ -230,7 +245,7 @@ def measure_kernel(
             is_whole, at = (place & 1) != 0, _pointers(item, W, G, M)
             settings = _options(item, group_options, 1, ADAM)
             delta = tl.load(group_options + tl.load(item + GROUP) * NUM_OPTIONS + 8)
-            at_once = _waits(item, tl.load(was_projected + index), settings[1]) == 0
+            at_once = _waits(item, tl.load(was_projected + index), settings[1], settings[12]) == 0
             row_size = tl.where(is_whole, tl.load(item + ROW_SIZE), size).to(tl.int32)
             num_rows = size // row_size
             width = tl.where(is_whole, tl.load(item + WIDTH), 0)
@@ -355,7 +370,7 @@ def _failing_cut_rows(item, row_values, totals, delta, eps, BLOCK: tl.constexpr)
 
 @triton.jit
 def _decide_item(
-    item, index, found, decay, delta, eps, was_projected, modes, layer_values, row_values, totals, counts,
+    item, index, found, decay, rounds, delta, eps, was_projected, modes, layer_values, row_values, totals, counts,
     is_anything_left, BLOCK: tl.constexpr,
 ):  # fmt: skip
     gw, gg, ww, uw, failing = found
@@ -365,7 +380,7 @@ def _decide_item(
     passing = _passes(gw, gg, ww, tl.load(item + NUMEL), delta, eps)
     is_layer = (level == LAYER) | ((level == TEST) & (failing != 0) & passing)
     mode = tl.where(is_channel, AT_CHANNEL, tl.where(is_layer, AT_LAYER, 0))
-    waits = _waits(item, tl.load(was_projected + index), decay)
+    waits = _waits(item, tl.load(was_projected + index), decay, rounds)
     tl.store(modes + index, mode + tl.where(waits, WAITS, 0), mask=is_active)
     tl.store(modes + index, 0, mask=is_active == 0)
     tl.store(was_projected + index, (mode != 0).to(tl.int32), mask=is_active)
@@ -396,10 +411,10 @@ def decide_kernel(
         else:
             found = tl.load(to), tl.load(to + 1), tl.load(to + 2), tl.load(to + 3), tl.load(to + 4)
         if DECIDE:
-            decay = _options(item, group_options, 1, False)[1]
+            settings = _options(item, group_options, 1, False)
             _decide_item(
-                item, index, found, decay, delta, eps, was_projected, modes, layer_values, row_values, to, counts,
-                is_anything_left, BLOCK,
+                item, index, found, settings[1], settings[12], delta, eps, was_projected, modes, layer_values,
+                row_values, to, counts, is_anything_left, BLOCK,
             )  # fmt: skip
     if ADAM and DECIDE:
         is_counted = (tl.load(item + GRAD) != 0) & (tl.load(item + COUNTS) != 0)
@@ -413,7 +428,7 @@ def _apply_chunk(
     M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     weight, grad, exp_avg, exp_avg_sq = _moved(at, start, ALIGNED)
-    lr, decay, ratio, _, _, _, _, _, sign, nesterov, _, _ = settings
+    lr, decay, ratio, _, _, _, _, _, sign, nesterov, _, _, _, _ = settings
     if ALIGNED:
         size = size // 8 * 8
     is_channel, is_layer = (mode & AT_CHANNEL) != 0, (mode & AT_LAYER) != 0
@@ -436,7 +451,7 @@ def _apply_chunk(
         w = tl.where((mode & WAITS) != 0, w, before)
         radial = tl.load(values + place // row_size, mask=place < value_end, other=0.0)
         radial = tl.where(is_layer, layer_value, radial)
-        tl.store(weight + place, (w - (less * w + lr * (u - radial * w))).to(W), mask=valid)
+        _store_weight(weight + place, w - (less * w + lr * (u - radial * w)), start + place, valid, settings, W)
         if not ADAM:
             tl.store(exp_avg + place, (first - radial * w).to(M), mask=place < momentum_end)
 
