@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo format quick test shuffle lint contract benchmark clean
+.PHONY: help demo format quick test shuffle lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -43,8 +43,11 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 	@echo "SEED=$(SEED)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --random-order-seed=$(SEED)
 
-contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its own environment
-	bash tests/contract/run_matrix.sh "$(TORCH)" "$(filter-out trl==%,$(PINNED))"
+contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions
+	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"
+
+matrix: ## Run the fast tier on the lowest, the usual and the newest versions, each in its own environment
+	bash tests/contract/run_matrix.sh quick "$(TORCH)" "$(PINNED)"
 
 benchmark: $(STAMP) ## Measure each method against TRL's trainer or another implementation
 	$(PYTHON) -m tests.benchmarks.sparse_po

@@ -8,11 +8,13 @@ import ast
 import inspect
 import json
 import textwrap
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import transformers
-from transformers import Trainer
+from packaging.requirements import Requirement
+from transformers import PreTrainedConfig, Trainer
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
@@ -222,10 +224,10 @@ def test_fused_head_reads_the_weight_of_the_output_embeddings_and_does_not_call_
 
 def test_transformers_initialises_and_composes_as_the_classifier_expects():
     from transformers import initialization
-    from transformers.configuration_utils import SubConfigSpec
 
     assert list(inspect.signature(initialization.copy_).parameters) == ["tensor", "other"]
-    assert {"config_class", "model_type"} <= set(inspect.signature(SubConfigSpec).parameters)
+    composes = inspect.getsource(PreTrainedConfig)
+    assert "sub_configs_defaults" in composes or "sub_configs: ClassVar" in composes
     source = inspect.getsource(PreTrainedModel)
     for text in ("_keep_in_fp32_modules_strict", "supports_gradient_checkpointing", "def _init_weights(self, module)"):
         assert text in source, text
@@ -282,15 +284,20 @@ def test_optimizers_are_still_replaced_as_our_check_says():
 
 
 def test_versions_are_those_claimed():
-    from importlib.metadata import requires
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], extras["deepspeed"][0]]):
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 
-    from packaging.requirements import Requirement
 
-    requirements = {r.name: r for r in map(Requirement, requires("trl-ext")) if r.marker is None}
-    import trl
+def test_a_trl_without_what_the_trainers_extend_is_named(monkeypatch):
+    from trl_ext import _upstream
 
-    assert trl.__version__ in requirements["trl"].specifier
-    assert transformers.__version__ in requirements["transformers"].specifier
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.9.0")
+    with pytest.raises(ImportError, match=r"extend TRL 1.15 or newer, and trl==1.9.0 is installed.*run with it"):
+        _ = _upstream.FusedCausalLMOutput
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.100.0")
+    _upstream.require_trl()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from ..core.checks import check_choice
 from .settings import HeadSettings, check_head, check_homeostasis, head_settings
@@ -46,8 +45,8 @@ class EPConfig(PreTrainedConfig):
     """
 
     model_type = "equilibrium_propagation"
-    # The model type is that of a saved configuration without one; `text_config` itself has no default
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    # The second name is that of transformers before 5.20
+    sub_configs_defaults = sub_configs = {"text_config": AutoConfig}
 
     text_config: Any = None
     hidden_features: int | list[int] | None = None
@@ -68,6 +67,8 @@ class EPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
         widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
         self.hidden_features = widths if isinstance(widths, int) else list(widths)
         check_head(self)
