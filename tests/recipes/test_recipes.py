@@ -102,6 +102,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
         "dataset_name",
         "test_split_size",
         "model_name_or_path",
+        "tokenizer_name_or_path",
+        "dataset_test_split",
         "attn_implementation",
         "deepspeed",
     ):

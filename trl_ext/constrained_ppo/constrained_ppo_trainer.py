@@ -31,6 +31,7 @@ from ..core.companion import CompanionMixin
 from ..core.dropout import disable_dropout
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
+from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
@@ -190,6 +191,7 @@ class ConstrainedPPOTrainer(
                 processing_class=processing_class,
                 **kwargs,
             )
+        check_tokenizer(self.processing_class, self.model)
         self._check_prompts()
         self.eos_token_ids = stop_token_ids(args.generation_kwargs, self.eos_token_ids)
         self._has_own_reference = ref_model is not None

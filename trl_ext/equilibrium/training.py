@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from ..core.parameter_groups import move_to_own_groups
+from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
@@ -214,6 +215,7 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
         super().__init__(model=model, args=args, **kwargs)
+        check_tokenizer(self.processing_class, self.model)
         # TRL casts all that trains on a quantized backbone to bf16
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):

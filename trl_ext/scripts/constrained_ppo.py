@@ -15,17 +15,21 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .recipe.tokenizer import TokenizerArguments
+
 
 if TYPE_CHECKING:
     from .recipe.strict_parser import StrictParser
 
 
 @dataclass
-class ConstrainedPPOScriptArguments:
+class ConstrainedPPOScriptArguments(TokenizerArguments):
     """
     Arguments of the script beyond TRL's.
 
     Args:
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         reward_funcs (`list[str]`):
             Rewards: reward functions by dotted path, such as `trl_ext.playground.sentiment_reward`, or sequence
             classifiers by model id or folder.
@@ -78,6 +82,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         train_and_save,
     )
     from .recipe.strict_parser import RecipeError
+    from .recipe.tokenizer import load_tokenizer
 
     if not reward_args.reward_funcs:
         raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
@@ -90,17 +95,22 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         )
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    model = resolve_model(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model, model_args, training_args, reward_args, truncation_side="left", padding_side="left"
+    )
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no" or gold_reward is not None
     without_critic = isinstance(training_args, ConstrainedGRPOConfig)
     trainer_class = ConstrainedGRPOTrainer if without_critic else ConstrainedPPOTrainer
     trainer = trainer_class(
-        model=resolve_model(model_args.model_name_or_path),
+        model=model,
         reward_funcs=rewards,
         args=training_args,
         train_dataset=split_of(dataset, "dataset_train_split", script_args),
         eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
         gold_reward=gold_reward,
+        processing_class=tokenizer if reward_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -115,23 +115,21 @@ def main(
 ) -> None:
     """Trains, evaluates and saves as the parsed arguments say."""
     from peft import get_peft_model
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import DataCollatorWithPadding
     from trl import get_peft_config
 
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPTrainer
     from .recipe.equilibrium_arguments import check_head_arguments, load_model
     from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+    from .recipe.tokenizer import load_tokenizer
 
     require_model_and_data(model_args, script_args, dataset_args)
     check_head_arguments(head_args, training_args.homeostasis_coef)
     checkpoint = last_checkpoint(training_args)
     dataset = load_datasets(script_args, dataset_args)
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_model(model_args.model_name_or_path),
-        revision=model_args.model_revision,
-        truncation_side=task_args.truncation_side,
-    )
+    name = resolve_model(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(name, model_args, training_args, head_args, truncation_side=task_args.truncation_side)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     evaluate = training_args.eval_strategy != "no"

@@ -15,17 +15,21 @@ accelerate launch --config_file trl_ext/accelerate_configs/zero3.yaml -m trl_ext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .recipe.tokenizer import TokenizerArguments
+
 
 if TYPE_CHECKING:
     from .recipe.strict_parser import StrictParser
 
 
 @dataclass
-class SparsePOScriptArguments:
+class SparsePOScriptArguments(TokenizerArguments):
     """
     Arguments of the script beyond TRL's.
 
     Args:
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         show_token_masks (`int`, *optional*, defaults to `0`):
             Number of evaluation pairs whose tokens are shown coloured by weight, in the terminal, as HTML and as PNG.
     """
@@ -52,17 +56,21 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         split_of,
         train_and_save,
     )
+    from .recipe.tokenizer import load_tokenizer
 
     require_model_and_data(model_args, script_args, dataset_args)
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    model = resolve_model(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model, model_args, training_args, mask_args)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no"
     trainer = SparsePOTrainer(
-        model=resolve_model(model_args.model_name_or_path),
+        model=model,
         args=training_args,
         train_dataset=split_of(dataset, "dataset_train_split", script_args),
         eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        processing_class=tokenizer if mask_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -159,7 +159,7 @@ def drop_pairs_without_signal(
     counts = ", ".join(f"in {count} {fault}" for fault, count in Counter(faults.values()).items())
     if len(faults) == len(prepared):
         raise ValueError(
-            f"No pair of the {name} dataset says anything: {counts}. Check the columns and the chat template."
+            f"No pair of the {name} dataset says anything: {counts}. Check columns, tokenizer and chat template."
         )
     logger.warning(
         f"{len(faults)} of {len(prepared)} pairs of the {name} dataset say nothing ({counts}) and are left out. "

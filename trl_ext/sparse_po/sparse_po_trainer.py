@@ -34,6 +34,7 @@ from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.companion import CompanionMixin, extend_forward
 from ..core.dropout import DroppedProbability, disable_dropout, stated_probabilities
 from ..core.model_card import MethodCardMixin
+from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
 from .loss import length_desensitized_weights, mask_l1_penalty
@@ -173,6 +174,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         self._reference: PreTrainedModel = (
             self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         )
+        check_tokenizer(self.processing_class, self.policy)
         check_vocabularies(
             (vocabulary_size(self.policy), vocabulary_size(self._reference)),
             None if ref_model is not None else self.policy.config.name_or_path,

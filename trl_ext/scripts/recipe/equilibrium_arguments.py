@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from ...equilibrium.settings import HeadSettings, check_head, check_homeostasis, head_settings
 from .strict_parser import RecipeError
+from .tokenizer import TokenizerArguments
 
 
 PREFIX = "head_"
@@ -23,13 +24,15 @@ _PrefixedHeadSettings: Any = make_dataclass(
 
 
 @dataclass
-class EPHeadArguments(_PrefixedHeadSettings):
+class EPHeadArguments(TokenizerArguments, _PrefixedHeadSettings):
     """
     The head, and whether the backbone trains.
 
     Args:
         head_* (`Any`, *optional*):
             Every field of [`HeadSettings`](../../equilibrium/settings.py), with the prefix.
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         pooling (`str`, *optional*):
             State that the head reads: `"last"`, `"first"`, `"mean"` or `"pooler"`. Defaults to the last token's for
             decoders and, for encoders, to what their configuration says or the first token's.
