@@ -51,7 +51,9 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
     path = str(cached_file(name_or_path, CRITIC_FILE))
     state, metadata = read_companion(path)
     critic: nn.Module
-    heads = EPValueHeads(**json.loads(metadata["heads"])) if "heads" in metadata else None
+    heads = EPValueHeads.from_saved(json.loads(metadata["heads"])) if "heads" in metadata else None
+    if heads is not None:  # of earlier versions, which the cap no longer needs
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("_subspace")}
     if "backbone" in metadata:
         config = json.loads(metadata["backbone"])
         backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))

@@ -205,8 +205,9 @@ def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -
     if args.critic_head == "linear":
         return ValueHeads(hidden_size, num_heads)
     heads = EPValueHeads(
-        hidden_size, num_heads, args.critic_hidden_features, args.critic_feedback, args.critic_feedback_angle
-    )
+        hidden_size, num_heads, args.critic_hidden_features, args.critic_feedback, args.critic_feedback_angle,
+        args.critic_spectral_cap,
+    )  # fmt: skip
     # TRL seeds every process differently, and `fully_shard` would put a weight together from several draws
     heads.reset_parameters(torch.Generator().manual_seed(args.seed))
     return heads
