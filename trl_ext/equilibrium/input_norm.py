@@ -22,7 +22,7 @@ EPS = 1e-5
 
 @torch.no_grad()
 def update_statistics(
-    mean: torch.Tensor, variance: torch.Tensor, num_batches: torch.Tensor, rows: torch.Tensor
+    mean: torch.Tensor, variance: torch.Tensor | None, num_batches: torch.Tensor, rows: torch.Tensor
 ) -> None:
     """
     Takes a batch into the running statistics, in place: with weight `1 / (k + 1)` after `k` batches, and at least 0.1.
@@ -32,8 +32,8 @@ def update_statistics(
     Args:
         mean (`torch.Tensor` of shape `(n,)`):
             Running mean.
-        variance (`torch.Tensor` of shape `(n,)`):
-            Running variance about the batches' means, divided by the number of rows.
+        variance (`torch.Tensor` of shape `(n,)`, *optional*):
+            Running mean of the batches' variances, each about its own mean and divided by the number of rows.
         num_batches (`torch.Tensor`, scalar, int64):
             Batches so far, `k`.
         rows (`torch.Tensor` of shape `(rows, n)`, float32 or float64):
@@ -50,7 +50,8 @@ def update_statistics(
     offset, square = (sums[:-1] / count).chunk(2)
     weight = max(1 / (num_batches.item() + 1), MOMENTUM)
     mean.copy_(shift + weight * offset)
-    variance.lerp_((square - offset.square()).clamp_min(0).to(variance.dtype), weight)
+    if variance is not None:
+        variance.lerp_((square - offset.square()).clamp_min(0).to(variance.dtype), weight)
     num_batches += 1
 
 

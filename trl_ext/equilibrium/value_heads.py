@@ -81,6 +81,11 @@ class EPValueHeads(EPHead):
         return super().forward(None if hidden is None else hidden.float(), **kwargs)  # type: ignore[arg-type]
 
 
+def without_subspaces(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Saved tensors without the subspace that each capped weight had in files of earlier versions."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith("_subspace")}
+
+
 def check_value_heads(owner: Any, prefix: str = "") -> None:
     """
     Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used.
