@@ -252,10 +252,11 @@ def test_weights_are_reproducible_and_saved():
     assert set(one.initial_parameters()) == set(one.state_dict())
 
 
+WIDTHS = [[64, 64], [64, 256], [32, 1024], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]]
+
+
 @pytest.mark.parametrize("angle", [None, 30.0, 90.0, 180.0])
-@pytest.mark.parametrize(
-    "widths", [[64, 64], [64, 256], [32, 1024], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]], ids=str
-)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_fresh_weights_contract_at_any_depth_width_and_angle(widths, angle):
     torch.manual_seed(0)
     feedback = {} if angle is None else {"feedback": "asymmetric", "feedback_angle": angle}

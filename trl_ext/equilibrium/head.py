@@ -309,7 +309,9 @@ class EPHead(nn.Module):
         """
         check_widths("num_steps", num_steps)
         if self.training:
-            raise RuntimeError("`fixed_steps` gives no gradient, and the head is in training mode. Call `eval()` first.")
+            raise RuntimeError(
+                "`fixed_steps` gives no gradient, and the head is in training mode. Call `eval()` first."
+            )
         double = self.input_weight.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         with torch.no_grad():
