@@ -507,8 +507,8 @@ def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | 
         return math.cos(angle) * weight
     if weight.numel() == 1:
         raise ValueError(
-            f"`feedback_angle` is {degrees} between two layers of one unit, whose weight is a single number and can be "
-            "at 0 or 180 degrees only. Give a layer more units."
+            f"`feedback_angle` is {degrees} between two layers of one unit, whose weight is a single number and can "
+            "be at 0 or 180 degrees only. Give a layer more units."
         )
     noise = orthogonal(*weight.shape, generator)
     noise -= weight * ((noise * weight).sum() / weight.square().sum())

@@ -3,9 +3,9 @@
     (x - mean) / sqrt(variance + eps)
 
 An offset that all inputs have in common saturates a network of bounded units, whatever its weights. As in batch
-normalisation the statistics are of each feature over rows, without a scale or shift that learns. Unlike there, training
-uses the running statistics too, after they took in its batch, as constants of the gradient: a row's result depends on
-no other row but through them, a batch of one works, and training and evaluation are one function.
+normalisation the statistics are of each feature over rows, without a scale or shift that learns. Unlike there,
+training uses the running statistics too, after they took in its batch, as constants of the gradient: a row's result
+depends on no other row but through them, a batch of one works, and training and evaluation are one function.
 """
 
 from typing import Literal
