@@ -323,7 +323,7 @@ def rotating(strength, **settings):
 
 @pytest.mark.parametrize("estimator", ["holomorphic", "tangent"])
 def test_an_oscillating_row_warns_where_the_user_says_so(estimator):
-    hidden = torch.tensor([[9.0], [0.0], [0.1]])
+    hidden = torch.tensor([[9.0], [0.1], [0.15]])
     with pytest.raises(RuntimeError, match="2 of 3 samples .* oscillate.*`on_oscillation='warn'`"):
         rotating(3.0, max_steps=40)(hidden)
     head = rotating(3.0, max_steps=40, on_oscillation="warn", estimator=estimator)

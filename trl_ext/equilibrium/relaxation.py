@@ -135,7 +135,7 @@ def relax(
 
     A sample's state is that of the check which found it so. Samples that have converged are dropped when at least half
     of those left have. Samples that have not after `max_steps`, and whose change no longer falls, are swept ten times
-    as long before they are given up.
+    as long, without secants, before they are given up.
 
     Args:
         dynamics ([`Dynamics`]):
@@ -183,10 +183,11 @@ def fixed_sweeps(network: LayeredNetwork, drives: list[torch.Tensor], num_steps:
 
 
 def _sweep_alone(moving: "_MovingSamples", samples: torch.Tensor, tolerance: float, max_steps: int) -> Relaxation:
-    """Sweeps the given samples alone; raises, or tells, if one still does not approach a fixed point."""
+    """Sweeps the given samples alone, plainly; raises, or tells, if one still does not approach a fixed point."""
     num_samples = moving.dynamics.num_samples
     state = [_select_rows(rows, samples, num_samples) for rows in moving.state]
     alone = _MovingSamples(moving.dynamics.select(samples), state, moving.raises)
+    alone.takes_secants = False  # which can go round and round where there is no fixed point near
     if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
         stuck = ~alone.settled & alone.stuck()
         if stuck.any() and not moving.raises:
@@ -222,6 +223,7 @@ class _MovingSamples:
 
     def __init__(self, dynamics: Dynamics, state: list[torch.Tensor], raises: bool):
         self.dynamics, self.raises = dynamics, raises
+        self.takes_secants = dynamics.takes_secants
         self.state = list(state)
         self.num_samples = dynamics.num_samples
         self.samples: torch.Tensor | None = None
@@ -255,7 +257,7 @@ class _MovingSamples:
         # Those of one parity, then the others, from which the next sweep starts; a single layer depends on no other
         mapped = range(1 - first, last + 1, 2) or range(1)
         before = [self.state[layer] for layer in mapped]
-        if self.earlier and self.dynamics.takes_secants:
+        if self.earlier and self.takes_secants:
             before = self.secant(before)
             for layer, start in zip(mapped, before, strict=True):
                 self.state[layer] = start
