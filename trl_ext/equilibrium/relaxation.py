@@ -7,12 +7,12 @@ damped iteration of all neurons. The responses of gradient.py relax by the same 
 
 A chain of layers is bipartite: layers of one parity depend on those of the other only. A sweep of both takes half the
 sweeps of simultaneous updates and has none of their orbits of period two. A sweep is thus a map `z -> g(z)` of the
-layers `z` that it updates last, and it starts from the last two sweeps' secant, for each row on its own
+layers `z` that it updates last, and every second one starts from the secant of the two before, for each row on its own
 
     z  =  g_k - a (g_k - g_{k-1})        a = <f_k, f_k - f_{k-1}> / |f_k - f_{k-1}|^2        f_k = g_k - z_k
 
 which is Anderson acceleration with a memory of one, and needs half the sweeps where weights are near the contraction
-bound. A row for which `|f_k|` has not fallen since its last secant takes `z = g_k` instead, a plain sweep: so where
+bound; after every sweep it costs more and saves less. A row for which `|f_k|` has not fallen since its last secant takes `z = g_k` instead, a plain sweep: so where
 sweeps contract, no row can fail to converge.
 
 Each sample stops at the first check that finds its own change within the tolerance, so its state does not depend on
@@ -236,6 +236,7 @@ class _MovingSamples:
         self.steps: list[torch.Tensor] = []
         self.sweep_ends: list[torch.Tensor] = []
         self.earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_sweeps = 0
         self.last_secant = torch.full_like(state[0][:, :1], math.inf)
         self.envelopes = [torch.zeros_like(self.residuals), torch.zeros_like(self.residuals)]
 
@@ -251,19 +252,20 @@ class _MovingSamples:
         return None
 
     def sweep_once(self, check: bool) -> None:
-        """One sweep from the secant of the last two, without a step that depends on values."""
+        """One sweep, every second one from the secant of the two before, without an operation that depends on values."""
         last = self.dynamics.network.num_layers - 1
         first = 0 if self.dynamics.bottom_up else last % 2
         # Those of one parity, then the others, from which the next sweep starts; a single layer depends on no other
         mapped = range(1 - first, last + 1, 2) or range(1)
         before = [self.state[layer] for layer in mapped]
-        if self.earlier and self.takes_secants:
+        if self.takes_secants and self.num_sweeps >= 2 and self.num_sweeps % 2 == 0:
             before = self.secant(before)
             for layer, start in zip(mapped, before, strict=True):
                 self.state[layer] = start
         for layer in (*range(first, last + 1, 2), *range(1 - first, last + 1, 2)):
             current = self.dynamics.network.current(layer, list(self.state), self.dynamics.drives[layer])
             self.state[layer] = self.dynamics.activate(layer, current, check)
+        self.num_sweeps += 1
         self.earlier = list(zip(self.steps, self.sweep_ends, strict=True))
         self.sweep_ends = [self.state[layer] for layer in mapped]
         self.steps = [new - old for new, old in zip(self.sweep_ends, before, strict=True)]
@@ -273,7 +275,7 @@ class _MovingSamples:
         totals: list[torch.Tensor] | None = None
         for step, (earlier_step, _) in zip(self.steps, self.earlier, strict=True):
             turn = step - earlier_step
-            sums = [product.sum(dim=-1, keepdim=True) for product in (step * turn, turn.square(), step.square())]
+            sums = [torch.linalg.vecdot(a, b).unsqueeze(-1) for a, b in ((step, turn), (turn, turn), (step, step))]
             totals = sums if totals is None else [total + part for total, part in zip(totals, sums, strict=True)]
         assert totals is not None
         along, square, total = totals
