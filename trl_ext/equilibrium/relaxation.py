@@ -12,8 +12,8 @@ layers `z` that it updates last, and every second one starts from the secant of 
     z  =  g_k - a (g_k - g_{k-1})        a = <f_k, f_k - f_{k-1}> / |f_k - f_{k-1}|^2        f_k = g_k - z_k
 
 which is Anderson acceleration with a memory of one, and needs half the sweeps where weights are near the contraction
-bound; after every sweep it costs more and saves less. A row for which `|f_k|` has not fallen since its last secant takes `z = g_k` instead, a plain sweep: so where
-sweeps contract, no row can fail to converge.
+bound; after every sweep it costs more and saves less. A row for which `|f_k|` has not fallen since its last secant
+takes `z = g_k` instead, a plain sweep: so where sweeps contract, no row can fail to converge.
 
 Each sample stops at the first check that finds its own change within the tolerance, so its state does not depend on
 the other samples, but for the rounding of a matrix product of another size.
@@ -252,7 +252,7 @@ class _MovingSamples:
         return None
 
     def sweep_once(self, check: bool) -> None:
-        """One sweep, every second one from the secant of the two before, without an operation that depends on values."""
+        """One sweep, every second one from the secant of the two before; no operation depends on values."""
         last = self.dynamics.network.num_layers - 1
         first = 0 if self.dynamics.bottom_up else last % 2
         # Those of one parity, then the others, from which the next sweep starts; a single layer depends on no other
