@@ -168,7 +168,8 @@ def test_rotated_pair_equals_the_adjoint_in_float32(correction):
     head, hidden = head.double(), hidden.detach().double().requires_grad_()
     head.tolerance = 1e-12
     exact = gradients(head, hidden, target.double())
-    assert relative_error({name: value.double() for name, value in estimate.items()}, exact) < 1e-6
+    # The network is near the contraction bound: rounding is multiplied by up to 20
+    assert relative_error({name: value.double() for name, value in estimate.items()}, exact) < 5e-6
 
 
 @pytest.mark.parametrize("estimator", ["one_sided", "symmetric", "holomorphic"])

@@ -10,8 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.equilibrium_reference import network_of
 from trl_ext import EPHead
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.gradient import Estimator, error_vectors
 from trl_ext.equilibrium.input_norm import update_statistics
-from trl_ext.equilibrium.network import contraction_bound
+from trl_ext.equilibrium.network import LayeredNetwork, contraction_bound
+from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
 def make_head(**settings):
@@ -252,10 +255,10 @@ def test_weights_are_reproducible_and_saved():
     assert set(one.initial_parameters()) == set(one.state_dict())
 
 
-WIDTHS = [[64, 64], [64, 256], [32, 1024], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]]
+WIDTHS = [[64, 64], [64, 256], [16, 512], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]]
 
 
-@pytest.mark.parametrize("angle", [None, 30.0, 90.0, 180.0])
+@pytest.mark.parametrize("angle", [None, 30.0, 90.0])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_fresh_weights_contract_at_any_depth_width_and_angle(widths, angle):
     torch.manual_seed(0)
@@ -302,12 +305,12 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch():
     hidden = torch.randn(256, 16) * torch.logspace(-1, 1.5, 256).unsqueeze(1)
     with torch.no_grad():
         alone, sweeps = [], set()
-        for row in hidden:
+        for row in hidden[::8]:
             alone.append(head(row))
             sweeps.add(head.statistics.free_sweeps)
         together = head(hidden)
-    assert min(sweeps) < head.statistics.free_sweeps / 3
-    assert (together - torch.stack(alone)).abs().max() < 1e-6 < head.tolerance / 10
+    assert min(sweeps) < head.statistics.free_sweeps / 2
+    assert (together[::8] - torch.stack(alone)).abs().max() < 1e-6 < head.tolerance / 10
 
 
 def rotating(strength, **settings):
@@ -343,17 +346,24 @@ def test_an_oscillating_row_warns_where_the_user_says_so(estimator):
         torch.testing.assert_close(mixed[name], alone[name])
 
 
-def test_a_response_without_a_limit_is_left_out_of_the_gradient():
-    """A free state that settled though its linear response grows: what a weight changed in between can bring about."""
-    hidden = torch.tensor([[9.0], [0.0]])
-    head = rotating(0.5, on_oscillation="warn")
-    output = head(hidden)
-    with torch.no_grad():
-        head.forward_weight_1.data = 30 * head.forward_weight_1.data
-        head.backward_weight_1.data = 30 * head.backward_weight_1.data
-    with pytest.warns(UserWarning, match="oscillate or diverge in the nudged relaxation"):
-        output.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+@pytest.mark.parametrize("estimator", ["tangent", "exact"])
+def test_a_response_without_a_limit_is_zero_where_the_user_says_so(estimator):
+    torch.manual_seed(0)
+    weights = [[3 * torch.randn(8, 8)], [3 * torch.randn(8, 8)]]
+    network = LayeredNetwork(*weights, ACTIVATIONS["tanh"])
+    # The first sample is saturated, the second at the steepest slope
+    activities = torch.tensor([[0.99999], [0.0]]).expand(2, 8)
+    constants = [network.activation.constants(activities, None)] * 2
+    nudge = torch.nn.functional.normalize(torch.randn(2, 8), dim=1)
+    with pytest.raises(EquilibriumError):
+        error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40)
+    errors = error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40, raises=False)
+    assert errors.relaxations[0].failed.tolist() == [False, True]
+    first = [(activity[:1], slope[:1]) for activity, slope in constants]
+    alone = error_vectors(network, first, nudge[:1], Estimator(estimator), 1e-4, 40)
+    for layer, expected in zip(errors.layers, alone.layers, strict=True):
+        assert not layer[1].any()
+        torch.testing.assert_close(layer[:1], expected)
 
 
 @pytest.mark.parametrize("widths", [[9], [12, 10], [12, 8, 10]])
