@@ -32,7 +32,7 @@ def update_statistics(
     Args:
         mean (`torch.Tensor` of shape `(n,)`):
             Running mean.
-        variance (`torch.Tensor` of shape `(n,)`, *optional*):
+        variance (`torch.Tensor` of shape `(n,)` or `None`):
             Running mean of the batches' variances, each about its own mean and divided by the number of rows.
         num_batches (`torch.Tensor`, scalar, int64):
             Batches so far, `k`.
