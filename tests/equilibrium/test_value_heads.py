@@ -55,7 +55,7 @@ def test_the_cap_is_a_setting(tmp_path):
     heads = EPValueHeads(16, 2, [8, 8], spectral_cap=0.7)
     assert EPValueHeads.from_saved(heads.settings()).cap() == 0.7
     args = ConstrainedPPOConfig(
-        str(tmp_path), critic_head="equilibrium", critic_hidden_features=16, critic_spectral_cap="0.6", use_cpu=True,
+        str(tmp_path), method="ppo", critic_head="equilibrium", critic_hidden_features=16, critic_spectral_cap="0.6", use_cpu=True,
         bf16=False,
     )  # fmt: skip
     assert args.critic_spectral_cap == 0.6 and _value_heads(32, 2, args).hidden_features == [16]
@@ -136,7 +136,7 @@ def test_homeostasis_straightens_the_feedback(critic, model, tmp_path):
     assert start == pytest.approx(60.0, abs=0.1)
     trainer.train()
     objective, angles = logged(trainer, "ep/homeostasis_loss"), logged(trainer, "ep/weight_angle")
-    assert len(objective) == 8 and sorted(objective, reverse=True) == objective and objective[-1] < objective[0] / 4
+    assert len(objective) == 8 and sorted(objective, reverse=True) == objective and objective[-1] < objective[0] / 2.5
     assert angles[0] == pytest.approx(start) and angles[-1] < 40 and sorted(angles, reverse=True) == angles
     assert logged(trainer, "ep/symmetry")[-1] > logged(trainer, "ep/symmetry")[0]
     assert logged(trainer, "ep/free_sweeps")[-1] > 0 and logged(trainer, "ep/num_unconverged")[-1] == 0

@@ -8,8 +8,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..core.checks import check_choice, check_number
-from ..equilibrium.settings import SpectralCap, read_spectral_cap
-from ..equilibrium.value_heads import check_value_heads, refuse_value_heads
+from ..equilibrium.value_heads import SpectralCap, check_value_heads, read_spectral_cap, refuse_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
 from .gold import check_gold

@@ -10,12 +10,13 @@ from .settings import (
     AUTO,
     FeedbackName,
     HeadSettings,
-    SpectralCap,
     check_feedback,
     check_homeostasis,
     check_spectral_cap,
     check_widths,
 )
+from .settings import SpectralCap as SpectralCap
+from .settings import read_spectral_cap as read_spectral_cap
 
 
 # Of heads that were saved before the cap was a setting
