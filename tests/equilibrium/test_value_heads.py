@@ -55,8 +55,8 @@ def test_the_cap_is_a_setting(tmp_path):
     heads = EPValueHeads(16, 2, [8, 8], spectral_cap=0.7)
     assert EPValueHeads.from_saved(heads.settings()).cap() == 0.7
     args = ConstrainedPPOConfig(
-        str(tmp_path), method="ppo", critic_head="equilibrium", critic_hidden_features=16, critic_spectral_cap="0.6", use_cpu=True,
-        bf16=False,
+        str(tmp_path), method="ppo", critic_head="equilibrium", critic_hidden_features=16, critic_spectral_cap="0.6",
+        use_cpu=True, bf16=False,
     )  # fmt: skip
     assert args.critic_spectral_cap == 0.6 and _value_heads(32, 2, args).hidden_features == [16]
     args.critic_hidden_features = [8, 8]
