@@ -3,8 +3,15 @@
 import pytest
 
 from recipes.experiments.constrained_ppo_playground import long_run, long_run_report
-from recipes.experiments.constrained_ppo_playground.arms import ARMS, BEFORE, CONTROLLERS, NUM_TRIALS, Arm
-from recipes.experiments.constrained_ppo_playground.arms import proxy_ensemble, share_deviations
+from recipes.experiments.constrained_ppo_playground.arms import (
+    ARMS,
+    BEFORE,
+    CONTROLLERS,
+    NUM_TRIALS,
+    Arm,
+    proxy_ensemble,
+    share_deviations,
+)
 from recipes.experiments.constrained_ppo_playground.long_run import GoldCurve, LongRunArguments, chosen_trial
 from recipes.experiments.method_comparison import Task
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
