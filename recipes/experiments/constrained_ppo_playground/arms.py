@@ -154,15 +154,22 @@ ARMS: dict[str, Arm] = {
 }
 # Controllers that were compared before the default was fixed, on seeds of no run that is reported
 CONTROLLERS: dict[str, Arm] = {
-    f"xi, drift {drift:g}, up to {maximum:g}, gain {gain:g}": _ppo(
-        _held("xi", TOGETHER, multiplier_drift=drift, multiplier_max=maximum, multiplier_proportional=gain)
+    f"xi, drift {drift:g}, up to {maximum:g}, gain {gain:g}, KL {kl_coef:g}": _ppo(
+        _held(
+            "xi",
+            TOGETHER,
+            multiplier_drift=drift,
+            multiplier_max=maximum,
+            multiplier_proportional=gain,
+            kl_coef=kl_coef,
+        )
     )
-    for drift, maximum, gain in (
-        (0.05, 5.0, 3.0),
-        (0.2, 5.0, 3.0),
-        (0.5, 5.0, 3.0),
-        (0.05, 10.0, 3.0),
-        (0.2, 10.0, 3.0),
-        (0.2, 10.0, 6.0),
+    for drift, maximum, gain, kl_coef in (
+        (0.05, 5.0, 3.0, 0.2),
+        (0.2, 5.0, 3.0, 0.2),
+        (0.5, 5.0, 3.0, 0.2),
+        (0.2, 10.0, 3.0, 0.2),
+        (0.2, 10.0, 6.0, 0.2),
+        (0.2, 5.0, 3.0, 0.5),
     )
 }
