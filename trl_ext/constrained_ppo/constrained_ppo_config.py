@@ -35,7 +35,7 @@ class Preset:
     learning_rate: float = 0.05
     momentum: float = 0.0
     proportional: float = 3.0
-    drift: float = 0.05
+    drift: float = 0.2
     anti_windup: bool = True
     maximum: float | None = 5.0
 
@@ -143,7 +143,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         multiplier_drift (`float`, *optional*):
             Step, in spreads, by which a mean is expected to move from rollout to rollout. The smaller beside the
             standard error of a rollout, the more its noise is filtered; 0 for no filter. Defaults to the preset's,
-            0.05, or 0 in the paper's form and with a window or moving average.
+            0.2, or 0 in the paper's form and with a window or moving average.
         multiplier_anti_windup (`bool`, *optional*):
             Whether a multiplier waits while its weight is at a bound. Defaults to the preset's, `True`, or `False` in
             the paper's form.
