@@ -51,8 +51,8 @@ def _published(objective: Literal["kl", "rewards"], kind: str, squash: Squash) -
 PRESETS: dict[str, Preset] = {
     "ppo": Preset("rewards", whitening="mixture", learns_multipliers=False),
     "sat": Preset("rewards", "==", whitening="mixture", learns_multipliers=False),
-    "mu": Preset("kl", ">="),
-    "xi": Preset("kl", "=="),
+    "mu": Preset("kl", ">=", maximum=2.0),
+    "xi": Preset("kl", "==", maximum=2.0),
     "all": Preset("rewards", "<="),
     "mu-paper": _published("kl", ">=", "sigmoid"),
     "xi-paper": _published("kl", "==", "tanh"),
@@ -161,7 +161,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 5, or none in the paper's form.
+            preset's, 2 for `"mu"` and `"xi"`, none in the paper's form, else 5.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
