@@ -218,7 +218,7 @@ def test_every_number_of_constraints(count):
 def test_presets_only_fill():
     filled = config(method="mu", constraints=[{"reward": 0, "threshold": 1.0}])
     assert filled.constraints[0]["kind"] == ">=" and filled.objective == "kl" and filled.multiplier_squash == "none"
-    assert (filled.multiplier_units, filled.multiplier_max, filled.mixing) == ("spread", 5.0, "normalized")
+    assert (filled.multiplier_units, filled.multiplier_max, filled.mixing) == ("spread", 2.0, "normalized")
     paper = config(method="mu-paper", constraints=[{"reward": 0, "threshold": 1.0}], multiplier_max=3.0)
     assert (paper.multiplier_squash, paper.multiplier_units, paper.multiplier_max) == ("sigmoid", "raw", 3.0)
     assert (paper.mixing, paper.whitening, paper.multiplier_drift) == ("paper", "streams", 0.0)

@@ -217,7 +217,7 @@ def test_weights_that_are_bounded_too_low_are_told():
     assert "`a >= 0.9` may be out of reach of its weight" in found and "multiplier_squash='sigmoid'" in found
     assert warned(method="mu") == [] and warned(method="mu-paper", mixing="normalized", whitening="spread") == []
     (found,) = warned(method="mu", kl_coef=20.0)
-    assert "needs about 22 " in found and "allow 5." in found
+    assert "needs about 22 " in found and "allow 2." in found
     # With both violated no weight is left to the KL
     constraints[1] = Constraint("b", 1.5, ">=")
     assert warned(method="mu-paper") == []

@@ -35,7 +35,7 @@ class Preset:
     learning_rate: float = 0.05
     momentum: float = 0.0
     proportional: float = 3.0
-    drift: float = 0.05
+    drift: float = 0.2
     anti_windup: bool = True
     maximum: float | None = 5.0
 
@@ -51,8 +51,8 @@ def _published(objective: Literal["kl", "rewards"], kind: str, squash: Squash) -
 PRESETS: dict[str, Preset] = {
     "ppo": Preset("rewards", whitening="mixture", learns_multipliers=False),
     "sat": Preset("rewards", "==", whitening="mixture", learns_multipliers=False),
-    "mu": Preset("kl", ">="),
-    "xi": Preset("kl", "=="),
+    "mu": Preset("kl", ">=", maximum=2.0),
+    "xi": Preset("kl", "==", maximum=2.0),
     "all": Preset("rewards", "<="),
     "mu-paper": _published("kl", ">=", "sigmoid"),
     "xi-paper": _published("kl", "==", "tanh"),
@@ -141,7 +141,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         multiplier_drift (`float`, *optional*):
             Step, in spreads, by which a mean is expected to move from rollout to rollout. The smaller beside the
             standard error of a rollout, the more its noise is filtered; 0 for no filter. Defaults to the preset's,
-            0.05, or 0 in the paper's form and with a window or moving average.
+            0.2, or 0 in the paper's form and with a window or moving average.
         multiplier_anti_windup (`bool`, *optional*):
             Whether a multiplier waits while its weight is at a bound. Defaults to the preset's, `True`, or `False` in
             the paper's form.
@@ -159,7 +159,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 5, or none in the paper's form.
+            preset's, 2 for `"mu"` and `"xi"`, none in the paper's form, else 5.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
