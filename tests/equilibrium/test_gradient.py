@@ -126,7 +126,7 @@ def test_tangent_is_the_limit():
 
 def test_estimates_equal_fixed_points_of_the_whole_nudged_network():
     """Against complex fixed points of the dense network, relaxed without any of the head's shortcuts."""
-    head = make_head(widths=(7, 6, 5))
+    head = scaled(make_head(widths=(7, 6, 5)), 0.5)
     hidden, _ = data()
     hidden = hidden.detach()
     nudge = torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=-1)
