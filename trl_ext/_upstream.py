@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from transformers import Trainer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -26,6 +27,7 @@ __all__ = [
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
     "add_optimizer_name",
+    "attention_masks_changed_by",
     "copy_parameters",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
@@ -70,6 +72,29 @@ def observe_attention(callback: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS.get_interface
+
+
+@contextmanager
+def attention_masks_changed_by(implementation: str, change: Callable[..., Any]) -> Iterator[None]:
+    """
+    Until the context ends, transformers makes the masks of the attention `implementation` from `change(mask_function)`
+    where the model asks for `mask_function`, a function of row, head, query and key. They are made in full, and not
+    left to a kernel that is causal by itself.
+    """
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    before = dict(masks._local_mapping)
+    make_mask = masks[implementation] if implementation in masks else None
+
+    def make_changed_mask(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> Any:
+        assert make_mask is not None
+        return make_mask(*args, mask_function=change(mask_function), **{**kwargs, "allow_is_causal_skip": False})
+
+    if make_mask is not None:
+        masks[implementation] = make_changed_mask
+    try:
+        yield
+    finally:
+        masks._local_mapping = before
 
 
 def keep_from_vllm(vllm_generation: Any, part: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import Trainer
+from transformers import Trainer, masking_utils
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
@@ -76,6 +76,8 @@ USED = {
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
+    "sdpa_mask": masking_utils.sdpa_mask,
+    "eager_mask": masking_utils.eager_mask,
     "load_balancing_loss_func": load_balancing_loss_func,
     **{
         f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)
@@ -148,11 +150,24 @@ def test_loss_reads_what_we_hand_it():
 def test_trainer_attributes_we_set_and_read():
     source = inspect.getsource(DPOTrainer)
     assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
-    for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model ="):
+    for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model =",
+                 "self.loss_types = args.loss_type", "self.loss_weights = ", "zip(self.loss_types, self.loss_weights"):  # fmt: skip
         assert text in source, text
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
     for field in ("precompute_ref_log_probs", "padding_free", "use_weighting", "f_divergence_type", "loss_type"):
         assert field in DPOConfig.__dataclass_fields__
+
+
+def test_attention_masks_are_made_of_a_function():
+    """What `attention_masks_changed_by` replaces is looked up for each mask and given a function and this keyword."""
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"):
+        source = inspect.getsource(getattr(masking_utils, name))
+        for text in (
+            "ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]", "mask_function=mask_factory_function",
+            "allow_is_causal_skip=allow_is_causal_skip",
+        ):  # fmt: skip
+            assert text in source, (name, text)
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping == {}
 
 
 def test_policy_loss_reads_what_we_hand_it():

@@ -39,10 +39,11 @@ def replaced(row, **values):
         ({"padding_free": True}, "padding_free=False"),
         ({"use_weighting": True}, "use_weighting=False"),
         ({"use_liger_kernel": True}, "use_kernels"),
-        ({"loss_type": ["sft"]}, "'sft'.*sigmoid"),
+        ({"loss_type": ["sft"]}, "'sft'.*sigmoid.*SFTTrainer"),
         ({"loss_type": ["aot"]}, "'aot'.*sigmoid"),
         ({"strict_pairs": True, "drop_invalid_pairs": True}, "strict_pairs=True.*drop_invalid_pairs=True"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type.*reverse_kl"),
+        ({"f_divergence_type": "forward_kl", "mask_type": "ones"}, "forward_kl.*divergence_coef=1.0.*divergence_coef=0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

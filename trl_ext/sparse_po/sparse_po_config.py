@@ -11,7 +11,6 @@ from .mask_kinds import MASK_KINDS
 
 
 UNSUPPORTED_LOSS_TYPES = {
-    "sft": "it reads the log-probabilities that the masks weight",
     "aot": "it sorts policy and reference sums apart, and a masked divergence belongs to neither",
 }
 
@@ -58,6 +57,13 @@ class SparsePOConfig(DPOConfig):
         detach_chosen_divergence (`bool`, *optional*, defaults to `False`):
             Whether to stop the gradient through the chosen divergence. With `mask_type="ones"` and
             `divergence_coef=alpha` this is TDPO2.
+
+        > Parameters that control speed
+
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether both models run once on prompt, chosen and rejected answer in one row, instead of on two rows with
+            the prompt in each. Losses and gradients are the same up to rounding. Needs attention that takes a mask
+            (`"sdpa"` or `"eager"`) in every layer; other models are refused at construction.
 
         > Parameters that control the data
 
@@ -110,6 +116,13 @@ class SparsePOConfig(DPOConfig):
         default=False,
         metadata={"help": "Stop the gradient through the chosen divergence, as TDPO2 does."},
     )
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Run both models once on prompt, chosen and rejected answer in one row, instead of on two rows with "
+            "the prompt in each. Same results up to rounding; needs 'sdpa' or 'eager' attention.",
+        },
+    )
     strict_pairs: bool = field(
         default=False,
         metadata={"help": "Refuse pairs whose completions are equal or have no token, instead of leaving them out."},
@@ -156,6 +169,11 @@ class SparsePOConfig(DPOConfig):
                     f"`loss_type={loss_type!r}` is not supported: {UNSUPPORTED_LOSS_TYPES[loss_type]}. Use "
                     "`loss_type='sigmoid'`, the paper's loss, or `trl.DPOTrainer`."
                 )
+        if set(self.loss_type) == {"sft"}:
+            raise ValueError(
+                "`loss_type=['sft']` alone has no term of the pairs, and so nothing that the masks weight. Add a loss, as "
+                "in `loss_type=['sigmoid', 'sft']`, or use `trl.SFTTrainer`."
+            )
         refusals = {
             "precompute_ref_log_probs": (
                 "it stores one sum for each sequence, while the masks and the token-level divergence need the "
@@ -172,8 +190,10 @@ class SparsePOConfig(DPOConfig):
         for name, reason in refusals.items():
             if getattr(self, name):
                 raise ValueError(f"`{name}=True` is not supported by SparsePO: {reason}.")
-        if self.f_divergence_type != "reverse_kl":
+        if self.f_divergence_type != "reverse_kl" and (self.mask_type != "ones" or self.divergence_coef):
             raise ValueError(
-                f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. "
-                "Set `f_divergence_type='reverse_kl'`."
+                f"`f_divergence_type={self.f_divergence_type!r}` is defined for the log-ratio of a whole response, and "
+                f"`mask_type={self.mask_type!r}` with `divergence_coef={self.divergence_coef}` has weighted sums over "
+                "tokens in its place. Set `f_divergence_type='reverse_kl'`, or `mask_type='ones'` and "
+                "`divergence_coef=0`, which is DPO."
             )
