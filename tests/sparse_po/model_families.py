@@ -13,6 +13,7 @@ import json
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -321,12 +322,13 @@ def _attempt(measure: Callable[..., Cell], *arguments: Any) -> Cell:
     try:
         return measure(*arguments)
     except Exception as error:
-        return {"state": "fails", "error": _message(error)}
+        return _refusal(error)
 
 
 def _refusal(error: Exception) -> Cell:
-    """What the trainer's constructor raised: a refusal where it is meant for users, else a failure."""
-    meant = isinstance(error, ValueError | NotImplementedError)
+    """A refusal where an error is meant for users: raised as such by this package or by PEFT. Else a failure."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    meant = isinstance(error, ValueError | NotImplementedError) and re.search(r"/(trl_ext|trl|peft)/", raised_in)
     return {"state": "refused" if meant else "fails", "error": _message(error)}
 
 
