@@ -54,6 +54,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoeshared": _LOGIT_MULTIPLIERS,
     "hyperclovax": {**_LOGIT_MULTIPLIERS, "logits_scaling": 0.5},
     "bert": {"is_decoder": True},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 16}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1},
+    "reformer": {"is_decoder": True},
+    "xlstm": {"num_heads": 4, "v_head_dim": OWN, "embedding_dim": 32, "num_blocks": 2, "v_dim_factor": 1.0},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "head_dim": OWN},
+    "zaya": {"num_experts_per_tok": 1},
 }
 # One family more than once, by shape
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +84,7 @@ LEFT_OUT = {
         "moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp"
     ),
     "models that read the states of another model": "gemma4_assistant gemma4_unified_assistant",
+    "models of bytes in patches": "blt",
     "encoders, for which BERT stands": (
         "bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
         "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod"
@@ -90,13 +103,20 @@ def tiny_config(name: str) -> PreTrainedConfig:
     family, variant = VARIANTS.get(name, (name, {}))
     config_class = CONFIG_MAPPING[family]
     default = config_class()
-    settings: dict[str, Any] = {size: value for size, value in SIZES.items() if hasattr(default, size)}
-    depth = 2
-    kinds = {kind: list(dict.fromkeys(getattr(default, kind, None) or [])) for kind in LAYER_KINDS}
-    depth = max(2, *map(len, kinds.values()))
+
+    def known(size: str) -> bool:
+        """Whether the configuration has it, and does not work it out for itself."""
+        kept = getattr(config_class, config_class.attribute_map.get(size, size), None)
+        return not isinstance(kept, property) and size in dir(default)
+
+    settings: dict[str, Any] = {size: value for size, value in SIZES.items() if known(size)}
+    kinds = {kind: list(dict.fromkeys(getattr(default, kind) or [])) for kind in LAYER_KINDS if known(kind)}
+    depth = max([2, *map(len, kinds.values())])
     for kind, found in kinds.items():
         if found:
             settings[kind] = [found[place % len(found)] for place in range(depth)]
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]  # latent attention has no groups of heads
     settings |= {"num_hidden_layers": depth, "vocab_size": len(WORDS)} | SETTINGS.get(family, {}) | variant
     own_names = {config_class.attribute_map.get(size, size): v for size, v in settings.items() if v is not OWN}
     return config_class(**own_names, **IDS)

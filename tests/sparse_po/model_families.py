@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +470,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measures SparsePO on tiny models of the families of transformers.")
     parser.add_argument("--families", nargs="+", default=[], metavar="FAMILY", help="measure these, again if need be")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further family after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where what is measured is kept")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="where to write the page")
     return parser
 
@@ -476,18 +478,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = make_parser().parse_args()
     logging.set_verbosity_error()
+    logger = getLogger(__name__)
     disable_progress_bars()
-    results, start = read_results(), time.monotonic()
+    results, start = read_results(options.results), time.monotonic()
     wanted = options.families or [name for name in family_names() if name not in results["families"]]
     for name in wanted:
         if time.monotonic() - start > options.seconds:
             break
         row = results["families"][name] = measure(name)
-        write_results(results)
+        write_results(results, options.results)
         states = " ".join(f"{column}:{cell['state']}" for column, cell in row["cells"].items())
-        logging.get_logger(__name__).error(f"{name} ({time.monotonic() - start:.0f} s) {states}")
+        logger.warning(f"{name} ({time.monotonic() - start:.0f} s) {states}")
     if options.write is not None:
-        options.write.write_text(render(read_results()), encoding="utf-8")
+        options.write.write_text(render({**results, "families": dict(sorted(results["families"].items()))}), "utf-8")
 
 
 if __name__ == "__main__":
