@@ -1,15 +1,18 @@
 """Pairs that share their prompt: the same states, losses and gradients as two rows, or a refusal by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import create_chunked_causal_mask
 
 from tests.helpers.sparse_po import first_batch, gradients, make_trainer, perturb
 from tests.helpers.tiny import WORDS, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po import shared_prompts
 from trl_ext.sparse_po.reference_pass import read_reference
-from trl_ext.sparse_po.shared_prompts import check_shared_prompts, pack_pairs, probe_pairs
+from trl_ext.sparse_po.shared_prompts import branches_apart, check_shared_prompts, pack_pairs, probe_pairs
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -23,10 +26,6 @@ EXACT = {
     "mistral": {**SIZES, "num_key_value_heads": 2, "sliding_window": 3},
     "gemma2": {"sliding_window": 3},
     "gemma3_text": {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8},
-    "llama4_text": {
-        **SIZES, "num_key_value_heads": 2, "head_dim": 8, "attention_chunk_size": 4, "num_local_experts": 2,
-        "intermediate_size_mlp": 64, "num_hidden_layers": 4,
-    },
 }  # fmt: skip
 REFUSED = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -37,7 +36,8 @@ REFUSED = {
         "window_size": 8, "max_position_embeddings": 64,
     },
     "qwen3_next": {
-        **SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16,
+        **SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
         "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
     },
@@ -47,8 +47,9 @@ REFUSED = {
 def final_states(model, inputs, share_prompt):
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    inputs |= {"share_prompt": share_prompt, "use_cache": False}
     with torch.no_grad():
-        return read_reference(model.eval(), "ones", labels, share_prompt=share_prompt, use_cache=False, **inputs).hidden
+        return read_reference(model.eval(), "ones", labels, **inputs).hidden
 
 
 def built(family, sizes):
@@ -80,8 +81,26 @@ def test_states_are_those_of_two_rows(family):
     check_shared_prompts(model, lambda share: final_states(model, inputs, share))
 
 
+def test_chunks_follow_the_positions():
+    """The mask of attention in chunks, for each place of the batch that of its own row."""
+    config = LlamaConfig(attention_chunk_size=3, attn_implementation="sdpa")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 3, 4], [5, 6, 7, 8, 3, 2, 2]])
+    tokens = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    packed = pack_pairs(ids, tokens)
+    with branches_apart(SimpleNamespace(config=config), packed):
+        inputs = packed.inputs()
+        mask = create_chunked_causal_mask(
+            config, inputs["input_ids"].unsqueeze(-1).float(), inputs["attention_mask"], None, inputs["position_ids"]
+        )
+    own = create_chunked_causal_mask(config, ids.unsqueeze(-1).float(), tokens, None, allow_is_causal_skip=False)
+    for row, length in enumerate(tokens.sum(dim=1).tolist()):
+        slots = packed.slots[row, :length]
+        assert torch.equal(mask[0, 0][slots][:, slots], own[row, 0, :length, :length])
+        assert mask[0, 0][slots].sum() == own[row, 0, :length, :length].sum()  # and sees nothing else
+
+
 def test_answers_do_not_see_each_other():
-    """Another chosen answer of the same length leaves every state of the rejected answer as it was, to the last bit."""
+    """Another chosen answer of the same length leaves the states of the rejected answer as they were, to a bit."""
     model = built("gemma2", EXACT["gemma2"])
     inputs = probe_pairs(model, len(WORDS))
     chosen = inputs["completion_mask"][:2].sum()
