@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._upstream import FusedCausalLMOutput
 from .lm_head.paired_log_probs import head_parameters, logit_transform, paired_log_probs
@@ -18,6 +17,7 @@ from .loss import sparse_po_terms
 from .mask_kinds import TokenInputs
 from .masks import TOKEN_MASKS, scatter_tokens
 from .reference_pass import ReferenceStates, backbone_inputs, predicting_states, run_backbone
+from .router_loss import router_loss
 from .shared_prompts import pack_pairs
 
 
@@ -116,10 +116,9 @@ def policy_forward(
     aux_loss = None
     if kwargs.get("output_router_logits"):
         # Of a shared prompt's tokens each row of the pair counts its own
-        router_logits = backbone.router_logits if packed is None else packed.unpack_flat(backbone.router_logits)
-        aux_loss = load_balancing_loss_func(
-            router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-        )
+        router_logits = getattr(backbone, "router_logits", None) or ()
+        router_logits = router_logits if packed is None else packed.unpack_flat(router_logits)
+        aux_loss = router_loss(model, router_logits, kwargs.get("attention_mask"))
     return MaskedCausalLMOutput(
         log_probs=terms,
         entropy=entropy,
