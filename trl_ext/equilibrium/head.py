@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ from .settings import (
     head_settings,
 )
 from .spectral_cap import SUBSPACE_SIZE, cap_singular_values
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
 
 # Of fresh recurrent weights, with variance `(gain / chain)^2 / n`: the spectral norm of a large square one tends to
@@ -242,6 +248,7 @@ class EPHead(nn.Module):
             evaluation = self._evaluation(trains_backbone=torch.is_grad_enabled() and hidden.requires_grad)
             top = equilibrium(evaluation, drive, *biases, *forward_weights, *backward_weights)
             output = nn.functional.linear(top, self.readout_weight.to(dtype), self.readout_bias.to(dtype))
+        self._watch_weights(output, reaches_input=hidden.requires_grad)
         return output.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
     def _evaluation(self, trains_backbone: bool) -> Evaluation:
@@ -268,6 +275,29 @@ class EPHead(nn.Module):
             f"The input of EPHead is not finite in {len(rows)} row(s), the first at index {rows[0]} of a batch of "
             f"shape {tuple(hidden.shape[:-1])}. Look for the overflow in the model below."
         )
+
+    def _watch_weights(self, output: torch.Tensor, reaches_input: bool) -> None:
+        """Names the remedy where a weight is changed before the backward pass; torch names a shape and a version."""
+        if not output.requires_grad or torch.compiler.is_compiling():
+            return
+        # What the backward pass reads itself, and not as a copy: of a lower precision, or capped
+        unread = {"input_bias", "readout_bias"} | (set() if reaches_input else {"input_weight"})
+        if self.spectral_cap is not None:
+            unread |= {name for name, _ in self.named_parameters() if name.startswith(("forward_", "backward_"))}
+        parameters = [(name, weight) for name, weight in self.named_parameters() if name not in unread]
+        read = {name: weight for name, weight in parameters if weight.dtype == output.dtype}
+        versions = {name: weight._version for name, weight in read.items()}
+
+        def check(_: torch.Tensor) -> None:
+            changed = [name for name, weight in read.items() if weight._version != versions[name]]
+            if changed:
+                raise RuntimeError(
+                    f"`{changed[0]}` of EPHead was changed between forward and backward, so the gradient would be "
+                    "that of other weights. Step the optimizer, clip or load weights after the backward pass, or call "
+                    "the head again before it."
+                )
+
+        output.register_hook(check)
 
     def _warn_once(self, name: str, message: str) -> None:
         if name not in self._warned:
@@ -339,6 +369,35 @@ class EPHead(nn.Module):
             output_gradient = torch.ones(len(rows), self.out_features, dtype=dtype, device=rows.device)
         gradient = output_gradient.reshape(-1, self.out_features).to(dtype) @ self.readout_weight.to(dtype)
         return layer_cosines(network, drive, biases, gradient, evaluation.estimator, self.tolerance, self.max_steps)
+
+    @torch.no_grad()
+    def plot(self, hidden: torch.Tensor, path: "str | Path | None" = None, num_sweeps: int | None = None) -> "Figure":
+        """
+        Draws how an input relaxes: the largest change of an activity against sweeps, of the median row and the slowest
+        one. Needs matplotlib, and reads the weights directly: gather them first under ZeRO-3 and FSDP.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(..., in_features)`):
+                Input.
+            path (`str` or `Path`, *optional*):
+                PNG to write.
+            num_sweeps (`int`, *optional*):
+                Sweeps to draw. Defaults to `max_steps`.
+
+        Returns:
+            `matplotlib.figure.Figure`
+        """
+        from .relaxation_plot import draw_relaxation, residual_curve
+
+        dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
+        evaluation = self._evaluation(trains_backbone=False)
+        parameters, _, _ = self.recurrent_parameters()
+        forward, backward = self._recurrent_weights(dtype)
+        biases, network = evaluation.unpack((*parameters, *forward, *backward), dtype)
+        rows = hidden.reshape(-1, self.in_features).to(dtype)
+        drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
+        residuals = residual_curve(network, drive, biases, num_sweeps or self.max_steps)
+        return draw_relaxation(residuals, self.tolerance, path)
 
     @torch.no_grad()
     def asymmetry(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Trainers of models with an equilibrium head: transformers' and TRL's own, with the head's metrics, rate and card.
 
-One step: [`EPRewardTrainer.compute_loss`] calls TRL's, whose forward of the model has the homeostasis objective too,
-and adds that to the loss; the head's statistics are taken after each forward, and `log` hands on their means.
+One step: `compute_loss` calls TRL's or transformers', whose forward of the model has the homeostasis objective too,
+and adds that to a loss which is not the model's own; the head's statistics are taken after each forward, and `log`
+hands on their means.
 """
 
 from collections import defaultdict
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from ..core.parameter_groups import move_to_own_groups
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
+from .loading import save_configuration
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
 from .report import CITATION, gathered_asymmetry, method_section, write_card
 from .settings import check_homeostasis
@@ -102,7 +105,24 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
             self._head_metrics[name].append(value)
         if outputs.homeostasis_loss is not None:
             self._head_metrics["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
+            if outputs.loss is None:
+                # A loss of the logits: of preferences, with smoothed labels, or the user's own
+                loss = loss + self._homeostasis_weight() * outputs.homeostasis_loss.mean()
         return (loss, outputs) if return_outputs else loss
+
+    def _homeostasis_weight(self) -> float:
+        """The coefficient, over the number of accumulated batches where the trainer takes the loss as divided by it."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.compute_loss_func is not None
+        weight = equilibrium_model(self.model).config.homeostasis_coef
+        return weight / self.current_gradient_accumulation_steps if scaled else weight
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and is_peft_model(model):
+            save_configuration(equilibrium_model(model), output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self._pop_head_metrics()
@@ -125,15 +145,17 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             model, model_id = equilibrium_model(self.model), self.hub_model_id or str(self.args.output_dir)
-            section = method_section(model.config, self.state.log_history, model_id)
-            write_card(self.args.output_dir, model_id, model.config.name_or_path, section)
+            section = method_section(model.config, self.state.log_history, is_peft_model(self.model))
+            is_reward = isinstance(self, RewardTrainer)
+            write_card(self.args.output_dir, model_id, model.config.name_or_path, section, is_reward)
 
 
 class EPTrainer(_HeadTrainer, Trainer):
     """
     [`~transformers.Trainer`] for classifiers with an equilibrium-propagation head
     (https://huggingface.co/papers/2309.02214): the head's metrics in the log and its settings in the model card. The
-    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too.
+    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too, but
+    not under `label_smoothing_factor` or `compute_loss_func`: this trainer adds it there.
 
     Args:
         model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
@@ -218,9 +240,3 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):
             head.float()
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if outputs.homeostasis_loss is not None:
-            loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
-        return (loss, outputs) if return_outputs else loss
