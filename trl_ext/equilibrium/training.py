@@ -111,7 +111,7 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _homeostasis_weight(self) -> float:
-        """The coefficient, over the number of accumulated batches where the trainer takes the loss as divided by it."""
+        """The coefficient, over the number of accumulated batches where the trainer takes the loss to be so."""
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = self.compute_loss_func is not None
