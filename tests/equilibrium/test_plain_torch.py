@@ -52,7 +52,7 @@ def test_residuals_against_a_loop_over_neurons():
 
 
 def test_the_picture_says_which_rows_wait(tmp_path):
-    head = EPHead(4, [8, 8], 1, feedback="asymmetric", feedback_angle=90.0)
+    head = EPHead(4, [8, 8], 1, feedback="asymmetric", feedback_angle=90.0, spectral_cap=None)
     figure = head.plot(torch.randn(2, 3, 4), tmp_path / "relaxation.png", num_sweeps=40)
     assert figure.axes[0].get_title(loc="left") == "0 of 6 rows above the tolerance after 40 sweeps"
     assert len(figure.axes[0].lines[1].get_xdata()) == 40 and (tmp_path / "relaxation.png").is_file()

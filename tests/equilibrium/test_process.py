@@ -62,7 +62,7 @@ def test_the_head_needs_torch_alone():
 before = {name.split(".")[0] for name in sys.modules}
 from trl_ext.equilibrium import EPHead, EPValueHeads
 EPValueHeads(2, 1)
-head = EPHead(2, [3, 3], 1, feedback="asymmetric", feedback_angle=90.0, spectral_cap=0.5)
+head = EPHead(2, [3, 3], 1, feedback="asymmetric", feedback_angle=90.0)
 (head(torch.ones(1, 2)).sum() + head.homeostasis_loss()).backward()
 loaded = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
 print(sorted(loaded), {"transformers", "trl", "accelerate", "matplotlib"} & set(sys.modules))"""

@@ -103,7 +103,7 @@ def test_an_oscillating_state_raises_with_the_norm_and_the_remedy():
     with pytest.raises(EquilibriumError, match=r"of 3 samples \(first: row [12]\) oscillate") as error:
         free_relaxation(oscillator(3.0), drive, [torch.full((1,), 0.01)], 1e-4, 60)
     assert "spectral norm of a recurrent weight is 3;" in str(error.value)
-    assert "`spectral_cap`" in str(error.value) and "below 1 for all" in str(error.value)
+    assert "`spectral_cap='auto'`" in str(error.value) and "below 1 for all of them, at 2 layers" in str(error.value)
     # The same network with weaker weights spirals into its fixed point
     assert free_relaxation(oscillator(0.9), drive, [torch.full((1,), 0.01)], 1e-4, 60).unconverged == 0
 

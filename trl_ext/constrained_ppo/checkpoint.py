@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from .._upstream import open_rollout, restore_rollout
 from ..core.companion import read_companion
 from ..core.dropout import stated_probabilities
-from ..equilibrium.value_heads import EPValueHeads
+from ..equilibrium.value_heads import EPValueHeads, without_subspaces
 from .adaptation import RolloutController
 from .critic import CRITIC_FILE, SeparateCritic, ValueHeads
 from .ensemble import EnsembleMonitor
@@ -51,7 +51,8 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
     path = str(cached_file(name_or_path, CRITIC_FILE))
     state, metadata = read_companion(path)
     critic: nn.Module
-    heads = EPValueHeads(**json.loads(metadata["heads"])) if "heads" in metadata else None
+    heads = EPValueHeads.from_saved(json.loads(metadata["heads"])) if "heads" in metadata else None
+    state = without_subspaces(state)
     if "backbone" in metadata:
         config = json.loads(metadata["backbone"])
         backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))

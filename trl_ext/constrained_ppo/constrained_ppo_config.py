@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..core.checks import check_choice, check_number
+from ..equilibrium.settings import SpectralCap, read_spectral_cap
 from ..equilibrium.value_heads import check_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
@@ -74,7 +75,10 @@ _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
 _KL_COEF = 0.2
 # Settings of equilibrium heads that linear ones do not have, with the values that leave them out
-_FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
+_FEEDBACK = {
+    "critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0,
+    "critic_spectral_cap": "auto",
+}  # fmt: skip
 
 
 class _OneGeneration(int):
@@ -234,14 +238,17 @@ class ConstrainedPPOConfig(GRPOConfig):
         critic_head (`str`, *optional*, defaults to `"linear"`):
             `"linear"`, or `"equilibrium"`: values relax to a fixed point and learn by equilibrium propagation
             ([`EPValueHeads`]).
-        critic_hidden_features (`list[int]`, *optional*, defaults to `[64, 64]`):
-            Widths of the relaxing layers of equilibrium heads.
+        critic_hidden_features (`int` or `list[int]`, *optional*, defaults to `[64, 64]`):
+            Widths of the relaxing layers of equilibrium heads; a number is one layer.
         critic_feedback (`str`, *optional*, defaults to `"symmetric"`):
             Feedback weights of equilibrium heads: `"symmetric"`, the forward ones transposed, or `"asymmetric"`.
         critic_feedback_angle (`float`, *optional*, defaults to `0.0`):
             Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
         critic_homeostasis_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the homeostasis objective, which straightens asymmetric feedback, in the critic's loss.
+        critic_spectral_cap (`float` or `str`, *optional*, defaults to `"auto"`):
+            Bound on the spectral norm of equilibrium heads' recurrent weights: a number, `"auto"` for the largest with
+            which relaxation always converges, or `None` for no bound.
         critic_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
@@ -411,6 +418,10 @@ class ConstrainedPPOConfig(GRPOConfig):
     )
     critic_homeostasis_coef: float = field(
         default=0.0, metadata={"help": "Weight of the homeostasis objective of equilibrium heads."}
+    )
+    critic_spectral_cap: SpectralCap = field(
+        default="auto",
+        metadata={"help": "Bound on the recurrent weights of equilibrium heads: a number, 'auto' or none."},
     )
     critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
     critic_detach: bool = field(
@@ -631,18 +642,16 @@ class ConstrainedPPOConfig(GRPOConfig):
                 "heads on the policy have no backbone of their own."
             )
         check_choice(self, "critic_head", choices=("linear", "equilibrium"))
+        self.critic_spectral_cap = read_spectral_cap(self.critic_spectral_cap)
         if self.critic_head == "linear":
             for name, unused in _FEEDBACK.items():
                 if getattr(self, name) != unused:
                     raise ValueError(
                         f"`{name}={getattr(self, name)!r}` needs `critic_head='equilibrium'`: linear heads have no "
-                        "feedback weights. Set that, or leave it out."
+                        "recurrent weights. Set that, or leave it out."
                     )
             return
-        check_value_heads(
-            self.critic_hidden_features, self.critic_feedback, self.critic_feedback_angle,
-            self.critic_homeostasis_coef, prefix="critic_",
-        )  # fmt: skip
+        check_value_heads(self, prefix="critic_")
 
     def _check_search(self) -> None:
         search = self.search_config

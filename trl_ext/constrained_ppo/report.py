@@ -54,6 +54,7 @@ _OPTIONAL = (
 )  # fmt: skip
 _EQUILIBRIUM = (
     "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
+    "critic_spectral_cap",
 )  # fmt: skip
 _MULTIPLIERS = ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
 

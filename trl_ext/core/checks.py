@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -67,7 +68,7 @@ def check_number(
         value = getattr(owner, name)
         if value is None and optional:
             continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         if not (number and above < value < below and at_least <= value <= at_most):
             wanted = _range(above, at_least, below, at_most)
             raise ValueError(f"`{name}` must be a number{wanted}, got {value!r}.{_sentence(remedy)}")

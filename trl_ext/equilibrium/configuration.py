@@ -6,7 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ..core.checks import check_choice
-from .settings import HeadSettings, check_head, check_homeostasis, head_settings
+from .settings import HeadSettings, SpectralCap, as_widths, check_head, check_homeostasis, head_settings
 
 
 PoolingName = Literal["last", "first", "mean", "pooler"]
@@ -37,6 +37,8 @@ class EPConfig(PreTrainedConfig):
         hidden_features, feedback, feedback_angle, activation, estimator, num_points (*optional*):
             Settings of the head; see [`HeadSettings`].
         rotated, radius, correction, tolerance, max_steps, spectral_cap (*optional*):
+            Settings of the head; see [`HeadSettings`].
+        input_norm, on_oscillation (*optional*):
             Settings of the head; see [`HeadSettings`].
         pooling (`str`, *optional*):
             State that the head reads: `"last"` or `"first"`, of the last or first token that is not padding; `"mean"`,
@@ -80,7 +82,9 @@ class EPConfig(PreTrainedConfig):
     correction: str = HeadSettings.correction
     tolerance: float = HeadSettings.tolerance
     max_steps: int = HeadSettings.max_steps
-    spectral_cap: float | None = HeadSettings.spectral_cap
+    spectral_cap: SpectralCap = HeadSettings.spectral_cap
+    input_norm: str = HeadSettings.input_norm
+    on_oscillation: str = HeadSettings.on_oscillation
     pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
@@ -98,8 +102,9 @@ class EPConfig(PreTrainedConfig):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
         widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
-        self.hidden_features = widths if isinstance(widths, int) else list(widths)
+        self.hidden_features = widths
         check_head(self)
+        self.hidden_features = widths if isinstance(widths, int) else as_widths(widths)
         check_choice(
             self, "pooling", choices=(None, *get_args(PoolingName)), remedy="None is the backbone's own pooling."
         )

@@ -102,6 +102,8 @@ class EPModelForSequenceClassification(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["score"]
+    # Of heads that were saved when the cap of each weight had a subspace
+    _keys_to_ignore_on_load_unexpected = [r"_subspace$"]
 
     def __init__(self, config: EPConfig, backbone: PreTrainedModel | None = None):
         if not isinstance(config, EPConfig):
@@ -301,7 +303,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
             logits=logits,
             past_key_values=getattr(outputs, "past_key_values", None),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),  # a state-space model has none
             homeostasis_loss=homeostasis_loss,
         )
         return output.to_tuple() if return_dict is False else output

@@ -4,16 +4,22 @@
 constrained PPO some of them with the prefix `critic_`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from ..core.checks import check_choice, check_number
+from .input_norm import InputNormName
 
 
 FeedbackName = Literal["symmetric", "asymmetric"]
 ActivationName = Literal["tanh", "dsilu", "sigmoid"]
 EstimatorName = Literal["holomorphic", "symmetric", "one_sided", "tangent", "exact"]
 CorrectionName = Literal["none", "asymep"]
+OscillationName = Literal["raise", "warn"]
+SpectralCap = float | str | None
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,17 @@ class HeadSettings:
             largest entry.
         max_steps (`int`, *optional*, defaults to `100`):
             Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
-        spectral_cap (`float`, *optional*):
+        spectral_cap (`float` or `str`, *optional*, defaults to `"auto"`):
             Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
-            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
+            [`cap_singular_values`]. `"auto"` is 0.98 times [`contraction_bound`], the largest below which every
+            relaxation converges, from the number of layers and the activation: 0.98 for two layers of `tanh` or
+            `sigmoid`, 0.69 for three, 0.57 for five. A number may be larger; `None` is no bound.
+        input_norm (`str`, *optional*, defaults to `"none"`):
+            `"center"` takes the running mean off each feature of the input, `"standardize"` divides it by the running
+            standard deviation too; see [`update_statistics`].
+        on_oscillation (`str`, *optional*, defaults to `"raise"`):
+            What a row does that oscillates or diverges, as none can under `spectral_cap="auto"`: `"raise"` an error,
+            or `"warn"` once. Its output is then that of its last state, and it has no part in the gradient.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -79,8 +93,15 @@ class HeadSettings:
     )
     tolerance: float = field(default=1e-4, metadata={"help": "Residual of a fixed point."})
     max_steps: int = field(default=100, metadata={"help": "Sweeps at most."})
-    spectral_cap: float | None = field(
-        default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
+    spectral_cap: SpectralCap = field(
+        default=AUTO,
+        metadata={"help": "Bound on the spectral norm of every recurrent weight: a number, 'auto' or none."},
+    )
+    input_norm: InputNormName = field(
+        default="none", metadata={"help": "Running statistics on the head's input: 'none', 'center', 'standardize'."}
+    )
+    on_oscillation: OscillationName = field(
+        default="raise", metadata={"help": "Whether a row that oscillates raises an error or a warning."}
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +124,7 @@ def check_head(owner: Any, prefix: str = "") -> None:
     needs_complex = "The holomorphic estimator needs a complex-differentiable one."
     for name, choices in (
         ("activation", ActivationName), ("estimator", EstimatorName), ("correction", CorrectionName),
+        ("input_norm", InputNormName), ("on_oscillation", OscillationName),
     ):  # fmt: skip
         if name in found:
             remedy = needs_complex if name == "activation" and found.get("estimator") == "holomorphic" else ""
@@ -113,15 +135,41 @@ def check_head(owner: Any, prefix: str = "") -> None:
     for name in ("num_points", "max_steps"):
         if name in found:
             check_number(owner, prefix + name, at_least=1)
-    if found.get("spectral_cap") is not None:
-        check_number(owner, f"{prefix}spectral_cap", above=0, remedy="None is no bound.")
+    if "spectral_cap" in found:
+        check_spectral_cap(owner, f"{prefix}spectral_cap")
     check_feedback(found.get("feedback", "symmetric"), found.get("feedback_angle", 0.0), prefix)
+
+
+def check_spectral_cap(owner: Any, name: str) -> None:
+    """Refuses a field that is no bound on singular values."""
+    if getattr(owner, name) != AUTO:
+        check_number(
+            owner, name, above=0, optional=True,
+            remedy="'auto' is the largest with which relaxation always converges, None no bound.",
+        )  # fmt: skip
+
+
+def read_spectral_cap(value: Any) -> Any:
+    """The bound that a command line, where all is text, or a recipe gives; what is no number stays as it is."""
+    if not isinstance(value, str) or value == AUTO:
+        return value
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def as_widths(widths: Any) -> list[int]:
+    """One size or several, of any kind of whole number, as a list."""
+    return [int(width) for width in ([widths] if isinstance(widths, Integral) else widths)]
 
 
 def check_widths(name: str, widths: Any) -> None:
     """Refuses sizes, one or several, that are no positive integers."""
-    values = [widths] if isinstance(widths, int) else list(widths)
-    if not values or any(not isinstance(value, int) or value < 1 for value in values):
+    values = list(widths) if isinstance(widths, Sequence) and not isinstance(widths, str) else [widths]
+    if not values or any(not isinstance(value, Integral) or isinstance(value, bool) or value < 1 for value in values):
         raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
 
 

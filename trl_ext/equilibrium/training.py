@@ -77,13 +77,16 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
 class _HeadTrainer(OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
-    def __init__(self, model: Any, args: Any, **kwargs: Any):
-        config = equilibrium_model(model).config
-        if args.homeostasis_coef is not None:
-            check_homeostasis(args.homeostasis_coef, config.feedback)
-            config.homeostasis_coef = args.homeostasis_coef
+    def __init__(self, model: Any, args: Any, *positional: Any, **kwargs: Any):
+        if model is not None:
+            _set_homeostasis_coef(model, args.homeostasis_coef)
         self._head_metrics: dict[str, list[float]] = defaultdict(list)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        _set_homeostasis_coef(model, self.args.homeostasis_coef)
+        return model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -150,6 +153,14 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
             write_card(self.args.output_dir, model_id, model.config.name_or_path, section, is_reward)
 
 
+def _set_homeostasis_coef(model: Any, homeostasis_coef: float | None) -> None:
+    """Gives a model the weight that the trainer's arguments have, if any; refuses one without a head."""
+    config = equilibrium_model(model).config
+    if homeostasis_coef is not None:
+        check_homeostasis(homeostasis_coef, config.feedback)
+        config.homeostasis_coef = homeostasis_coef
+
+
 class EPTrainer(_HeadTrainer, Trainer):
     """
     [`~transformers.Trainer`] for classifiers with an equilibrium-propagation head
@@ -158,12 +169,12 @@ class EPTrainer(_HeadTrainer, Trainer):
     not under `label_smoothing_factor` or `compute_loss_func`: this trainer adds it there.
 
     Args:
-        model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
-            Model.
-        args ([`EPTrainingArguments`]):
-            Configuration.
-        kwargs (`Any`):
-            The other arguments of [`~transformers.Trainer`], by name.
+        model ([`EPModelForSequenceClassification`] or `PeftModel` on one, *optional*):
+            Model. Without one, `model_init` builds it.
+        args ([`EPTrainingArguments`], *optional*):
+            Configuration. Defaults to one with the output folder `tmp_trainer`, as the parent's.
+        positional, kwargs (`Any`):
+            The other arguments of [`~transformers.Trainer`].
 
     Raises:
         TypeError: If `args` is not an [`EPTrainingArguments`], or the model has no equilibrium head.
@@ -171,10 +182,12 @@ class EPTrainer(_HeadTrainer, Trainer):
 
     args: EPTrainingArguments
 
-    def __init__(self, model: Any, args: EPTrainingArguments, **kwargs: Any):
+    def __init__(self, model: Any = None, args: EPTrainingArguments | None = None, *positional: Any, **kwargs: Any):
+        if args is None:
+            args = EPTrainingArguments("tmp_trainer")
         if not isinstance(args, EPTrainingArguments):
             raise TypeError(f"`args` must be an `EPTrainingArguments`, got `{type(args).__name__}`.")
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
 
     def create_model_card(self, **kwargs: Any) -> None:
         kwargs["tags"] = [*(kwargs.get("tags") or ()), "trl_ext", "equilibrium-propagation"]
@@ -195,8 +208,8 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             gets a new head; `args.model_init_kwargs` may then hold fields of [`EPConfig`].
         args ([`EPRewardConfig`], *optional*):
             Configuration.
-        kwargs (`Any`):
-            The other arguments of [`~trl.RewardTrainer`], by name.
+        positional, kwargs (`Any`):
+            The other arguments of [`~trl.RewardTrainer`].
 
     Raises:
         TypeError: If `args` is not an [`EPRewardConfig`], or the model has no equilibrium head.
@@ -226,7 +239,7 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
 
     args: EPRewardConfig
 
-    def __init__(self, model: Any, args: EPRewardConfig | None = None, **kwargs: Any):
+    def __init__(self, model: Any, args: EPRewardConfig | None = None, *positional: Any, **kwargs: Any):
         if args is None:
             args = EPRewardConfig("EPReward")
         if not isinstance(args, EPRewardConfig):
@@ -235,7 +248,7 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
         # TRL casts all that trains on a quantized backbone to bf16
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):

@@ -175,7 +175,7 @@ def build_head(args: MiniLMArguments, name: str, depth: int, in_features: int, o
     widths = [args.width] * depth
     settings = HEADS[name]
     if settings is not None:
-        return EPHead(in_features, widths, out_features, spectral_cap=0.9, **settings)
+        return EPHead(in_features, widths, out_features, **settings)
     if name == "linear":
         return nn.Linear(in_features, out_features)
     parts: list[nn.Module] = []

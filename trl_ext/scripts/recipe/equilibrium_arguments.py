@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from ...equilibrium.settings import HeadSettings, check_head, check_homeostasis, head_settings
+from ...equilibrium.settings import (
+    HeadSettings,
+    check_head,
+    check_homeostasis,
+    head_settings,
+    read_spectral_cap,
+)
 from .strict_parser import RecipeError
 
 
@@ -47,6 +53,9 @@ class EPHeadArguments(_PrefixedHeadSettings):
     show_alignment: int = field(
         default=0, metadata={"help": "Evaluation examples on which the gradient is compared with the exact one."}
     )
+
+    def __post_init__(self) -> None:
+        self.head_spectral_cap = read_spectral_cap(self.head_spectral_cap)
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""
