@@ -272,7 +272,13 @@ def test_model_from_a_name(folder, tmp_path):
     arguments = EPRewardConfig(
         output_dir=str(tmp_path), gradient_checkpointing=False, model_init_kwargs={"hidden_features": [8]}, **COMMON
     )
-    trainer = EPRewardTrainer(folder, arguments, train_dataset=tiny_pairs(8))
+    heads = []
+    for state in (1, 2):  # of the process; the head is the seed's
+        torch.manual_seed(state)
+        arguments.model_init_kwargs = {"hidden_features": [8]}
+        trainer = EPRewardTrainer(folder, arguments, train_dataset=tiny_pairs(8))
+        heads.append(trainer.model.score.input_weight.detach())
+    assert torch.equal(*heads)
     assert trainer.model.config.hidden_features == [8] and trainer.model.config.num_labels == 1
     assert len(trainer.processing_class) == len(tiny_tokenizer())
 

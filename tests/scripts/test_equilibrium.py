@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, EvalPrediction
@@ -60,9 +61,17 @@ def test_classifier_of_each_kind(labels, settings, problem_type, folder, tmp_pat
     assert "### Equilibrium-propagation head" in card and ("| `pooling` | mean |" in card) == ("pooling" in settings)
 
 
-def test_frozen_backbone_and_dtype(folder, tmp_path):
-    import torch
+def test_the_heads_first_weights_are_the_seeds(folder, tmp_path):
+    """Whatever the process drew before: runs of a demo follow one another in one process."""
+    found = []
+    for state, seed in ((1, 42), (2, 42), (1, 43)):
+        torch.manual_seed(state)
+        settings = {"seed": seed, "learning_rate": 0.0, "max_steps": 1, "eval_strategy": "no"}
+        found.append(run(equilibrium_reward, folder, tmp_path, list(tiny_pairs(8)), **settings).score.input_weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
+
+def test_frozen_backbone_and_dtype(folder, tmp_path):
     before = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     model = run(equilibrium_reward, folder, tmp_path, list(tiny_pairs(12)), freeze_backbone=True, learning_rate=0.01)
     for name, tensor in before.model.state_dict().items():

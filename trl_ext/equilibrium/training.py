@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from ..core.parameter_groups import move_to_own_groups
@@ -246,6 +246,8 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             raise TypeError(f"`args` must be an `EPRewardConfig`, got `{type(args).__name__}`.")
         if isinstance(model, str):
             options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
+            # As TRL does: the head's first weights are part of what the seed decides
+            set_seed(args.seed)
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
         super().__init__(model, args, *positional, **kwargs)
