@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .configuration import EPConfig
+from .configuration import TOKEN_IDS, EPConfig
 from .head import EPHead
+from .settings import SETTINGS
 
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                "trust_remote_code")  # fmt: skip
+HEAD_FIELDS = (*SETTINGS, "pooling", "homeostasis_coef")
+LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
+CONFIG_FIELDS = (*HEAD_FIELDS, *LABEL_FIELDS, *TOKEN_IDS)
 # What transformers' auto classes and pipelines hand on, of which an `AutoModel` knows nothing
 _AUTO_OPTIONS = ("adapter_kwargs", "_from_auto", "_from_pipeline")
 
@@ -35,13 +39,13 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
 
 
-def saved_model_type(source: Any, kwargs: dict[str, Any]) -> str | None:
-    """`model_type` of a saved configuration; `None` where there is none."""
+def saved_configuration(source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A saved `config.json`; empty where there is none."""
     try:
         found, _ = PreTrainedConfig.get_config_dict(source, **hub_options(kwargs))
     except OSError:
-        return None
-    return found.get("model_type")
+        return {}
+    return found
 
 
 def label_settings(source: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
@@ -218,20 +222,24 @@ def load_adapter(
             f"The adapter in {source} names no base model (`base_model_name_or_path`). Load that model with "
             "`EPModelForSequenceClassification`, then `PeftModel.from_pretrained(model, adapter)`."
         )
-    has_head = saved_model_type(base, {name: kwargs[name] for name in ("cache_dir", "token") if name in kwargs})
-    is_whole = has_head == EPConfig.model_type
+    where = ("cache_dir", "local_files_only", "proxies", "token", "trust_remote_code")
+    found = saved_configuration(base, {name: kwargs[name] for name in where if name in kwargs})
+    is_whole = found.get("model_type") == EPConfig.model_type
     settings = _adapter_configuration(source, base, is_whole, config, kwargs)
     options = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_AUTO_OPTIONS)}
-    options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs and name not in ("revision", "subfolder")}
+    options |= {name: kwargs[name] for name in where if name in kwargs}
     with_info = options.pop("output_loading_info", False)
+    for name in [name for name in options if name in CONFIG_FIELDS]:
+        setattr(settings, name, options.pop(name))
     if adapter.get("revision") is not None:
         options["revision"] = adapter["revision"]
     if options.get("dtype", "auto") in (None, "auto") and settings.dtype is not None:
         options["dtype"] = settings.dtype
-    quantization = getattr(settings, "quantization_config", None)
-    if quantization is not None:
-        del settings.quantization_config
-        options.setdefault("quantization_config", quantization)
+    if found.get("quantization_config") is None:
+        # Quantized when it was loaded: so it is again, unless the user says otherwise
+        taken = [vars(part).pop("quantization_config", None) for part in (settings, settings.text_config)]
+        options |= {"quantization_config": taken[0] or taken[1]} if any(taken) else {}
+        options |= {"quantization_config": kwargs["quantization_config"]} if "quantization_config" in kwargs else {}
     model = cls.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)
@@ -252,7 +260,7 @@ def _adapter_configuration(
     """A configuration of one's own for an adapter's model: given, beside the adapter, or the base model's."""
     if isinstance(config, EPConfig):
         return copy.deepcopy(config)
-    if saved_model_type(source, kwargs) == EPConfig.model_type:
+    if saved_configuration(source, kwargs).get("model_type") == EPConfig.model_type:
         return EPConfig.from_pretrained(source, **hub_options(kwargs))
     if is_whole:
         return EPConfig.from_pretrained(base)

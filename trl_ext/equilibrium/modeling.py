@@ -30,25 +30,24 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from .configuration import TOKEN_IDS, EPConfig, PoolingName
 from .head import EPHead
 from .loading import (
+    CONFIG_FIELDS,
+    HEAD_FIELDS,
+    LABEL_FIELDS,
     backbone_in_memory,
     find_adapter,
     label_settings,
     load_adapter,
     place_head,
     save_configuration,
-    saved_model_type,
+    saved_configuration,
     without_unused_pooler,
 )
-from .settings import SETTINGS
 
 
 # What quantized models of transformers carry, which trainers and PEFT ask for
 _QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 # How encoders' own classifiers say what they pool
 _CLASSIFIER_POOLING: dict[str, PoolingName] = {"cls": "first", "mean": "mean"}
-_HEAD_FIELDS = (*SETTINGS, "pooling", "homeostasis_coef")
-_LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
-_CONFIG_FIELDS = (*_HEAD_FIELDS, *_LABEL_FIELDS, *TOKEN_IDS)
 
 
 @dataclass
@@ -163,7 +162,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
         if adapter is not None:
             return load_adapter(cls, source, adapter, config, kwargs)
         own = EPConfig.model_type
-        saved = own if source is None else saved_model_type(source, kwargs)
+        saved = own if source is None else saved_configuration(source, kwargs).get("model_type")
         is_own = saved == own if config is None else isinstance(config, EPConfig) and saved in (own, None)
         if not is_own:
             return cls.from_backbone(source, config=config, **kwargs)
@@ -193,14 +192,14 @@ class EPModelForSequenceClassification(PreTrainedModel):
             ValueError: If a model is given and `kwargs` has something that is no field of [`EPConfig`], or the numbers
                 of labels given differ.
         """
-        given = {name: kwargs.pop(name) for name in _CONFIG_FIELDS if name in kwargs}
-        head = {name: given[name] for name in _HEAD_FIELDS if name in given}
+        given = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
+        head = {name: given[name] for name in HEAD_FIELDS if name in given}
         if isinstance(config, EPConfig):
-            head = {name: getattr(config, name) for name in _HEAD_FIELDS} | head
+            head = {name: getattr(config, name) for name in HEAD_FIELDS} | head
         info: dict[str, Any] | None = None
         if isinstance(backbone, nn.Module):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} are no fields of `EPConfig`. Its fields are {_CONFIG_FIELDS}.")
+                raise ValueError(f"{sorted(kwargs)} are no fields of `EPConfig`. Its fields are {CONFIG_FIELDS}.")
             backbone = backbone_in_memory(backbone)
             name, text_config = backbone.config.name_or_path, copy.deepcopy(backbone.config)
         else:
@@ -211,7 +210,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
             if kwargs.get("output_loading_info"):
                 backbone, info = backbone
             text_config = backbone.config
-        labels = {name: given[name] for name in _LABEL_FIELDS if name in given}
+        labels = {name: given[name] for name in LABEL_FIELDS if name in given}
         labels = label_settings(config if isinstance(config, EPConfig) else backbone.config, labels)
         # Implementations are set for all parts at once when a model is built: keep those that the backbone has
         implementations = {
