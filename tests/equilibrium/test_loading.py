@@ -83,6 +83,15 @@ def test_a_configuration_with_a_head_on_a_checkpoint_without_one(folder, tmp_pat
         assert torch.equal(model.model.wte.weight, AutoModel.from_pretrained(tmp_path).wte.weight)
 
 
+def test_a_backbones_saved_configuration_is_read_as_that_of_a_head_on_it(tmp_path):
+    """As PEFT does with every model that it saves, to see whether its vocabulary has grown."""
+    save_tiny_model(tmp_path, "gpt2")
+    AutoConfig.from_pretrained(tmp_path, id2label=NAMES, label2id=NUMBERS).save_pretrained(tmp_path)
+    config = EPConfig.from_pretrained(tmp_path, hidden_features=[4])
+    assert config.text_config.model_type == "gpt2" and config.hidden_features == [4]
+    assert config.vocab_size == config.text_config.vocab_size and config.id2label == NAMES
+
+
 def test_loading_info(folder):
     model, info = load(folder, output_loading_info=True)
     _, backbone = AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -151,11 +160,12 @@ def test_an_adapted_model_as_backbone(folder, tmp_path):
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     states = adapted.get_base_model().model(IDS, attention_mask=MASK).last_hidden_state
     names = set(adapted.state_dict())
-    model = EPModelForSequenceClassification.from_backbone(adapted, num_labels=1, hidden_features=[8])
+    model = EPModelForSequenceClassification.from_backbone(adapted, num_labels=1, hidden_features=[8, 8])
     torch.testing.assert_close(model.model(IDS, attention_mask=MASK).last_hidden_state, states)
     assert set(adapted.state_dict()) == names and not any("lora" in name for name in model.state_dict())
     model.save_pretrained(tmp_path)
-    assert torch.equal(load(tmp_path)(IDS, attention_mask=MASK).logits, model(IDS, attention_mask=MASK).logits)
+    loaded = load(tmp_path)
+    torch.testing.assert_close(loaded(IDS, attention_mask=MASK).logits, model(IDS, attention_mask=MASK).logits)
     with pytest.raises(TypeError, match="`Linear`.*PeftModel"):
         EPModelForSequenceClassification.from_backbone(torch.nn.Linear(2, 2))
 

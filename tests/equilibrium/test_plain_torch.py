@@ -30,7 +30,7 @@ def test_the_page_runs_with_torch_alone(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     first, metrics, cosines = done.stdout.splitlines()
     accuracy, angle = re.fullmatch(r"accuracy ([\d.]+), (\d+) degrees", first).groups()
-    assert float(accuracy) > 0.95 and int(angle) < 10
+    assert float(accuracy) > 0.95 and int(angle) < 25
     assert "ep/free_sweeps" in metrics and min(float(value) for value in re.findall(r"\d\.\d+", cosines)) > 0.9
     assert (tmp_path / "relaxation.png").read_bytes().startswith(b"\x89PNG")
 

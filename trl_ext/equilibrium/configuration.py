@@ -111,6 +111,15 @@ class EPConfig(PreTrainedConfig):
         check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers' own; a backbone's saved configuration is that of a head on it, with the backbone's labels."""
+        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found.get("model_type", cls.model_type) != cls.model_type:
+            labels = {name: found[name] for name in ("id2label", "label2id", "problem_type") if name in found}
+            found = {"model_type": cls.model_type, "text_config": found, **labels}
+        return found, unused
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration, which TRL's trainers and the pooling read `pad_token_id` from."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import is_peft_model
+from peft import load_peft_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -243,6 +244,7 @@ def load_adapter(
     model = cls.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)
+    _restore_precision(model, load_peft_weights(str(source), device="cpu", **location))
     lost = sorted(name for name in info.missing_keys if name.startswith("score."))
     if lost or (not is_whole and isinstance(model.score, EPHead)):
         raise ValueError(
@@ -252,6 +254,15 @@ def load_adapter(
         )
     model.config.name_or_path = model.name_or_path = str(source)
     return (model, info.to_dict()) if with_info else model
+
+
+@torch.no_grad()
+def _restore_precision(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
+    """Gives adapter weights the precision that they were trained in; transformers rounds them to the base model's."""
+    for name, parameter in model.named_parameters():
+        weight = saved.get(f"base_model.model.{name.replace('.default', '')}")
+        if weight is not None and weight.dtype != parameter.dtype:
+            parameter.data = weight.to(parameter.device)
 
 
 def _adapter_configuration(

@@ -237,7 +237,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers saves; with an adapter loaded, the configuration is saved beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        if self._hf_peft_config_loaded and kwargs.get("is_main_process", True):
+        if getattr(self, "peft_config", None) and kwargs.get("is_main_process", True):
             save_configuration(self, save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
