@@ -38,6 +38,7 @@ SLOW = (
     "constrained_ppo/test_updates.py",
     "contract/test_parents.py",
     "core/test_moved.py",
+    "equilibrium/test_export.py",
     "equilibrium/test_gradient.py",
     "equilibrium/test_process.py",
     "equilibrium/test_training.py",

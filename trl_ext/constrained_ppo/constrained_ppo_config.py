@@ -8,8 +8,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..core.checks import check_choice, check_number
-from ..equilibrium.settings import SpectralCap, read_spectral_cap
-from ..equilibrium.value_heads import check_value_heads
+from ..equilibrium.value_heads import SpectralCap, check_value_heads, read_spectral_cap, refuse_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
 from .gold import check_gold
@@ -74,11 +73,6 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
 _KL_COEF = 0.2
-# Settings of equilibrium heads that linear ones do not have, with the values that leave them out
-_FEEDBACK = {
-    "critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0,
-    "critic_spectral_cap": "auto",
-}  # fmt: skip
 
 
 class _OneGeneration(int):
@@ -644,14 +638,9 @@ class ConstrainedPPOConfig(GRPOConfig):
         check_choice(self, "critic_head", choices=("linear", "equilibrium"))
         self.critic_spectral_cap = read_spectral_cap(self.critic_spectral_cap)
         if self.critic_head == "linear":
-            for name, unused in _FEEDBACK.items():
-                if getattr(self, name) != unused:
-                    raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` needs `critic_head='equilibrium'`: linear heads have no "
-                        "recurrent weights. Set that, or leave it out."
-                    )
-            return
-        check_value_heads(self, prefix="critic_")
+            refuse_value_heads(self, prefix="critic_")
+        else:
+            check_value_heads(self, prefix="critic_")
 
     def _check_search(self) -> None:
         search = self.search_config

@@ -180,7 +180,9 @@ class CriticCompanion(Companion):
 
     def check_metadata(self, saved: dict[str, str], path: Path) -> None:
         heads = value_heads_of(self.module)
-        if isinstance(heads, EPValueHeads) and "spectral_cap" not in json.loads(saved.get("heads", '{"spectral_cap": 0}')):
+        if isinstance(heads, EPValueHeads) and "spectral_cap" not in json.loads(
+            saved.get("heads", '{"spectral_cap": 0}')
+        ):
             heads.spectral_cap = EARLIER_SPECTRAL_CAP  # the run goes on as it was
         names = json.loads(saved.get("rewards", "null"))
         if names is not None and len(names) != len(self.reward_names):

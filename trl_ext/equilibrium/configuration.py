@@ -105,6 +105,7 @@ class EPConfig(PreTrainedConfig):
         self.hidden_features = widths
         check_head(self)
         self.hidden_features = widths if isinstance(widths, int) else as_widths(widths)
+        self.num_points, self.max_steps = int(self.num_points), int(self.max_steps)  # as JSON can hold them
         check_choice(
             self, "pooling", choices=(None, *get_args(PoolingName)), remedy="None is the backbone's own pooling."
         )

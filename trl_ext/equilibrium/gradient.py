@@ -14,6 +14,7 @@ sets their precision, and a free state that has not quite converged adds no drif
 import cmath
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -132,6 +133,7 @@ class _PointsDynamics(Dynamics):
 
     num_real: int
     mixer: torch.Tensor
+    takes_secants: ClassVar[bool] = False  # real and imaginary part of a row go together
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         activation, constants = self.network.activation, self.constants[layer]
@@ -143,10 +145,9 @@ class _PointsDynamics(Dynamics):
             parts += activation.complex_difference(constants, a, b)
         return torch.cat(parts).flatten(0, 1)
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        change = old.sub_(new)
-        largest = change.abs().view(-1, self.num_samples, change.shape[-1]).amax(dim=(0, 2))
-        principal = self.mix(change).abs_().amax(dim=-1)
+    def change(self, step: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        largest = step.abs().view(-1, self.num_samples, step.shape[-1]).amax(dim=(0, 2))
+        principal = self.mix(step).abs_().amax(dim=-1)
         size = self.mix(new).abs_().amax(dim=-1)
         return torch.maximum(largest, principal.div_(size.clamp_min_(torch.finfo(size.dtype).tiny)))
 

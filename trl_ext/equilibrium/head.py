@@ -316,7 +316,9 @@ class EPHead(nn.Module):
         """
         check_widths("num_steps", num_steps)
         if self.training:
-            raise RuntimeError("`fixed_steps` gives no gradient, and the head is in training mode. Call `eval()` first.")
+            raise RuntimeError(
+                "`fixed_steps` gives no gradient, and the head is in training mode. Call `eval()` first."
+            )
         double = self.input_weight.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         with torch.no_grad():
@@ -562,8 +564,8 @@ def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | 
         return math.cos(angle) * weight
     if weight.numel() == 1:
         raise ValueError(
-            f"`feedback_angle` is {degrees} between two layers of one unit, whose weight is a single number and can be "
-            "at 0 or 180 degrees only. Give a layer more units."
+            f"`feedback_angle` is {degrees} between two layers of one unit, whose weight is a single number and can "
+            "be at 0 or 180 degrees only. Give a layer more units."
         )
     noise = orthogonal(*weight.shape, generator)
     noise -= weight * ((noise * weight).sum() / weight.square().sum())

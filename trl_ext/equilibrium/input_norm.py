@@ -3,9 +3,9 @@
     (x - mean) / sqrt(variance + eps)
 
 An offset that all inputs have in common saturates a network of bounded units, whatever its weights. As in batch
-normalisation the statistics are of each feature over rows, without a scale or shift that learns. Unlike there, training
-uses the running statistics too, after they took in its batch, as constants of the gradient: a row's result depends on
-no other row but through them, a batch of one works, and training and evaluation are one function.
+normalisation the statistics are of each feature over rows, without a scale or shift that learns. Unlike there,
+training uses the running statistics too, after they took in its batch, as constants of the gradient: a row's result
+depends on no other row but through them, a batch of one works, and training and evaluation are one function.
 """
 
 from typing import Literal
@@ -32,7 +32,7 @@ def update_statistics(
     Args:
         mean (`torch.Tensor` of shape `(n,)`):
             Running mean.
-        variance (`torch.Tensor` of shape `(n,)`, *optional*):
+        variance (`torch.Tensor` of shape `(n,)` or `None`):
             Running mean of the batches' variances, each about its own mean and divided by the number of rows.
         num_batches (`torch.Tensor`, scalar, int64):
             Batches so far, `k`.

@@ -63,11 +63,12 @@ def cap_singular_values(weight: torch.Tensor, cap: float) -> torch.Tensor:
     """
     The nearest matrix whose singular values are at most `cap`, as a differentiable function of the weight:
 
-        P(W) = sum_i min(s_i, cap) u_i v_i^T  =  W h(W^T W)        with h(s^2) = min(1, cap / s), W = sum_i s_i u_i v_i^T
+        P(W)  =  sum_i min(s_i, cap) u_i v_i^T  =  W h(W^T W)        with h(s^2) = min(1, cap / s)
 
-    A weight within the cap, which a Cholesky factor of `cap^2 - W^T W` proves, is handed back itself. Of any other the
-    smaller Gram matrix is decomposed. Nothing is written into the weight, which an engine may have sharded or keep a
-    master copy of, and nothing is remembered between calls. The gradient is exact, by divided differences of `h`:
+    for `W = sum_i s_i u_i v_i^T`. A weight within the cap, which a Cholesky factor of `cap^2 - W^T W` proves, is
+    handed back itself. Of any other the smaller Gram matrix is decomposed. Nothing is written into the weight, which
+    an engine may have sharded or keep a master copy of, and nothing is remembered between calls. The gradient is
+    exact, by divided differences of `h`:
 
         dP = dW h + W V (h_1 o V^T d(W^T W) V) V^T        with h_1[ij] = (h_i - h_j) / (s_i^2 - s_j^2)
 
@@ -107,8 +108,8 @@ class _CappedSingularValues(torch.autograd.Function):
         is_tall = weight.shape[0] >= weight.shape[1]
         tall, gradient = (weight, grad_output) if is_tall else (weight.T, grad_output.T)
         larger = singular.clamp_min(ctx.cap)
-        # (h_i - h_j) / (s_i^2 - s_j^2) without a difference of nearly equal values: the share is 1 for two values above
-        # the cap, 0 for two below, and between for one of each
+        # (h_i - h_j) / (s_i^2 - s_j^2) without a difference of nearly equal values: the share is 1 for two values
+        # above the cap, 0 for two below, and between for one of each
         difference = singular.unsqueeze(1) - singular
         share = (larger.unsqueeze(1) - larger) / difference
         is_above = singular > ctx.cap

@@ -6,12 +6,20 @@ which stands still where [`vector_field`] is zero; tests/equilibrium/test_relaxa
 damped iteration of all neurons. The responses of gradient.py relax by the same sweeps, with another `activate`.
 
 A chain of layers is bipartite: layers of one parity depend on those of the other only. A sweep of both takes half the
-sweeps of simultaneous updates and has none of their orbits of period two.
+sweeps of simultaneous updates and has none of their orbits of period two. A sweep is thus a map `z -> g(z)` of the
+layers `z` that it updates last, and every second one starts from the secant of the two before, for each row on its own
+
+    z  =  g_k - a (g_k - g_{k-1})        a = <f_k, f_k - f_{k-1}> / |f_k - f_{k-1}|^2        f_k = g_k - z_k
+
+which is Anderson acceleration with a memory of one, and needs half the sweeps where weights are near the contraction
+bound; after every sweep it costs more and saves less. A row for which `|f_k|` has not fallen since its last secant
+takes `z = g_k` instead, a plain sweep: so where sweeps contract, no row can fail to converge.
 
 Each sample stops at the first check that finds its own change within the tolerance, so its state does not depend on
 the other samples, but for the rounding of a matrix product of another size.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -31,6 +39,8 @@ NARROW_BELOW = 0.5
 EARLIER_QUARTER, LATER_QUARTER, STUCK_ABOVE = 0.5, 0.75, 0.98
 # A state can rest a while near a fixed point that is about to appear, so stuck samples get this many times `max_steps`
 PATIENCE = 10
+# A row takes a secant where its squared step is at most this share of that at its last one
+SECANT_BELOW = 0.99
 # Rounding of an update of an activity of size one, in machine epsilons: no change can be told from less
 ROUNDING = 4
 
@@ -52,14 +62,15 @@ class Dynamics:
     num_samples: int
     constants: list[Constants]
     bottom_up: ClassVar[bool] = False
+    takes_secants: ClassVar[bool] = True
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         """Activity at this current, which may be overwritten; `check` is whether this sweep is checked."""
         raise NotImplementedError
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Change of a layer for each sample, here over its largest entry, as the tolerance; may overwrite `old`."""
-        change = old.sub_(new).abs_().view(-1, self.num_samples, old.shape[-1]).amax(dim=(0, 2))
+    def change(self, step: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Size of a layer's step for each sample, here over the largest new entry, as the tolerance."""
+        change = step.abs().view(-1, self.num_samples, step.shape[-1]).amax(dim=(0, 2))
         size = new.abs().view(-1, self.num_samples, new.shape[-1]).amax(dim=(0, 2))
         return change.div_(size.clamp_min_(torch.finfo(size.dtype).tiny))
 
@@ -108,8 +119,8 @@ class FreeDynamics(Dynamics):
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         return self.network.activation.value(current)
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return old.sub_(new).abs_().amax(dim=-1)
+    def change(self, step: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return step.abs().amax(dim=-1)
 
 
 def relax(
@@ -124,7 +135,7 @@ def relax(
 
     A sample's state is that of the check which found it so. Samples that have converged are dropped when at least half
     of those left have. Samples that have not after `max_steps`, and whose change no longer falls, are swept ten times
-    as long before they are given up.
+    as long, without secants, before they are given up.
 
     Args:
         dynamics ([`Dynamics`]):
@@ -165,26 +176,18 @@ def fixed_sweeps(network: LayeredNetwork, drives: list[torch.Tensor], num_steps:
     operations are the same for all values. Drives are `(rows, n_1)` and, of the others, `(n_l,)`.
     """
     dynamics = FreeDynamics(network, list(drives), 0)
-    state = _one_pass(dynamics)
+    moving = _MovingSamples(dynamics, _one_pass(dynamics), raises=True)
     for _ in range(num_steps):
-        for layer in _sweep_order(dynamics):
-            current = network.current(layer, list(state), drives[layer])
-            state[layer] = dynamics.activate(layer, current, False)
-    return state[-1]
-
-
-def _sweep_order(dynamics: Dynamics) -> tuple[int, ...]:
-    """Layers in the order of a sweep: those of the driven end's parity, or first layer's, then the others."""
-    last = dynamics.network.num_layers - 1
-    first = 0 if dynamics.bottom_up else last % 2
-    return (*range(first, last + 1, 2), *range(1 - first, last + 1, 2))
+        moving.sweep_once(check=False)
+    return moving.state[-1]
 
 
 def _sweep_alone(moving: "_MovingSamples", samples: torch.Tensor, tolerance: float, max_steps: int) -> Relaxation:
-    """Sweeps the given samples alone; raises, or tells, if one still does not approach a fixed point."""
+    """Sweeps the given samples alone, plainly; raises, or tells, if one still does not approach a fixed point."""
     num_samples = moving.dynamics.num_samples
     state = [_select_rows(rows, samples, num_samples) for rows in moving.state]
     alone = _MovingSamples(moving.dynamics.select(samples), state, moving.raises)
+    alone.takes_secants = False  # which can go round and round where there is no fixed point near
     if alone.sweep(tolerance, max_steps, CHECK_EVERY) is None:
         stuck = ~alone.settled & alone.stuck()
         if stuck.any() and not moving.raises:
@@ -220,6 +223,7 @@ class _MovingSamples:
 
     def __init__(self, dynamics: Dynamics, state: list[torch.Tensor], raises: bool):
         self.dynamics, self.raises = dynamics, raises
+        self.takes_secants = dynamics.takes_secants
         self.state = list(state)
         self.num_samples = dynamics.num_samples
         self.samples: torch.Tensor | None = None
@@ -228,25 +232,60 @@ class _MovingSamples:
         self.stored_residuals = self.residuals
         self.settled = torch.zeros_like(self.residuals, dtype=torch.bool)
         self.failed: torch.Tensor | None = None
+        # Of the layers that a sweep updates last: their step in it and where it ended, of the sweep before it as well
+        self.steps: list[torch.Tensor] = []
+        self.sweep_ends: list[torch.Tensor] = []
+        self.earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_sweeps = 0
+        self.last_secant = torch.full_like(state[0][:, :1], math.inf)
         self.envelopes = [torch.zeros_like(self.residuals), torch.zeros_like(self.residuals)]
 
     def sweep(self, tolerance: float, max_steps: int, check_every: int) -> int | None:
         """Sweeps until all have converged and returns the number of sweeps, or `None` after `max_steps`."""
-        order = _sweep_order(self.dynamics)
-        first_half = {layer for layer in order if layer % 2 == order[0] % 2}
         for sweep in range(1, max_steps + 1):
             check = sweep % check_every == 0 or sweep == max_steps
-            change: torch.Tensor | None = None
-            for layer in order:
-                current = self.dynamics.network.current(layer, list(self.state), self.dynamics.drives[layer])
-                new = self.dynamics.activate(layer, current, check)
-                if check and layer in first_half:
-                    layer_change = self.dynamics.change(self.state[layer], new)
-                    change = layer_change if change is None else torch.maximum(change, layer_change)
-                self.state[layer] = new
-            if change is not None and self.record(change, tolerance, sweep, max_steps):
-                return sweep
+            self.sweep_once(check)
+            if check:
+                changes = [self.dynamics.change(*pair) for pair in zip(self.steps, self.sweep_ends, strict=True)]
+                if self.record(functools.reduce(torch.maximum, changes), tolerance, sweep, max_steps):
+                    return sweep
         return None
+
+    def sweep_once(self, check: bool) -> None:
+        """One sweep, every second one from the secant of the two before; no operation depends on values."""
+        last = self.dynamics.network.num_layers - 1
+        first = 0 if self.dynamics.bottom_up else last % 2
+        # Those of one parity, then the others, from which the next sweep starts; a single layer depends on no other
+        mapped = range(1 - first, last + 1, 2) or range(1)
+        before = [self.state[layer] for layer in mapped]
+        if self.takes_secants and self.num_sweeps >= 2 and self.num_sweeps % 2 == 0:
+            before = self.secant(before)
+            for layer, start in zip(mapped, before, strict=True):
+                self.state[layer] = start
+        for layer in (*range(first, last + 1, 2), *range(1 - first, last + 1, 2)):
+            current = self.dynamics.network.current(layer, list(self.state), self.dynamics.drives[layer])
+            self.state[layer] = self.dynamics.activate(layer, current, check)
+        self.num_sweeps += 1
+        self.earlier = list(zip(self.steps, self.sweep_ends, strict=True))
+        self.sweep_ends = [self.state[layer] for layer in mapped]
+        self.steps = [new - old for new, old in zip(self.sweep_ends, before, strict=True)]
+
+    def secant(self, ends: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Where the next sweep starts, from the ends of the last two; see the equation above."""
+        totals: list[torch.Tensor] | None = None
+        for step, (earlier_step, _) in zip(self.steps, self.earlier, strict=True):
+            turn = step - earlier_step
+            sums = [torch.linalg.vecdot(a, b).unsqueeze(-1) for a, b in ((step, turn), (turn, turn), (step, step))]
+            totals = sums if totals is None else [total + part for total, part in zip(totals, sums, strict=True)]
+        assert totals is not None
+        along, square, total = totals
+        falls = total <= SECANT_BELOW * self.last_secant
+        self.last_secant = torch.where(falls, total, self.last_secant)
+        share = torch.where(falls, along / square.clamp_min(torch.finfo(square.dtype).tiny), 0.0)
+        return [
+            torch.addcmul(end, share, end - earlier, value=-1)
+            for end, (_, earlier) in zip(ends, self.earlier, strict=True)
+        ]
 
     def record(self, change: torch.Tensor, tolerance: float, sweep: int, max_steps: int) -> bool:
         """Whether all have converged; stores those that just have, and drops all that have if they are many."""
@@ -288,7 +327,11 @@ class _MovingSamples:
         return samples if self.samples is None else self.samples[samples]
 
     def narrow(self, waiting: torch.Tensor) -> None:
-        self.state = [_select_rows(rows, waiting, self.dynamics.num_samples) for rows in self.state]
+        select = functools.partial(_select_rows, samples=waiting, num_samples=self.dynamics.num_samples)
+        self.state = [select(rows) for rows in self.state]
+        self.steps, self.sweep_ends = [select(rows) for rows in self.steps], [select(rows) for rows in self.sweep_ends]
+        self.earlier = [(select(step), select(end)) for step, end in self.earlier]
+        self.last_secant = select(self.last_secant)
         self.samples = self.places(waiting)
         self.residuals, self.settled = self.residuals[waiting], self.settled[waiting]
         self.envelopes = [envelope[waiting] for envelope in self.envelopes]

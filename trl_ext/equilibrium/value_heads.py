@@ -7,14 +7,16 @@ import torch
 
 from .head import EPHead
 from .settings import (
+    AUTO,
     FeedbackName,
     HeadSettings,
-    SpectralCap,
     check_feedback,
     check_homeostasis,
     check_spectral_cap,
     check_widths,
 )
+from .settings import SpectralCap as SpectralCap
+from .settings import read_spectral_cap as read_spectral_cap
 
 
 # Of heads that were saved before the cap was a setting
@@ -105,3 +107,26 @@ def check_value_heads(owner: Any, prefix: str = "") -> None:
     check_feedback(feedback, getattr(owner, f"{prefix}feedback_angle"), prefix=prefix)
     check_spectral_cap(owner, f"{prefix}spectral_cap")
     check_homeostasis(getattr(owner, f"{prefix}homeostasis_coef"), feedback, prefix=prefix)
+
+
+def refuse_value_heads(owner: Any, prefix: str) -> None:
+    """
+    Refuses settings of [`EPValueHeads`] where linear heads are built, which have none.
+
+    Args:
+        owner (`Any`):
+            Object that has them, as in [`check_value_heads`].
+        prefix (`str`):
+            What their names begin with.
+
+    Raises:
+        ValueError: If one is not what it is when left out.
+    """
+    unused = {"feedback": "symmetric", "feedback_angle": 0.0, "homeostasis_coef": 0.0, "spectral_cap": AUTO}
+    for name, value in unused.items():
+        found = getattr(owner, prefix + name)
+        if found != value:
+            raise ValueError(
+                f"`{prefix}{name}={found!r}` needs `{prefix}head='equilibrium'`: linear heads have no recurrent "
+                "weights. Set that, or leave it out."
+            )
