@@ -12,7 +12,7 @@ import trl_ext
 from trl_ext import EPHead
 from trl_ext.equilibrium.activations import ACTIVATIONS
 from trl_ext.equilibrium.network import LayeredNetwork
-from trl_ext.equilibrium.relaxation_plot import residual_curve
+from trl_ext.equilibrium.relaxation import free_relaxation, residual_curve
 
 
 PAGE = Path(trl_ext.__file__).parents[1] / "docs" / "equilibrium_plain_torch.md"
@@ -35,20 +35,23 @@ def test_the_page_runs_with_torch_alone(tmp_path):
     assert (tmp_path / "relaxation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_residuals_against_a_loop_over_neurons():
+def test_residuals_are_those_that_the_relaxation_stops_by():
+    """The first two sweeps are plain, against a loop over rows; all are the relaxation's own."""
     torch.manual_seed(0)
     forward, backward = [torch.randn(3, 2).double() / 3], [torch.randn(2, 3).double() / 3]
     drive, bias = torch.randn(4, 2).double(), torch.randn(3).double()
-    found = residual_curve(LayeredNetwork(forward, backward, ACTIVATIONS["tanh"]), drive, [bias], 5)
+    network = LayeredNetwork(forward, backward, ACTIVATIONS["tanh"])
+    found = residual_curve(network, drive, [bias], 40)
     for row in range(4):
-        first = torch.tanh(drive[row])
-        second = torch.tanh(forward[0] @ first + bias)
-        for sweep in range(5):
-            new_first = torch.tanh(drive[row] + backward[0] @ second)
-            new_second = torch.tanh(forward[0] @ new_first + bias)
-            change = max((new_first - first).abs().max(), (new_second - second).abs().max())
-            assert found[sweep, row].item() == pytest.approx(change.item(), abs=1e-12)
-            first, second = new_first, new_second
+        second = torch.tanh(forward[0] @ torch.tanh(drive[row]) + bias)
+        for sweep in range(2):
+            new = torch.tanh(forward[0] @ torch.tanh(drive[row] + backward[0] @ second) + bias)
+            assert found[sweep, row].item() == pytest.approx((new - second).abs().max().item(), abs=1e-12)
+            second = new
+    relaxation = free_relaxation(network, drive, [bias], tolerance=1e-6, max_steps=40)
+    checked = found[1::2].cummin(dim=0).values  # a row that was found within the tolerance stays so
+    first = int((checked.amax(dim=1) <= 1e-6).nonzero()[0])
+    assert relaxation.sweeps == 2 * (first + 1) and 4 <= relaxation.sweeps < 40
 
 
 def test_the_picture_says_which_rows_wait(tmp_path):

@@ -113,8 +113,10 @@ class EPConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers' own; a backbone's saved configuration is that of a head on it, with the backbone's labels."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers' own; a backbone's saved configuration is that of a head on it, with its labels."""
         found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if found.get("model_type", cls.model_type) != cls.model_type:
             labels = {name: found[name] for name in ("id2label", "label2id", "problem_type") if name in found}

@@ -25,7 +25,7 @@ from .gradient import Estimator, layer_cosines
 from .homeostasis import homeostasis_loss, symmetry_measure, weight_angle
 from .input_norm import InputNormName, normalize, update_statistics
 from .network import LayeredNetwork, cap_singular_values, contraction_bound
-from .relaxation import fixed_sweeps
+from .relaxation import fixed_sweeps, residual_curve
 from .settings import (
     AUTO,
     ActivationName,
@@ -484,7 +484,7 @@ class EPHead(nn.Module):
         Returns:
             `matplotlib.figure.Figure`
         """
-        from .relaxation_plot import draw_relaxation, residual_curve
+        from .relaxation_plot import draw_relaxation
 
         dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
         evaluation = self._evaluation(trains_backbone=False)

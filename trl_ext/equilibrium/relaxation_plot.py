@@ -1,7 +1,4 @@
-"""How fast the head relaxes, sweep by sweep, as numbers and as a picture.
-
-[`relax`] measures the change of a sweep now and then, and stops; here every sweep of every row is measured.
-"""
+"""How fast the head relaxes, sweep by sweep, as a picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,44 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.figures import COLORS, new_axes, save_figure
-from .network import LayeredNetwork
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@torch.no_grad()
-def residual_curve(
-    network: LayeredNetwork, drive: torch.Tensor, biases: list[torch.Tensor], num_sweeps: int
-) -> torch.Tensor:
-    """
-    Largest change of an activity in each sweep of the free relaxation, for each row.
-
-    Args:
-        network ([`LayeredNetwork`]):
-            Weights and activation.
-        drive (`torch.Tensor` of shape `(rows, n_1)`):
-            Constant current of the first layer.
-        biases (`list[torch.Tensor]` of shapes `(n_l,)`):
-            Those of the layers above.
-        num_sweeps (`int`):
-            Sweeps after the first pass through the layers.
-
-    Returns:
-        `torch.Tensor` of shape `(num_sweeps, rows)`.
-    """
-    drives, layers = [drive, *biases], range(network.num_layers)
-    state: list[torch.Tensor | None] = [None] * network.num_layers
-    for layer in layers:
-        state[layer] = network.activation.value(network.current(layer, state, drives[layer]))
-    residuals = drive.new_zeros(num_sweeps, len(drive))
-    for sweep in range(num_sweeps):
-        for layer in (*layers[::2], *layers[1::2]):
-            new = network.activation.value(network.current(layer, list(state), drives[layer]))
-            residuals[sweep] = torch.maximum(residuals[sweep], (new - state[layer]).abs().amax(dim=-1))
-            state[layer] = new
-    return residuals
 
 
 def draw_relaxation(residuals: torch.Tensor, tolerance: float, path: str | Path | None = None) -> "Figure":
