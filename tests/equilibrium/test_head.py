@@ -498,3 +498,27 @@ def test_input_of_the_wrong_kind():
         make_head()(torch.randn(3, 5))
     with pytest.raises(ValueError, match="floating input .* got torch.int64"):
         make_head()(torch.ones(3, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["forward_weight_1", "bias_2", "readout_weight", "input_weight"])
+def test_a_weight_changed_before_the_backward_pass(name):
+    head = make_head()
+    output = head(torch.randn(3, 6, requires_grad=True))
+    getattr(head, name).data.add_(0.1)  # as torch does not see it: no error
+    output.sum().backward()
+    output = head(torch.randn(3, 6, requires_grad=True))
+    with torch.no_grad():
+        getattr(head, name).add_(0.1)
+    with pytest.raises(RuntimeError, match=f"`{name}` of EPHead was changed.*after the backward pass"):
+        output.sum().backward()
+
+
+def test_a_change_that_the_backward_pass_does_not_read():
+    """Such as that of the mean reward."""
+    for name in ("readout_bias", "input_bias", "input_weight"):
+        head = make_head()
+        output = head(torch.randn(3, 6))
+        with torch.no_grad():
+            getattr(head, name).add_(0.1)
+        output.sum().backward()
+        assert head.readout_weight.grad.any()

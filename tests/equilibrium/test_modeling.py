@@ -205,12 +205,6 @@ def test_pipeline_and_push_to_hub(folder, tmp_path, monkeypatch):
     assert classify("the film was good")[0]["score"] == pytest.approx(probability, abs=1e-6)
 
 
-def test_from_a_model_in_memory():
-    language_model = tiny_model()
-    model = EPModelForSequenceClassification.from_backbone(language_model, num_labels=1, hidden_features=[8])
-    assert model.model is language_model.model and not model.training
-
-
 def of_config(config):
     return EPModelForSequenceClassification(config)
 

@@ -150,6 +150,36 @@ def test_transformers_own_trainer_minimises_it_through_the_models_loss(folder, t
     assert model.score.asymmetry()["ep/weight_angle"] < 50
 
 
+def sum_of_squares(outputs, labels, num_items_in_batch=None):
+    """A user's loss, over the number of labels of all accumulated batches, as transformers has it."""
+    return (outputs.logits - labels.unsqueeze(1)).square().sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.2}, {}], ids=["smoothed labels", "own loss"])
+def test_homeostasis_under_a_loss_that_is_not_the_models(settings, folder, tmp_path):
+    """With the same weight, however many batches are accumulated; the coefficient's part is found by its absence."""
+    rows = [{"input_ids": [3 + i, 4, 5], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(8)]
+    moved = {}
+    for coefficient, batch, accumulated in ((0.0, 4, 1), (10.0, 4, 1), (10.0, 2, 2)):
+        torch.manual_seed(0)
+        model = EPModelForSequenceClassification.from_pretrained(
+            folder, num_labels=2, hidden_features=[8, 8], **ASYMMETRIC
+        )
+        before, objective = model.score.backward_weight_1.detach().clone(), model.score.homeostasis_loss()
+        (slope,) = torch.autograd.grad(objective, model.score.backward_weight_1)
+        arguments = EPTrainingArguments(str(tmp_path), **{
+            **COMMON, **settings, "homeostasis_coef": coefficient, "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulated, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+        })  # fmt: skip
+        loss = None if settings else sum_of_squares
+        EPTrainer(model, arguments, train_dataset=rows, compute_loss_func=loss).train()
+        moved[coefficient, accumulated] = model.score.backward_weight_1.detach() - before
+    for accumulated in (1, 2):
+        added = moved[10.0, accumulated] - moved[0.0, 1]
+        torch.testing.assert_close(added, -10.0 * COMMON["learning_rate"] * slope, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [RewardTrainer, EPRewardTrainer])
 def test_lora_with_the_head_among_modules_to_save(kind, folder, tmp_path):
     settings = {"homeostasis_coef": 10.0, **ASYMMETRIC} if kind is EPRewardTrainer else {}
@@ -234,7 +264,7 @@ def test_model_card(folder, tmp_path):
         assert f"| {row} |" in text, row
     for metric in ("ep/free_residual", "ep/nudged_residual", "ep/symmetry", "ep/weight_angle"):
         assert f"| `{metric}` |" in text, metric
-    assert "2309.02214" in text and "laborieux" in text and "\nregister_auto_classes()\n" in text
+    assert "2309.02214" in text and "laborieux" in text and "register_auto_classes()" in text
     assert f'EPModelForSequenceClassification.from_pretrained("{tmp_path}")' in text
 
 
@@ -242,7 +272,13 @@ def test_model_from_a_name(folder, tmp_path):
     arguments = EPRewardConfig(
         output_dir=str(tmp_path), gradient_checkpointing=False, model_init_kwargs={"hidden_features": [8]}, **COMMON
     )
-    trainer = EPRewardTrainer(folder, arguments, train_dataset=tiny_pairs(8))
+    heads = []
+    for state in (1, 2):  # of the process; the head is the seed's
+        torch.manual_seed(state)
+        arguments.model_init_kwargs = {"hidden_features": [8]}
+        trainer = EPRewardTrainer(folder, arguments, train_dataset=tiny_pairs(8))
+        heads.append(trainer.model.score.input_weight.detach())
+    assert torch.equal(*heads)
     assert trainer.model.config.hidden_features == [8] and trainer.model.config.num_labels == 1
     assert len(trainer.processing_class) == len(tiny_tokenizer())
 

@@ -9,6 +9,21 @@ from .settings import HeadSettings, SpectralCap, as_widths, check_head, check_ho
 
 
 PoolingName = Literal["last", "first", "mean", "pooler"]
+# Of the backbone, which scripts and trainers read and set on a classifier's own configuration
+TOKEN_IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id")
+
+
+def _of_backbone(name: str) -> Any:
+    """A field of the backbone's text configuration, as one of the whole; a token that it has not is `None`."""
+
+    def read(config: "EPConfig") -> Any:
+        found = config.get_text_config()
+        return getattr(found, name, None) if name in TOKEN_IDS else getattr(found, name)
+
+    def write(config: "EPConfig", value: Any) -> None:
+        setattr(config.get_text_config(), name, value)
+
+    return property(read, write, doc=f"`{name}` of the backbone's text configuration.")
 
 
 class EPConfig(PreTrainedConfig):
@@ -30,6 +45,10 @@ class EPConfig(PreTrainedConfig):
             decoders and, for encoders, to their `classifier_pooling`, as of ModernBERT, or `"first"`.
         homeostasis_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the Jacobian homeostasis objective in the loss.
+
+    `pad_token_id`, `eos_token_id`, `bos_token_id`, `sep_token_id`, `hidden_size`, `vocab_size`, `num_hidden_layers`,
+    `num_attention_heads` and `max_position_embeddings` are those of the backbone's text configuration, to read and to
+    set.
 
     Raises:
         ValueError: If `text_config` is missing, a setting of the head is wrong, `pooling` is unknown, or
@@ -68,6 +87,16 @@ class EPConfig(PreTrainedConfig):
     pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
+    pad_token_id = _of_backbone("pad_token_id")
+    eos_token_id = _of_backbone("eos_token_id")
+    bos_token_id = _of_backbone("bos_token_id")
+    sep_token_id = _of_backbone("sep_token_id")
+    hidden_size = _of_backbone("hidden_size")
+    vocab_size = _of_backbone("vocab_size")
+    num_hidden_layers = _of_backbone("num_hidden_layers")
+    num_attention_heads = _of_backbone("num_attention_heads")
+    max_position_embeddings = _of_backbone("max_position_embeddings")
+
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
@@ -83,6 +112,17 @@ class EPConfig(PreTrainedConfig):
         )
         check_homeostasis(self.homeostasis_coef, self.feedback)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers' own; a backbone's saved configuration is that of a head on it, with its labels."""
+        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found.get("model_type", cls.model_type) != cls.model_type:
+            labels = {name: found[name] for name in ("id2label", "label2id", "problem_type") if name in found}
+            found = {"model_type": cls.model_type, "text_config": found, **labels}
+        return found, unused
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration, which TRL's trainers and the pooling read `pad_token_id` from."""

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from .gradient import Estimator, layer_cosines
 from .homeostasis import homeostasis_loss, symmetry_measure, weight_angle
 from .input_norm import InputNormName, normalize, update_statistics
 from .network import LayeredNetwork, cap_singular_values, contraction_bound
-from .relaxation import fixed_sweeps
+from .relaxation import fixed_sweeps, residual_curve
 from .settings import (
     AUTO,
     ActivationName,
@@ -40,6 +40,12 @@ from .settings import (
     check_widths,
     head_settings,
 )
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
 
 # Shares of the contraction bound: of the singular values of fresh recurrent weights, which are all equal, and of the
@@ -273,6 +279,7 @@ class EPHead(nn.Module):
             evaluation = self._evaluation(trains_backbone=torch.is_grad_enabled() and hidden.requires_grad)
             top = equilibrium(evaluation, drive, *biases, *forward_weights, *backward_weights)
             output = nn.functional.linear(top, self.readout_weight.to(dtype), self.readout_bias.to(dtype))
+        self._watch_weights(output, reaches_input=hidden.requires_grad)
         return output.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
     def _normalized(self, rows: torch.Tensor, updates: bool) -> torch.Tensor:
@@ -360,6 +367,27 @@ class EPHead(nn.Module):
             f"shape {tuple(hidden.shape[:-1])}. Look for the overflow in the model below."
         )
 
+    def _watch_weights(self, output: torch.Tensor, reaches_input: bool) -> None:
+        """Names the remedy where a weight is changed before the backward pass; torch names a shape and a version."""
+        if not output.requires_grad or torch.compiler.is_compiling():
+            return
+        # What the backward pass reads itself, and not as a copy of a lower precision
+        unread = {"input_bias", "readout_bias"} | (set() if reaches_input else {"input_weight"})
+        parameters = [(name, weight) for name, weight in self.named_parameters() if name not in unread]
+        read = {name: weight for name, weight in parameters if weight.dtype == output.dtype}
+        versions = {name: weight._version for name, weight in read.items()}
+
+        def check(_: torch.Tensor) -> None:
+            changed = [name for name, weight in read.items() if weight._version != versions[name]]
+            if changed:
+                raise RuntimeError(
+                    f"`{changed[0]}` of EPHead was changed between forward and backward, so the gradient would be "
+                    "that of other weights. Step the optimizer, clip or load weights after the backward pass, or call "
+                    "the head again before it."
+                )
+
+        output.register_hook(check)
+
     def _warn_once(self, name: str, message: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
@@ -438,6 +466,35 @@ class EPHead(nn.Module):
             output_gradient = torch.ones(len(rows), self.out_features, dtype=dtype, device=rows.device)
         gradient = output_gradient.reshape(-1, self.out_features).to(dtype) @ self.readout_weight.to(dtype)
         return layer_cosines(network, drive, biases, gradient, evaluation.estimator, self.tolerance, self.max_steps)
+
+    @torch.no_grad()
+    def plot(self, hidden: torch.Tensor, path: "str | Path | None" = None, num_sweeps: int | None = None) -> "Figure":
+        """
+        Draws how an input relaxes: the largest change of an activity against sweeps, of the median row and the slowest
+        one. Needs matplotlib, and reads the weights directly: gather them first under ZeRO-3 and FSDP.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(..., in_features)`):
+                Input.
+            path (`str` or `Path`, *optional*):
+                PNG to write.
+            num_sweeps (`int`, *optional*):
+                Sweeps to draw. Defaults to `max_steps`.
+
+        Returns:
+            `matplotlib.figure.Figure`
+        """
+        from .relaxation_plot import draw_relaxation
+
+        dtype = torch.float64 if torch.float64 in (hidden.dtype, self.input_weight.dtype) else torch.float32
+        evaluation = self._evaluation(trains_backbone=False)
+        parameters, _, _ = self.recurrent_parameters()
+        forward, backward = self._recurrent_weights(dtype)
+        biases, network = evaluation.unpack((*parameters, *forward, *backward), dtype)
+        rows = self._normalized(hidden.reshape(-1, self.in_features).to(dtype), updates=False)
+        drive = nn.functional.linear(rows, self.input_weight.to(dtype), self.input_bias.to(dtype))
+        residuals = residual_curve(network, drive, biases, num_sweeps or self.max_steps)
+        return draw_relaxation(residuals, self.tolerance, path)
 
     @torch.no_grad()
     def asymmetry(self) -> dict[str, float]:

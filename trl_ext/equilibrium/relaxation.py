@@ -182,6 +182,22 @@ def fixed_sweeps(network: LayeredNetwork, drives: list[torch.Tensor], num_steps:
     return moving.state[-1]
 
 
+def residual_curve(
+    network: LayeredNetwork, drive: torch.Tensor, biases: list[torch.Tensor], num_sweeps: int
+) -> torch.Tensor:
+    """
+    Change of each row in every sweep of the free relaxation, `(num_sweeps, rows)`, where [`relax`] looks at some and
+    stops; under a drive `(rows, n_1)` of the first layer and the others' biases.
+    """
+    dynamics = FreeDynamics(network, [drive, *biases], len(drive))
+    moving, residuals = _MovingSamples(dynamics, _one_pass(dynamics), raises=True), []
+    for _ in range(num_sweeps):
+        moving.sweep_once(check=False)
+        changes = [dynamics.change(*pair) for pair in zip(moving.steps, moving.sweep_ends, strict=True)]
+        residuals.append(functools.reduce(torch.maximum, changes))
+    return torch.stack(residuals)
+
+
 def _sweep_alone(moving: "_MovingSamples", samples: torch.Tensor, tolerance: float, max_steps: int) -> Relaxation:
     """Sweeps the given samples alone, plainly; raises, or tells, if one still does not approach a fixed point."""
     num_samples = moving.dynamics.num_samples

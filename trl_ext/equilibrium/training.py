@@ -1,7 +1,8 @@
 """Trainers of models with an equilibrium head: transformers' and TRL's own, with the head's metrics, rate and card.
 
-One step: [`EPRewardTrainer.compute_loss`] calls TRL's, whose forward of the model has the homeostasis objective too,
-and adds that to the loss; the head's statistics are taken after each forward, and `log` hands on their means.
+One step: `compute_loss` calls TRL's or transformers', whose forward of the model has the homeostasis objective too,
+and adds that to a loss which is not the model's own; the head's statistics are taken after each forward, and `log`
+hands on their means.
 """
 
 from collections import defaultdict
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import is_peft_model
+from transformers import Trainer, TrainingArguments, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from ..core.parameter_groups import move_to_own_groups
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
+from .loading import save_configuration
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
 from .report import CITATION, gathered_asymmetry, method_section, write_card
 from .settings import check_homeostasis
@@ -106,7 +109,24 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
             self._head_metrics[name].append(value)
         if outputs.homeostasis_loss is not None:
             self._head_metrics["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
+            if outputs.loss is None:
+                # A loss of the logits: of preferences, with smoothed labels, or the user's own
+                loss = loss + self._homeostasis_weight() * outputs.homeostasis_loss.mean()
         return (loss, outputs) if return_outputs else loss
+
+    def _homeostasis_weight(self) -> float:
+        """The coefficient, over the number of accumulated batches where the trainer takes the loss to be so."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.compute_loss_func is not None
+        weight = equilibrium_model(self.model).config.homeostasis_coef
+        return weight / self.current_gradient_accumulation_steps if scaled else weight
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and is_peft_model(model):
+            save_configuration(equilibrium_model(model), output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self._pop_head_metrics()
@@ -129,8 +149,9 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             model, model_id = equilibrium_model(self.model), self.hub_model_id or str(self.args.output_dir)
-            section = method_section(model.config, self.state.log_history, model_id)
-            write_card(self.args.output_dir, model_id, model.config.name_or_path, section)
+            section = method_section(model.config, self.state.log_history, is_peft_model(self.model))
+            is_reward = isinstance(self, RewardTrainer)
+            write_card(self.args.output_dir, model_id, model.config.name_or_path, section, is_reward)
 
 
 def _set_homeostasis_coef(model: Any, homeostasis_coef: float | None) -> None:
@@ -145,7 +166,8 @@ class EPTrainer(_HeadTrainer, Trainer):
     """
     [`~transformers.Trainer`] for classifiers with an equilibrium-propagation head
     (https://huggingface.co/papers/2309.02214): the head's metrics in the log and its settings in the model card. The
-    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too.
+    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too, but
+    not under `label_smoothing_factor` or `compute_loss_func`: this trainer adds it there.
 
     Args:
         model ([`EPModelForSequenceClassification`] or `PeftModel` on one, *optional*):
@@ -225,6 +247,8 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             raise TypeError(f"`args` must be an `EPRewardConfig`, got `{type(args).__name__}`.")
         if isinstance(model, str):
             options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
+            # As TRL does: the head's first weights are part of what the seed decides
+            set_seed(args.seed)
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
         super().__init__(model, args, *positional, **kwargs)
@@ -233,9 +257,3 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):
             head.float()
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if outputs.homeostasis_loss is not None:
-            loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
-        return (loss, outputs) if return_outputs else loss

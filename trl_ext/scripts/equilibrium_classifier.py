@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .recipe.strict_parser import StrictParser
 
 
@@ -110,6 +112,59 @@ def score(prediction: Any) -> dict[str, float]:
     return {"mean_squared_error": float(((logits.reshape(labels.shape) - labels) ** 2).mean())}
 
 
+def confusion_matrix(logits: Any, labels: Any) -> Any:
+    """
+    Counts of classes, or where several labels hold at once, of each label.
+
+    Args:
+        logits (`numpy.ndarray` of shape `(N, num_labels)`):
+            Logits.
+        labels (`numpy.ndarray`):
+            Classes of shape `(N,)`, or zeros and ones of shape `(N, num_labels)`.
+
+    Returns:
+        `numpy.ndarray`, `int64`: for classes `(num_labels, num_labels)`, the true class in rows and the predicted one
+        in columns; for labels `(num_labels, 2, 2)`, such a matrix of absent and present for each.
+    """
+    import numpy as np
+
+    def counts(true: Any, predicted: Any, size: int) -> Any:
+        return np.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
+
+    if labels.ndim == 1:
+        return counts(labels.astype(np.int64), logits.argmax(-1), logits.shape[-1])
+    true, predicted = (labels > 0.5).astype(np.int64), (logits > 0).astype(np.int64)
+    return np.stack([counts(true[:, label], predicted[:, label], 2) for label in range(labels.shape[1])])
+
+
+def confusion_table(counts: Any, names: list[str]) -> "Table":
+    """
+    A [`confusion_matrix`] to print, with the recall of each class or label.
+
+    Args:
+        counts (`numpy.ndarray`):
+            Counts.
+        names (`list[str]`):
+            Names of the classes or labels.
+
+    Returns:
+        `rich.table.Table`
+    """
+    from rich.table import Table
+
+    of_classes = counts.ndim == 2
+    title = "Confusion matrix of the evaluation data: true classes in rows, predicted ones in columns"
+    table = Table(title=title if of_classes else "Confusion of each label on the evaluation data")
+    kinds = names if of_classes else ["true negative", "false positive", "false negative", "true positive"]
+    for column in ("true class" if of_classes else "label", *kinds, "recall"):
+        table.add_column(column, justify="right")
+    for index, (name, row) in enumerate(zip(names, counts, strict=True)):
+        right, total = (row[index], row.sum()) if of_classes else (row[1, 1], row[1].sum())
+        recall = f"{right / total:.3f}" if total else "-"
+        table.add_row(name, *(str(count) for count in row.flatten()), recall)
+    return table
+
+
 def main(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, head_args: Any, task_args: Any
 ) -> None:
@@ -140,7 +195,12 @@ def main(
     model = load_model(
         model_args, training_args, head_args, num_labels=task_args.num_labels, problem_type=task_args.problem_type
     )
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    features = split_of(dataset, "dataset_train_split", script_args).features or {}
+    names = getattr(features.get(task_args.label_column), "names", None)
+    if names is not None and len(names) == task_args.num_labels:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
     peft_config = get_peft_config(model_args)
     trainer = EPTrainer(
         model=model if peft_config is None else get_peft_model(model, peft_config),
@@ -156,10 +216,24 @@ def main(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset=script_args.dataset_name)
+    if evaluate:
+        _print_confusion(trainer, eval_dataset)
     trainer.accelerator.print(f"Classifier saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
     trainer.end()
+
+
+def _print_confusion(trainer: Any, dataset: Any) -> None:
+    """Prints the confusion matrix of the model as it is saved; of numbers there is none."""
+    from rich.console import Console
+
+    found = trainer.predict(dataset, metric_key_prefix="eval")
+    if not trainer.is_world_process_zero() or "eval_accuracy" not in found.metrics:
+        return
+    names = trainer.model.config.id2label
+    table = confusion_table(confusion_matrix(found.predictions, found.label_ids), [names[i] for i in sorted(names)])
+    Console().print(table)
 
 
 def make_parser(prog: str | None = None) -> "StrictParser":

@@ -88,7 +88,7 @@ def check_head_arguments(head_args: EPHeadArguments, homeostasis_coef: float | N
 
 def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, **settings: Any) -> Any:
     """
-    The model that parsed arguments describe.
+    The model that parsed arguments describe. What is new in it, the head, is drawn with the training's seed.
 
     Args:
         model_args ([`~trl.ModelConfig`]):
@@ -103,6 +103,7 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
     Returns:
         [`~trl_ext.EPModelForSequenceClassification`]
     """
+    from transformers import set_seed
     from trl import get_quantization_config
 
     from ...equilibrium.modeling import EPModelForSequenceClassification
@@ -117,8 +118,10 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
         **({} if quantization is None else {"quantization_config": quantization}),
         **(getattr(training_args, "model_init_kwargs", None) or {}),
     }
+    path = resolve_model(model_args.model_name_or_path)
+    set_seed(training_args.seed)
     model = EPModelForSequenceClassification.from_pretrained(
-        resolve_model(model_args.model_name_or_path),
+        path,
         **options,
         **head_args.head_settings(),
         **settings,
