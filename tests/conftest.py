@@ -37,6 +37,7 @@ SLOW = (
     "constrained_ppo/test_training_control.py",
     "constrained_ppo/test_updates.py",
     "contract/test_parents.py",
+    "core/test_checkpointing.py",
     "core/test_moved.py",
     "equilibrium/test_gradient.py",
     "equilibrium/test_process.py",

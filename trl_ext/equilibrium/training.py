@@ -13,7 +13,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
+from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.parameter_groups import move_to_own_groups
+from ..core.run_arguments import RunArguments
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
@@ -22,7 +24,7 @@ from .settings import check_homeostasis
 
 
 @dataclass
-class _HeadTrainingArguments:
+class _HeadTrainingArguments(RunArguments):
     """The two fields that trainers of an equilibrium head add to their arguments."""
 
     homeostasis_coef: float | None = field(
@@ -46,7 +48,7 @@ class _HeadTrainingArguments:
 @dataclass
 class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
     r"""
-    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more.
+    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -61,7 +63,7 @@ class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
 @dataclass
 class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     r"""
-    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more.
+    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -71,7 +73,7 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     """
 
 
-class _HeadTrainer(OwnOptimizerMixin, Trainer):
+class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
     def __init__(self, model: Any, args: Any, **kwargs: Any):
