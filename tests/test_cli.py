@@ -223,7 +223,7 @@ def test_launch_command():
     command = cli.launch_command("module", ["--config", "r.yaml", "--accelerate_config=zero3", "--num_processes", "4"])
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert command[4].endswith("accelerate_configs/zero3.yaml")
-    assert command[5:7] == ["--num_processes", "4"]
+    assert command[5:8] == ["--quiet", "--num_processes", "4"]
     assert command[-4:] == ["-m", "module", "--config", "r.yaml"]
 
 
