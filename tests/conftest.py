@@ -46,6 +46,7 @@ SLOW = (
     "experiments/test_adamp.py",
     "experiments/test_method_comparison.py",
     "experiments/test_smollm2.py",
+    "faults/test_faults.py",
     "gpu/test_dry.py",
     "optim/test_deepspeed_cases.py",
     "optim/test_install.py",

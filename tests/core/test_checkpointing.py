@@ -166,6 +166,30 @@ def test_a_folder_of_another_run_is_refused(whole, folder):
     trainer.train()  # the same run again
 
 
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_planted_pickles_are_refused_unread(whole, folder, tmp_path):
+    mark, checkpoint = tmp_path / "mark", folder / "checkpoint-3"
+    shutil.rmtree(folder / "checkpoint-4")
+    (checkpoint / MANIFEST_FILE).unlink()  # who plants a file writes the manifest anew, or leaves it out
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin"):
+        kept = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
+        torch.save(Planted(mark), checkpoint / name)
+        with pytest.raises(RunError, match=f"{name} names posix.system, which no checkpoint is made of"):
+            train(folder, True)
+        (checkpoint / name).unlink()
+        if kept is not None:
+            (checkpoint / name).write_bytes(kept)
+    torch.save(Planted(mark), checkpoint / "training_args.bin")  # which nothing reads
+    assert same(train(folder, True), whole) and not mark.exists()
+
+
 class Told(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:

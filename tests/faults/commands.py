@@ -34,7 +34,7 @@ COMMANDS = {
         "data": "prompts", **_REWARDS, "method": "mu", "beta": 0.1, "num_generations": 2, "num_iterations": 2,
     },
     "dpo": {"data": "pairs", "optim": "adamp"},
-    "equilibrium-reward": {"data": "pairs", "hidden_features": [8]},
+    "equilibrium-reward": {"data": "pairs", "head_hidden_features": [8]},
     "sft": {"data": "texts"},
 }  # fmt: skip
 # What may take the longest, a run on a busy machine included
