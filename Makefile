@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo format quick test shuffle lint contract matrix benchmark clean
+.PHONY: help demo format quick test faults shuffle lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test: lint ## Check style and types and run the test-suite
 shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, which `make shuffle SEED=...` repeats
 	@echo "SEED=$(SEED)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --random-order-seed=$(SEED)
+
+faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
 
 contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions
 	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
+from .launcher import PATIENCE, run_launcher
 
 
 TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
@@ -126,7 +126,7 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
     script_arguments = list(arguments)
     name, num_processes = (take_option(script_arguments, f"--{option}") for option in _LAUNCH_OPTIONS)
     config = accelerate_config_path(name or "single_process")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--quiet"]
     if num_processes is not None:
         if not num_processes.isdigit() or int(num_processes) < 1:
             raise ValueError(f"`--num_processes {num_processes}` must be a whole number of at least 1.")
@@ -146,6 +146,8 @@ def _yaml(path: str) -> dict[str, Any]:
 
 
 def _train(module: str, arguments: list[str]) -> int:
+    from .scripts.recipe.strict_parser import take_option
+
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]
     parser = importlib.import_module(module).make_parser(prog="trl-ext")
@@ -154,7 +156,10 @@ def _train(module: str, arguments: list[str]) -> int:
         return 0
     # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
     environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
-    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    rest = list(script_arguments)
+    take_option(rest, "--config")  # its settings are the parser's defaults since the check
+    saves = parser.parse_args(rest).save_on_signal
+    return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
 
 
 def _demo(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from transformers import PreTrainedConfig, Trainer, masking_utils
+from transformers import PreTrainedConfig, Trainer, TrainerState, masking_utils
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
@@ -30,6 +30,8 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
     use_adapter,
 )
+
+from trl_ext.scripts.trl_scripts import _TRAINERS
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -61,6 +63,14 @@ USED = {
     "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
     "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
     "Trainer.save_model": Trainer.save_model,
+    "Trainer._get_output_dir": Trainer._get_output_dir,
+    "Trainer._push_from_checkpoint": Trainer._push_from_checkpoint,
+    "Trainer._run_epoch": Trainer._run_epoch,
+    "Trainer._save_checkpoint": Trainer._save_checkpoint,
+    "Trainer._save_optimizer_and_scheduler": Trainer._save_optimizer_and_scheduler,
+    "Trainer._save_rng_state": Trainer._save_rng_state,
+    "Trainer._save_scaler": Trainer._save_scaler,
+    "TrainerState.compute_steps": TrainerState.compute_steps,
     "Trainer._save": Trainer._save,
     "Trainer._clip_grad_norm": Trainer._clip_grad_norm,
     "Trainer._init_training_state": Trainer._init_training_state,
@@ -100,6 +110,13 @@ CALLED = {
     "get_decay_parameter_names": Trainer,
     "get_optimizer_cls_and_kwargs": Trainer,
     "save_model": Trainer,
+    "_get_output_dir": Trainer,
+    "_push_from_checkpoint": Trainer,
+    "_run_epoch": Trainer,
+    "_save_checkpoint": Trainer,
+    "_save_optimizer_and_scheduler": Trainer,
+    "_save_rng_state": Trainer,
+    "_save_scaler": Trainer,
     "_save": Trainer,
     "_clip_grad_norm": Trainer,
     "_init_training_state": Trainer,
@@ -134,6 +151,13 @@ def test_signature_is_the_recorded_one(name):
 @pytest.mark.parametrize("name", CALLED)
 def test_parent_still_calls_it(name):
     assert name in calls_on_self(CALLED[name])
+
+
+@pytest.mark.parametrize("script", [sft, dpo, grpo, kto, reward, rloo], ids=lambda script: script.__name__)
+def test_scripts_take_their_trainer_from_the_package_when_they_run(script):
+    """There they find it with checkpoints that are whole."""
+    name = _TRAINERS[script.__name__.split(".")[-1]]
+    assert f"    from trl import {name}," in inspect.getsource(script.main) and not hasattr(script, name)
 
 
 def test_loss_reads_what_we_hand_it():

@@ -12,6 +12,7 @@ from trl import DPOConfig
 
 from tests.helpers.sparse_po import COMMON, LOG2, losses, make_trainer
 from tests.helpers.tiny import tiny_model, tiny_pairs
+from trl_ext.core.checkpoint import MANIFEST_FILE
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
@@ -164,7 +165,10 @@ def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_path, tokenizer)
 def test_checkpoint_without_masks(tmp_path, tiny_path, tokenizer):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, tiny_path, tokenizer, **settings, mask_type="ones").train()
-    trainer = make_trainer(tmp_path, tiny_path, tokenizer, **settings)
+    trainer = make_trainer(tmp_path / "b", tiny_path, tokenizer, **settings)
+    with pytest.raises(ValueError, match="`mask_type` is 'learned' here and was 'ones'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="token_masks.safetensors.*resume_from_checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -173,6 +177,9 @@ def test_checkpoint_of_other_masks(tmp_path, tiny_path, tokenizer):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, tiny_path, tokenizer, **settings).train()
     other = make_trainer(tmp_path, tiny_path, tokenizer, **settings, independent_masks=True)
+    with pytest.raises(ValueError, match="`independent_masks` is True here and was False"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="independent_masks=False.*independent_masks=True"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     reference = tiny_model(seed=4, hidden_size=48)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from accelerate.logging import get_logger
 
+from ..core.status import RunError
 from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, constraint_keys, unique_names
@@ -129,9 +130,10 @@ class SignalSpreads:
         return dict(zip(self.names, self._spreads.tolist(), strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores [`state_dict`]; a signal that it lacks keeps its spread."""
+        """Restores [`state_dict`]; a signal that it lacks, and one whose spread is given, keep their own."""
         current = self.state_dict()
-        self._spreads = torch.tensor([state.get(name, current[name]) for name in self.names], dtype=torch.float64)
+        found = torch.tensor([state.get(name, current[name]) for name in self.names], dtype=torch.float64)
+        self._spreads = torch.where(self._is_given, self._spreads, found)
 
 
 def standard_errors(signals: torch.Tensor, spreads: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
@@ -341,6 +343,32 @@ class RolloutController:
         self.constraints = list(constraints)
         if self.multipliers is not None:
             self.multipliers.set_thresholds(self._thresholds())
+
+    def stated_constraints(self) -> dict[str, dict[str, Any]]:
+        """The constraints as the configuration states them, by name, with the name of their reward."""
+        parsed = self.args.parsed_constraints()
+        return {
+            key: {**dataclasses.asdict(constraint), "reward": name}
+            for key, constraint, name in zip(self.keys, parsed, self.constrained_names(), strict=True)
+        }
+
+    def restate_thresholds(self, keys: Sequence[str]) -> None:
+        """
+        Sets constraints, by name, to what the configuration states, in place of what a checkpoint has restored. One
+        that is stated relative to the policy before training is refused: that policy is gone.
+        """
+        if not keys:
+            return
+        constraints = list(self.constraints)
+        for index, (key, stated) in enumerate(zip(self.keys, self.args.parsed_constraints(), strict=True)):
+            if key in keys and stated.threshold is None:
+                raise RunError(
+                    f"The constraint {key!r} is stated relative to the policy before training, and otherwise than in "
+                    "the checkpoint. Give its `threshold` as a number, or leave it as it was."
+                )
+            if key in keys:
+                constraints[index] = stated
+        self.set_constraints(constraints)
 
     def _thresholds(self) -> list[float]:
         return [float(cast(float, constraint.threshold)) for constraint in self.constraints]

@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..core.checks import check_choice, check_number
+from ..core.run_arguments import RunArguments
 from ..equilibrium.value_heads import SpectralCap, check_value_heads, read_spectral_cap, refuse_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
@@ -83,12 +84,12 @@ class _OneGeneration(int):
 
 
 @dataclass
-class ConstrainedPPOConfig(GRPOConfig):
+class ConstrainedPPOConfig(RunArguments, GRPOConfig):
     r"""
     Configuration of [`ConstrainedPPOTrainer`].
 
     Fields of [`~trl.GRPOConfig`] keep their meaning, but for those that speak of groups of completions: advantages
-    come from a critic, unless `critic="none"`.
+    come from a critic, unless `critic="none"`. `overwrite`, `full_disk` and `save_on_signal` are [`RunArguments`]'.
 
     Parameters:
         > Parameters that control the method

@@ -29,6 +29,7 @@ from trl import GRPOTrainer
 from .._upstream import disable_gradient_checkpointing, reference_built_by
 from ..core.companion import CompanionMixin
 from ..core.dropout import disable_dropout
+from ..core.files import warn_of_failure
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..core.tokenizer_check import check_tokenizer
@@ -635,19 +636,28 @@ class ConstrainedPPOTrainer(
         return torch.cat(rewards)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.stop_reason = None
         try:
             output = super().train(*args, **kwargs)
         except NonFiniteLossError as error:
             self.end_training(f"{error} No parameter has moved since the step before.")
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
+            self._write_stop_reason()
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            output = TrainOutput(self.state.global_step, float("nan"), {})
-        if self.stop_reason is not None and self.args.should_save:
-            best = self.state.best_model_checkpoint
-            record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
-            write_json(Path(self.args.output_dir), STOP_FILE, record)
+            raise
+        self._write_stop_reason()
         return output
+
+    def _write_stop_reason(self) -> None:
+        """Leaves the reason beside the model, or takes away that of a run which has gone on since."""
+        if not self.args.should_save:
+            return
+        folder, best = Path(self.args.output_dir), self.state.best_model_checkpoint
+        if self.stop_reason is None:
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            return
+        record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
+        with warn_of_failure(f"{STOP_FILE} could not be written"):
+            write_json(folder, STOP_FILE, record)
 
     def end_training(self, reason: str) -> None:
         """Ends training after the step under way; the reason is logged, and written to `stop_reason.json`."""

@@ -185,7 +185,7 @@ class CriticCompanion(Companion):
         ):
             heads.spectral_cap = EARLIER_SPECTRAL_CAP  # the run goes on as it was
         names = json.loads(saved.get("rewards", "null"))
-        if names is not None and len(names) != len(self.reward_names):
+        if names is not None and names != self.reward_names:
             raise ValueError(
                 f"{path} holds value heads for the rewards {names}, and this run has {self.reward_names}. Resume with "
                 "the rewards of the saved run."

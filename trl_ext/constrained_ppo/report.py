@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from ..core.files import warn_of_failure
 from ..core.log import LogHistory, best_value, last_value, reward_names
 from ..core.model_card import settings_table
 from .calibration import Calibration, calibrate, cap_warnings
@@ -206,9 +207,10 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
 
 def _save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
     """Writes `calibration.json`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     rows = [asdict(calibration) for calibration in calibrations]
-    (Path(folder) / CALIBRATION_FILE).write_text(json.dumps(rows, indent=1))
+    with warn_of_failure(f"{CALIBRATION_FILE} could not be written"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CALIBRATION_FILE).write_text(json.dumps(rows, indent=1))
 
 
 class CalibrationCallback(TrainerCallback):
@@ -322,7 +324,8 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _print(self, state: Any) -> None:
         self._last_shown = self._shown(state)
-        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+        with warn_of_failure("The dashboard could not be printed"):
+            self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
 
     def _shown(self, state: Any) -> tuple[str, float | None]:
         """What a table shows that may change after the log step."""
@@ -330,9 +333,10 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         start = time.monotonic()
-        draw_dashboard(
-            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
-        )
+        with warn_of_failure(f"{self.path.name} could not be drawn"):
+            draw_dashboard(
+                state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
+            )
         end = time.monotonic()
         self._next_drawing = end + max(self.png_seconds, (end - start) / _DRAWING_SHARE)
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from .._upstream import gathered_state_dict
 from ..core.figures import new_axes, save_figure
+from ..core.files import warn_of_failure
 from ..core.model_card import settings_table, write_method_card
 from .configuration import EPConfig
 from .head import EPHead
@@ -153,9 +154,10 @@ class EPAlignmentCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "alignment.json").write_text(json.dumps(self.history, indent=1))
-        draw_alignment({"": self.history}, folder / "alignment.png")
+        with warn_of_failure("The report of the head's alignment could not be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "alignment.json").write_text(json.dumps(self.history, indent=1))
+            draw_alignment({"": self.history}, folder / "alignment.png")
 
     def _measure(self, step: int) -> None:
         if self.history and self.history[-1]["step"] == step:

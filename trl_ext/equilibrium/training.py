@@ -15,7 +15,9 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.parameter_groups import move_to_own_groups
+from ..core.run_arguments import RunArguments
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
@@ -26,7 +28,7 @@ from .settings import check_homeostasis
 
 
 @dataclass
-class _HeadTrainingArguments:
+class _HeadTrainingArguments(RunArguments):
     """The two fields that trainers of an equilibrium head add to their arguments."""
 
     homeostasis_coef: float | None = field(
@@ -50,7 +52,7 @@ class _HeadTrainingArguments:
 @dataclass
 class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
     r"""
-    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more.
+    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -65,7 +67,7 @@ class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
 @dataclass
 class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     r"""
-    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more.
+    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -75,7 +77,7 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     """
 
 
-class _HeadTrainer(OwnOptimizerMixin, Trainer):
+class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
     def __init__(self, model: Any, args: Any, *positional: Any, **kwargs: Any):

@@ -6,6 +6,7 @@ from typing import Literal
 from trl import DPOConfig
 
 from ..core.checks import check_choice, check_number
+from ..core.run_arguments import RunArguments
 from ..optim.names import post_init_with_own_optimizer
 from .mask_kinds import MASK_KINDS
 
@@ -16,12 +17,13 @@ UNSUPPORTED_LOSS_TYPES = {
 
 
 @dataclass
-class SparsePOConfig(DPOConfig):
+class SparsePOConfig(RunArguments, DPOConfig):
     r"""
     Configuration of [`SparsePOTrainer`].
 
     All fields of [`~trl.DPOConfig`] keep their meaning; those that the method cannot honour are refused with a
     `ValueError`. The defaults are the paper's common learned mask (https://huggingface.co/papers/2410.05102).
+    `overwrite`, `full_disk` and `save_on_signal` are [`RunArguments`]'.
 
     Parameters:
         > Parameters that control the masks

@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
 from .._upstream import disable_gradient_checkpointing, use_adapter
+from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.companion import CompanionMixin, extend_forward
 from ..core.dropout import DroppedProbability, disable_dropout, stated_probabilities
 from ..core.model_card import MethodCardMixin
@@ -72,7 +73,7 @@ logger = get_logger(__name__)
 REFERENCE_ONLY = ("learned", "activation", "ones")
 
 
-class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
+class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
@@ -134,6 +135,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         "id": "2410.05102",
         "citation": CITATION,
     }
+    _fixed_settings = ("optim", "mask_type", "independent_masks", "mask_reward", "mask_divergence")
 
     args: SparsePOConfig
     companion: TokenMaskCompanion

@@ -15,6 +15,9 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from ...core.files import is_lack_of_space
+from ...core.status import RunError
+from ...launcher import end_with_parent
 from .packaged import find_packaged
 
 
@@ -303,7 +306,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
     """Parses the process's arguments and runs `main` on them; a refused recipe ends the process with its message."""
+    end_with_parent()
     try:
         main(*parser.parse_args_and_config())
-    except RecipeError as error:
+    except (RecipeError, RunError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except Exception as error:
+        if not is_lack_of_space(error):
+            raise
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: The disk is full ({error}). Make room, and go on with "
+            "`resume_from_checkpoint: true`."
+        ) from None
