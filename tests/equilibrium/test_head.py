@@ -269,10 +269,10 @@ def test_fresh_weights_converge_at_any_depth(depth):
         ({"radius": 0.0}, "`radius` must be a number greater than 0, got 0.0.*default"),
         ({"radius": float("nan")}, "`radius` must be a number greater than 0, got nan"),
         ({"tolerance": 0.0}, "`tolerance` must be a number greater than 0"),
-        ({"num_points": 0}, "`num_points` must be a number of at least 1, got 0"),
-        ({"max_steps": 0}, "`max_steps` must be a number of at least 1, got 0"),
+        ({"num_points": 0}, "`num_points` must be a whole number of at least 1, got 0"),
+        ({"max_steps": 0}, "`max_steps` must be a whole number of at least 1, got 0"),
         ({"feedback_angle": 30.0}, "`feedback_angle` is 30.0 but `feedback` is 'symmetric'"),
-        ({"feedback": "asymmetric", "feedback_angle": 200.0}, "from 0 to 180 degrees, got 200.0"),
+        ({"feedback": "asymmetric", "feedback_angle": 200.0}, "of at most 180, got 200.0.*degrees"),
         ({"spectral_cap": 0.0}, "`spectral_cap` must be a number greater than 0, got 0.0.*None"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ..core.checks import check_choice
+from ..core.checks import check_choice, shown
 from .settings import HeadSettings, check_head, check_homeostasis, head_settings
 
 
@@ -68,8 +68,13 @@ class EPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
+        if not isinstance(self.text_config, (PreTrainedConfig, dict)):
+            raise ValueError(
+                f"`text_config` must be a configuration or a mapping, got {shown(self.text_config)}. Give that of the "
+                "backbone."
+            )
         widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
-        self.hidden_features = widths if isinstance(widths, int) else list(widths)
+        self.hidden_features = list(widths) if isinstance(widths, tuple) else widths
         check_head(self)
         check_choice(
             self, "pooling", choices=(None, *get_args(PoolingName)), remedy="None is the backbone's own pooling."

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from .._upstream import gathered_state_dict
 from ..core.figures import new_axes, save_figure
 from ..core.model_card import settings_table, write_method_card
+from ..core.safe_text import as_string
 from .configuration import EPConfig
 from .head import EPHead
 from .modeling import active_head, equilibrium_model, pooled_states
@@ -51,25 +52,26 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id
     parts.append(
         "The head relaxes to a fixed point, so the model loads with `trl_ext` only.\n\n"
         "```python\nfrom transformers import AutoTokenizer\nfrom trl_ext import EPModelForSequenceClassification\n\n"
-        f'model = EPModelForSequenceClassification.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```\n\n'
+        f"model = EPModelForSequenceClassification.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n```\n\n"
         "transformers' auto classes and pipelines, and reward models given by name, know it after "
         "`trl_ext.equilibrium.register_auto_classes()`, which that import has called."
     )
     return "\n\n".join(parts)
 
 
-def write_card(folder: str | Path, model_id: str, base_model: str, section: str) -> None:
+def write_card(folder: str | Path, model_id: str, base_model: str, section: str, token: str | None = None) -> None:
     """
     Completes the `README.md` that a trainer left in a folder with [`method_section`], and makes its example register
-    the model with transformers. Where the model came from, `base_model`, is not named if it is a folder.
+    the model with transformers. Where the model came from, `base_model`, is not named if it is a folder; `token`, the
+    run's `hub_token`, never is.
     """
     path = Path(folder) / "README.md"
     example, known = "from transformers import pipeline\n", "from trl_ext.equilibrium import register_auto_classes\n"
     content = path.read_text(encoding="utf-8").replace(example, f"{example}{known}\nregister_auto_classes()\n")
     path.write_text(content, encoding="utf-8")
     named = base_model if base_model and not Path(base_model).is_dir() else None
-    write_method_card(folder, model_id=model_id, base_model=named, method_section=section)
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section, token=token)
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .head import EPHead
-from .settings import FeedbackName, HeadSettings, check_feedback, check_homeostasis
+from .settings import FeedbackName, HeadSettings, check_feedback, check_homeostasis, check_widths
 
 
 # Below 1, where the relaxation of two layers always contracts, with room for the error of the cap's own iteration
@@ -73,7 +73,6 @@ def check_value_heads(
     Refuses settings of [`EPValueHeads`] and of the weight of their homeostasis objective that cannot be used; `prefix`
     is what their names begin with where the user gave them.
     """
-    if not all(width >= 1 for width in hidden_features or [0]):
-        raise ValueError(f"`{prefix}hidden_features` must be positive, got {hidden_features}.")
+    check_widths(f"{prefix}hidden_features", hidden_features)
     check_feedback(feedback, feedback_angle, prefix=prefix)
     check_homeostasis(homeostasis_coef, feedback, prefix=prefix)

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from ...equilibrium.settings import HeadSettings, check_head, check_homeostasis, head_settings
+from ...core.checks import Range, check_fields
+from ...equilibrium.settings import RANGES, HeadSettings, check_head, check_homeostasis, head_settings
 from .strict_parser import RecipeError
 
 
 PREFIX = "head_"
+_SCRIPT_RANGES = {"show_alignment": Range(at_least=0)}
 
 
 def _argument(item: Any) -> tuple[str, Any, Any]:
@@ -47,6 +49,10 @@ class EPHeadArguments(_PrefixedHeadSettings):
     show_alignment: int = field(
         default=0, metadata={"help": "Evaluation examples on which the gradient is compared with the exact one."}
     )
+
+    def __post_init__(self) -> None:
+        own = {f"{PREFIX}{name}": within for name, within in RANGES.items()}
+        check_fields(self, {**own, f"{PREFIX}hidden_features": Range(at_least=1, empty=False), **_SCRIPT_RANGES})
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""
