@@ -5,25 +5,16 @@ import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import LlamaConfig
 
+from tests.helpers.fields import OWN, TRAINING, own_fields
 from trl_ext import (
-    ConstrainedGRPOConfig,
     ConstrainedPPOConfig,
-    EPConfig,
     EPRewardConfig,
     EPTrainingArguments,
     SparsePOConfig,
 )
 from trl_ext.constrained_ppo.constraints import Constraint
 from trl_ext.constrained_ppo.multipliers import LagrangeMultipliers
-from trl_ext.constrained_ppo.threshold_search.config import ThresholdSearchConfig
-from trl_ext.equilibrium.settings import HeadSettings
-from trl_ext.scripts.constrained_ppo import ConstrainedPPOScriptArguments
-from trl_ext.scripts.equilibrium_classifier import EPClassifierScriptArguments
-from trl_ext.scripts.recipe.equilibrium_arguments import EPHeadArguments
-from trl_ext.scripts.sparse_po import SparsePOScriptArguments
-from trl_ext.scripts.trl_scripts import OptimizerScriptArguments
 
 
 # Of every type there is, so that a field takes few of them
@@ -31,25 +22,6 @@ NONSENSE = [
     object(), b"bytes", "nonsense", "", "nan", math.nan, math.inf, -math.inf, -1, -0.5, 10**5000, True, [], [None],
     [math.nan], {"x": None}, (1, "a"), {1, 2},
 ]  # fmt: skip
-TRAINING = {"use_cpu": True, "bf16": False, "report_to": "none"}
-PPO = {"method": "xi", "constraints": [{"reward": "a", "threshold": 0.5}], **TRAINING}
-# Class: what it is built with
-OWN = {
-    SparsePOConfig: TRAINING,
-    ConstrainedPPOConfig: PPO,
-    ConstrainedGRPOConfig: {**TRAINING, "per_device_train_batch_size": 8},
-    EPTrainingArguments: {"use_cpu": True, "report_to": "none"},
-    EPRewardConfig: TRAINING,
-    EPConfig: {"text_config": LlamaConfig(), "feedback": "asymmetric"},
-    HeadSettings: {"feedback": "asymmetric"},
-    ThresholdSearchConfig: {},
-    Constraint: {"reward": "a", "threshold": 0.5},
-    EPHeadArguments: {"head_feedback": "asymmetric"},
-    SparsePOScriptArguments: {},
-    ConstrainedPPOScriptArguments: {},
-    EPClassifierScriptArguments: {},
-    OptimizerScriptArguments: {},
-}
 TEXTS = ("nonsense", "nan")
 # What some of it means after all, by field
 MEANT = {
@@ -70,13 +42,6 @@ MEANT = {
     "text_config": ({"x": None},),
     "relative_gain": (-1, -0.5),
 }  # fmt: skip
-
-
-def own_fields(cls):
-    """Fields that the class, and not one of TRL's or transformers', declares."""
-    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("trl_ext", "types")]
-    names = {name for base in ours for name in vars(base).get("__annotations__", {})}
-    return [f.name for f in dataclasses.fields(cls) if f.name in names and f.init]
 
 
 def is_meant(name, value):

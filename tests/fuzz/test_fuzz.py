@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 from trl.data_utils import extract_prompt, is_conversational
 
-from tests.core.test_fields import OWN, own_fields
+from tests.helpers.fields import OWN, own_fields
 from tests.helpers.tiny import tiny_tokenizer
 from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig, EPConfig, EPRewardConfig, SparsePOConfig
 from trl_ext.core.dataset_rows import check_rows
