@@ -5,12 +5,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SEED := $(shell date +%s)
+CASES := 20000
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo format quick test faults shuffle lint contract matrix benchmark clean
+.PHONY: help demo format quick test faults shuffle fuzz audit lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,6 +46,14 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 
 faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
+
+fuzz: $(STAMP) ## Try 20,000 random recipes, configurations, constraints, rows and token weights (10 minutes); CASES=n for others
+	OMP_NUM_THREADS=1 TRL_EXT_FUZZ_CASES=$(CASES) $(PYTHON) -m pytest tests/fuzz
+
+audit: $(STAMP) ## Look up known vulnerabilities of the pinned versions (needs a network)
+	printf '%s\n' $(TORCH) $(PINNED) > $(VENV)/pinned.txt
+	test -x $(VENV)/audit/bin/pip-audit || (python3 -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
+	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/pinned.txt
 
 contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions
 	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -51,7 +52,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   recipes     List the recipes of the package, or those below a folder: trl-ext recipes [FOLDER]
               Copy one of the package: trl-ext recipes copy NAME [FOLDER]; `--config NAME` finds it too
 
---accelerate_config takes the path of a file, or one of: {configs}."""
+--accelerate_config takes the path of a file, or one of: {configs}.
+A recipe outside the working folder that names code to import needs --trust_recipe_code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
-        errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
+        close = get_close_matches(command.replace("_", "-"), commands, n=1, cutoff=0.5)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        errors.print(f"trl-ext: unknown command {command!r}.{hint} The commands are {', '.join(sorted(commands))}.")
         return 2
     try:
         return commands[command](rest)
@@ -142,10 +146,17 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
 
 
 def _yaml(path: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The accelerate config {path} is not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"The accelerate config {path} must be a mapping, got {type(found).__name__}.")
+    return found
 
 
 def _train(module: str, arguments: list[str]) -> int:
+    from .scripts.recipe.named_code import announcement
     from .scripts.recipe.strict_parser import take_option
 
     command = launch_command(module, arguments)
@@ -156,6 +167,8 @@ def _train(module: str, arguments: list[str]) -> int:
         return 0
     # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
     environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
+    if parser.named_code:
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     rest = list(script_arguments)
     take_option(rest, "--config")  # its settings are the parser's defaults since the check
     saves = parser.parse_args(rest).save_on_signal

@@ -251,7 +251,7 @@ def test_value_loss_weights():
         ({"method": "ppo", "kl_ceiling": -1.0}, "`kl_ceiling` must be a number greater than 0, got -1.*Leave it out"),
         (
             {"method": "ppo", "gold_patience": 0},
-            "`gold_patience` must be a number greater than 0, got 0.*Leave it out",
+            "`gold_patience` must be a whole number of at least 1, got 0.*Leave it out",
         ),
         ({"method": "ppo", "gamma": 1.5}, "`gamma` must be a number of at least 0 and of at most 1, got 1.5"),
         ({"method": "ppo", "kl_step": 0.0}, "`kl_step`.*got 0"),

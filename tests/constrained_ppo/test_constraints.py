@@ -61,10 +61,13 @@ def test_keys_and_unique_names():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"threshold": 1.0, "kind": "<=", "probability": 5}, "`probability` .*'x' must lie in .0, 1.*got 5"),
+        (
+            {"threshold": 1.0, "kind": "<=", "probability": 5},
+            "`probability` .*'x' must be a number greater than 0 and smaller than 1, got 5",
+        ),
         ({"threshold": 1.0, "probability": 0.5}, "`probability`.*needs the `kind` '>=' or '<='"),
         ({"threshold": 1.0, "tolerance": 0.5}, "`tolerance=0.5`.*needs `per_prompt: true`"),
-        ({"threshold": 1.0, "spread": 0.0}, "`spread`.*positive number, got 0.0"),
+        ({"threshold": 1.0, "spread": 0.0}, "`spread`.*number greater than 0, got 0.0"),
     ],
 )
 def test_wrong_constraints(given, message):

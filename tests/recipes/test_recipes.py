@@ -66,7 +66,7 @@ def test_misspelt_key_is_refused(path, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match=r"`lerning_rate`.*wrong.yaml.*did you mean `(\w*_)?learning_rate"):
-        make_parser(path).check(["--config", str(wrong)])
+        make_parser(path).check(["--config", str(wrong), "--trust_recipe_code"])
 
 
 def tiny_reward_model(folder, seed):
@@ -146,7 +146,7 @@ def test_recipe_runs_two_steps(path, tmp_path):
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
     script = script_of(path)
-    script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden)]))
+    script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden), "--trust_recipe_code"]))
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     if method == "sparse_po":

@@ -65,7 +65,7 @@ def test_plain_dpo_config(tmp_path, tiny_path, tokenizer):
     [
         (lambda: tiny_pairs().remove_columns("chosen"), "'chosen'"),
         (lambda: tiny_pairs().rename_column("rejected", "refused"), "'rejected'.*refused"),
-        (lambda: replaced(4, chosen=None), "Row 4.*no `chosen`"),
+        (lambda: replaced(4, chosen=None), "Row 4 .*`chosen` is missing"),
         (lambda: tiny_pairs(1).select([]), "train dataset is empty"),
     ],
     ids=["no-chosen", "no-rejected", "none", "empty"],

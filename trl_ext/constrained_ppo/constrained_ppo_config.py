@@ -7,14 +7,15 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
-from ..core.checks import check_choice, check_number
 from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken
 from ..equilibrium.value_heads import SpectralCap, check_value_heads, read_spectral_cap, refuse_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
 from .gold import check_gold
 from .group_settings import check_without_critic, settle_without_critic
 from .multipliers import Squash
+from .ranges import check_ranges
 from .retired import refuse_retired
 from .reward_functions import check_reward_functions
 from .scores import check_scores
@@ -84,7 +85,7 @@ class _OneGeneration(int):
 
 
 @dataclass
-class ConstrainedPPOConfig(RunArguments, GRPOConfig):
+class ConstrainedPPOConfig(WithoutToken, RunArguments, GRPOConfig):
     r"""
     Configuration of [`ConstrainedPPOTrainer`].
 
@@ -474,7 +475,7 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
-        check_choice(self, "critic", choices=("shared", "separate", "none"))
+        check_ranges(self)
         if self.critic == "none":
             settle_without_critic(self)
         one = self.num_generations == 1
@@ -490,7 +491,7 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
         if one:
             self.num_generations = 1
         self._apply_preset()
-        self._check_numbers()
+        self._check_divergence()
         check_scores(self)
         check_stop_tokens(self.generation_kwargs, self.use_vllm)
         check_reward_functions(self)
@@ -520,8 +521,6 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
         return coefficients * num_rewards if len(coefficients) == 1 else coefficients
 
     def _apply_preset(self) -> None:
-        if self.method is not None and self.method not in PRESETS:
-            raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
         preset = PRESETS[self.method] if self.method is not None else self._no_method
         if self.multiplier_drift is None and (self.multiplier_window > 1 or self.multiplier_ema > 0):
             self.multiplier_drift = 0.0
@@ -531,17 +530,7 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
         if preset.kind is not None:
             self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
 
-    def _check_numbers(self) -> None:
-        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
-        if not all(float(coefficient) >= 0 for coefficient in given):
-            raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
-        not_negative = ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples")
-        check_number(self, *not_negative, at_least=0)
-        positive = ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience")
-        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
-        check_number(self, "gamma", "gae_lambda", at_least=0, at_most=1)
-        check_number(self, "kl_step", above=0, below=1)
-        check_number(self, "multiplier_spread_ema", at_least=0, below=1)
+    def _check_divergence(self) -> None:
         needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
@@ -551,11 +540,6 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
 
     def _check_estimation(self) -> None:
         """Refuses settings of estimators and warm-up that cannot be used."""
-        check_number(self, "critic_warmup_steps", at_least=0)
-        if self.critic_warmup_steps != int(self.critic_warmup_steps):
-            raise ValueError(f"`critic_warmup_steps` must be a whole number, got {self.critic_warmup_steps}.")
-        check_number(self, "adaptive_lambda_alpha", above=0, optional=True, remedy="Leave it out to go without.")
-        check_number(self, "critic_lambda", at_least=0, at_most=1, optional=True)
         if self.critic_warmup_steps and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
             raise ValueError(
                 f"`critic_warmup_steps={self.critic_warmup_steps}` holds the policy through its learning rate, which "
@@ -570,7 +554,6 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
         if self.critic == "none":
             check_without_critic(self)
         elif self.group_baseline != "mean":
@@ -636,7 +619,6 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
                 f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: value "
                 "heads on the policy have no backbone of their own."
             )
-        check_choice(self, "critic_head", choices=("linear", "equilibrium"))
         self.critic_spectral_cap = read_spectral_cap(self.critic_spectral_cap)
         if self.critic_head == "linear":
             refuse_value_heads(self, prefix="critic_")
@@ -667,7 +649,7 @@ class ConstrainedPPOConfig(RunArguments, GRPOConfig):
                 raise ValueError(
                     f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "
                     "`relative_gain`, and `kind`, and may have `probability`, `per_prompt`, `tolerance` and `spread`; "
-                    f"look at {sorted(unknown | missing)}."
+                    f"look at {sorted(map(str, unknown | missing))}."
                 )
             if self.calibration_samples == 0 and "threshold" not in constraint:
                 raise ValueError(

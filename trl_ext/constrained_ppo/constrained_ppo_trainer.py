@@ -32,6 +32,7 @@ from ..core.dropout import disable_dropout
 from ..core.files import warn_of_failure
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
+from ..core.safe_text import known_secrets, redacted
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
@@ -54,7 +55,7 @@ from .ensemble import EnsembleMonitor
 from .gold import GoldMetricMixin, gold_dataset
 from .multipliers import LagrangeMultipliers
 from .pretrained_critic import pretrained_critic
-from .prompts import random_rows
+from .prompts import check_prompts, random_rows
 from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .retired import refuse_retired
@@ -176,6 +177,8 @@ class ConstrainedPPOTrainer(
         refuse_retired(kwargs, type(self).__name__)
         args = checked_config(args, model, gold_reward, eval_dataset)
         check_reference(ref_model, model, kwargs.get("peft_config"), args.kl_coef)
+        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
+            check_prompts(dataset, name)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if any(isinstance(reward, str) for reward in rewards):
             # TRL loads rewards given by name with an auto class; they may have an equilibrium head
@@ -241,6 +244,9 @@ class ConstrainedPPOTrainer(
         return self.model.training and self.state.global_step < self.args.critic_warmup_steps
 
     def _check_prompts(self) -> None:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            check_prompts(dataset, name, tokenizer)
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         needed = self.args.generation_batch_size // self.num_generations
         if size is not None and size < needed:
@@ -661,9 +667,9 @@ class ConstrainedPPOTrainer(
 
     def end_training(self, reason: str) -> None:
         """Ends training after the step under way; the reason is logged, and written to `stop_reason.json`."""
-        self.stop_reason = reason
+        self.stop_reason = redacted(reason, known_secrets(self.args.hub_token))
         self.control.should_training_stop = True
-        logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
+        logger.warning(f"Training ends at step {self.state.global_step}. {self.stop_reason}", main_process_only=True)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

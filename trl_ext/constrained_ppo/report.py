@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..core.files import warn_of_failure
 from ..core.log import LogHistory, best_value, last_value, reward_names
 from ..core.model_card import settings_table
+from ..core.safe_text import as_string, for_markdown, for_markdown_code, for_terminal
 from .calibration import Calibration, calibrate, cap_warnings
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, check_constraints, constraints_by_reward
@@ -111,7 +112,7 @@ def _results(log_history: LogHistory, constraints: Sequence[Constraint]) -> str:
         columns += ["constraint", "violation", "multiplier", "weight"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
-        cells = [f"`{name}`", *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
+        cells = [for_markdown_code(name), *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
         if not constraints:
             lines.append(f"| {' | '.join(cells)} |")
             continue
@@ -146,7 +147,7 @@ def _end(log_history: LogHistory, stop_reason: str | None) -> str:
     if gold is not None and best is not None:
         sentences.append(f"Gold metric: {_shown(gold)} at the end, at best {_shown(best[1])} at step {best[0]}.")
     if stop_reason:
-        sentences.append(f"Training stopped early: {stop_reason}")
+        sentences.append(f"Training stopped early: {for_markdown(stop_reason)}")
     elif step:
         sentences.append("Training was not stopped early.")
     return " ".join(sentences)
@@ -157,12 +158,12 @@ def _shown(value: float | None) -> str:
 
 
 def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
-    streams = ", ".join([*(f"`{name}`" for name in names), "the KL"])
+    streams = ", ".join([*map(for_markdown_code, names), "the KL"])
     parts = [
         "The policy is a plain model and loads without `trl_ext`.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```',
+        f"model = AutoModelForCausalLM.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n```",
     ]
     if critic == "none":
         return "\n\n".join(parts)
@@ -182,7 +183,7 @@ def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
         )
         parts.append(
             "```python\nfrom trl_ext import critic_from_pretrained\n\n"
-            f'critic = critic_from_pretrained("{model_id}")\n'
+            f"critic = critic_from_pretrained({as_string(model_id)})\n"
             'inputs = tokenizer("Some text", return_tensors="pt")\n'
             f"values = critic({arguments})  # (batch, tokens, {len(names) + 1})\n```"
         )
@@ -197,7 +198,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
     for row in calibrations:
         numbers = [row.mean, row.spread, *row.quantiles]
         table.add_row(
-            f"{row.reward} {row.stated}",
+            for_terminal(f"{row.reward} {row.stated}"),
             *(f"{number:.3g}" for number in numbers),
             f"{row.rank:.0%}",
             f"{row.deviations:+.2f}",

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..core.checks import check_choice
+from ..core.checks import check_choice, shown
 from .settings import HeadSettings, SpectralCap, as_widths, check_head, check_homeostasis, head_settings
 
 
@@ -100,6 +100,11 @@ class EPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             raise ValueError("`text_config` is missing. Give the configuration of the backbone.")
+        if not isinstance(self.text_config, (PreTrainedConfig, dict)):
+            raise ValueError(
+                f"`text_config` must be a configuration or a mapping, got {shown(self.text_config)}. Give that of the "
+                "backbone."
+            )
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
         widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features

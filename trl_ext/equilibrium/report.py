@@ -12,6 +12,7 @@ from .._upstream import gathered_state_dict
 from ..core.figures import new_axes, save_figure
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table, write_method_card
+from ..core.safe_text import as_string
 from .configuration import EPConfig
 from .head import EPHead
 from .modeling import active_head, equilibrium_model, pooled_states
@@ -38,8 +39,8 @@ def usage(model_id: str, is_reward: bool) -> str:
     return (
         "```python\nfrom transformers import AutoTokenizer, pipeline\n"
         "from trl_ext import EPModelForSequenceClassification\n\n"
-        f'model = EPModelForSequenceClassification.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
+        f"model = EPModelForSequenceClassification.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n"
         f'{what} = pipeline("text-classification", model=model, tokenizer=tokenizer{raw})\n'
         f'print({what}("The capital of France is Paris."){shown})\n```'
     )
@@ -89,17 +90,20 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], is_adapt
     return "\n\n".join([*parts, _loading_section(is_adapter)])
 
 
-def write_card(folder: str | Path, model_id: str, base_model: str, section: str, is_reward: bool) -> None:
+def write_card(
+    folder: str | Path, model_id: str, base_model: str, section: str, is_reward: bool, token: str | None = None
+) -> None:
     """
     Completes the `README.md` that a trainer left in a folder with [`method_section`] and code that loads the model,
-    in place of that under "Quick start". Where the model came from, `base_model`, is not named if it is a folder.
+    in place of that under "Quick start". Where the model came from, `base_model`, is not named if it is a folder;
+    `token`, the run's `hub_token`, never is.
     """
     path, code = Path(folder) / "README.md", usage(model_id, is_reward)
     content, replaced = _QUICK_START.subn(lambda found: f"{found[1]}{code}\n", path.read_text(encoding="utf-8"))
     path.write_text(content, encoding="utf-8")
     named = base_model if base_model and not Path(base_model).is_dir() else None
     section = section if replaced else f"{section}\n\n{code}"
-    write_method_card(folder, model_id=model_id, base_model=named, method_section=section)
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section, token=token)
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:

@@ -7,9 +7,9 @@ constrained PPO some of them with the prefix `critic_`.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ..core.checks import check_choice, check_number
+from ..core.checks import Range, check_number, check_value, shown
 from .input_norm import InputNormName
 
 
@@ -20,6 +20,17 @@ CorrectionName = Literal["none", "asymep"]
 OscillationName = Literal["raise", "warn"]
 SpectralCap = float | str | None
 AUTO = "auto"
+
+_POSITIVE = Range(above=0, remedy="The default is a good start.")
+RANGES: dict[str, Range] = {
+    "feedback_angle": Range(at_least=0, at_most=180, remedy="It is in degrees."),
+    "homeostasis_coef": Range(at_least=0, remedy="Set it to 0 to go without."),
+    "max_steps": Range(at_least=1),
+    "num_points": Range(at_least=1),
+    "radius": _POSITIVE,
+    "spectral_cap": Range(also=Any),
+    "tolerance": _POSITIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -119,22 +130,15 @@ def head_settings(owner: Any, prefix: str = "") -> dict[str, Any]:
 def check_head(owner: Any, prefix: str = "") -> None:
     """Refuses those of [`head_settings`] that no head can have; `owner` need not have all of them."""
     found = head_settings(owner, prefix)
+    for item in fields(HeadSettings):
+        if item.name not in found:
+            continue
+        within = RANGES.get(item.name, Range())
+        if item.name == "activation" and found.get("estimator") == "holomorphic":
+            within = Range(remedy="The holomorphic estimator needs a complex-differentiable one.")
+        check_value(f"{prefix}{item.name}", found[item.name], item.type, within, item.default)
     if "hidden_features" in found:
         check_widths(f"{prefix}hidden_features", found["hidden_features"])
-    needs_complex = "The holomorphic estimator needs a complex-differentiable one."
-    for name, choices in (
-        ("activation", ActivationName), ("estimator", EstimatorName), ("correction", CorrectionName),
-        ("input_norm", InputNormName), ("on_oscillation", OscillationName),
-    ):  # fmt: skip
-        if name in found:
-            remedy = needs_complex if name == "activation" and found.get("estimator") == "holomorphic" else ""
-            check_choice(owner, prefix + name, choices=get_args(choices), remedy=remedy)
-    for name in ("radius", "tolerance"):
-        if name in found:
-            check_number(owner, prefix + name, above=0, remedy="The default is a good start.")
-    for name in ("num_points", "max_steps"):
-        if name in found:
-            check_number(owner, prefix + name, at_least=1)
     if "spectral_cap" in found:
         check_spectral_cap(owner, f"{prefix}spectral_cap")
     check_feedback(found.get("feedback", "symmetric"), found.get("feedback_angle", 0.0), prefix)
@@ -170,15 +174,13 @@ def check_widths(name: str, widths: Any) -> None:
     """Refuses sizes, one or several, that are no positive integers."""
     values = list(widths) if isinstance(widths, Sequence) and not isinstance(widths, str) else [widths]
     if not values or any(not isinstance(value, Integral) or isinstance(value, bool) or value < 1 for value in values):
-        raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
+        raise ValueError(f"`{name}` must be positive integers, got {shown(values)}: a layer needs at least one unit.")
 
 
 def check_feedback(feedback: str, feedback_angle: float, prefix: str = "") -> None:
     """Refuses feedback weights that cannot be built; `prefix` is what the user's names of the two begin with."""
-    if feedback not in get_args(FeedbackName):
-        raise ValueError(f"`{prefix}feedback` must be one of {list(get_args(FeedbackName))}, got {feedback!r}.")
-    if not 0 <= feedback_angle <= 180:
-        raise ValueError(f"`{prefix}feedback_angle` must be from 0 to 180 degrees, got {feedback_angle}.")
+    check_value(f"{prefix}feedback", feedback, FeedbackName)
+    check_value(f"{prefix}feedback_angle", feedback_angle, float, RANGES["feedback_angle"])
     if feedback == "symmetric" and feedback_angle != 0:
         raise ValueError(
             f"`{prefix}feedback_angle` is {feedback_angle} but `{prefix}feedback` is 'symmetric', which has an angle "
@@ -188,11 +190,7 @@ def check_feedback(feedback: str, feedback_angle: float, prefix: str = "") -> No
 
 def check_homeostasis(homeostasis_coef: float, feedback: str, prefix: str = "") -> None:
     """Refuses a weight of the homeostasis objective that cannot be used; `prefix` as in [`check_feedback`]."""
-    if not 0 <= homeostasis_coef < float("inf"):
-        raise ValueError(
-            f"`{prefix}homeostasis_coef` must not be negative and must be finite, got {homeostasis_coef}. Set it to 0 "
-            "to go without."
-        )
+    check_value(f"{prefix}homeostasis_coef", homeostasis_coef, float, RANGES["homeostasis_coef"])
     if homeostasis_coef > 0 and feedback == "symmetric":
         raise ValueError(
             f"`{prefix}homeostasis_coef={homeostasis_coef}` has nothing to do where `{prefix}feedback='symmetric'`. "

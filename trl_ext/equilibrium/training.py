@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from ..core.checkpointing import WholeCheckpointsMixin
+from ..core.checks import Range, check_fields
+from ..core.dataset_rows import checked_stream
 from ..core.parameter_groups import move_to_own_groups
 from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken, shown_folder
 from ..core.tokenizer_check import check_tokenizer
+from ..core.training_ranges import COUNT, NOT_NEGATIVE, TRAINING
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
 from .loading import save_configuration
@@ -27,8 +32,21 @@ from .report import CITATION, gathered_asymmetry, method_section, write_card
 from .settings import check_homeostasis
 
 
+RANGES: dict[str, Range] = {
+    **TRAINING,
+    # Of RewardConfig
+    "center_rewards_coefficient": NOT_NEGATIVE,
+    "dataset_num_proc": COUNT,
+    "max_length": COUNT,
+    "pad_to_multiple_of": COUNT,
+    # Our own
+    "head_learning_rate": Range(above=0, remedy="Leave it out to use `learning_rate`."),
+    "homeostasis_coef": Range(at_least=0, remedy="Set it to 0 to go without."),
+}
+
+
 @dataclass
-class _HeadTrainingArguments(RunArguments):
+class _HeadTrainingArguments(WithoutToken, RunArguments):
     """The two fields that trainers of an equilibrium head add to their arguments."""
 
     homeostasis_coef: float | None = field(
@@ -39,14 +57,8 @@ class _HeadTrainingArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, RANGES)
         post_init_with_own_optimizer(self, super().__post_init__)  # type: ignore[misc]
-        if self.homeostasis_coef is not None:
-            check_homeostasis(self.homeostasis_coef, "asymmetric")
-        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
-            raise ValueError(
-                f"`head_learning_rate` must be positive and finite, got {self.head_learning_rate}. Leave it out to "
-                "use `learning_rate`."
-            )
 
 
 @dataclass
@@ -150,10 +162,12 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            model, model_id = equilibrium_model(self.model), self.hub_model_id or str(self.args.output_dir)
+            model, model_id = equilibrium_model(self.model), self.hub_model_id or shown_folder(self.args.output_dir)
             section = method_section(model.config, self.state.log_history, is_peft_model(self.model))
             is_reward = isinstance(self, RewardTrainer)
-            write_card(self.args.output_dir, model_id, model.config.name_or_path, section, is_reward)
+            write_card(
+                self.args.output_dir, model_id, model.config.name_or_path, section, is_reward, self.args.hub_token
+            )
 
 
 def _set_homeostasis_coef(model: Any, homeostasis_coef: float | None) -> None:
@@ -259,3 +273,18 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):
             head.float()
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if not {"chosen_ids", "chosen_input_ids"} & set(getattr(dataset, "column_names", None) or ()):
+            use = "A reward model trains on preference pairs: rename or add the columns `chosen` and `rejected`."
+            dataset = checked_stream(
+                dataset, dataset_name, required=("chosen", "rejected"), optional=("prompt",),
+                tokenizer=processing_class, use=use,
+            )  # fmt: skip
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(prepared, Dataset) and len(prepared) == 0:
+            raise ValueError(
+                f"Every pair of the {dataset_name} dataset is longer than `max_length={args.max_length}` tokens, and "
+                "was dropped. Raise it."
+            )
+        return prepared

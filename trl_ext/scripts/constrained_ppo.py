@@ -11,10 +11,11 @@ python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/playg
 python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/ppo.yaml
 """
 
-import importlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.checks import Range, check_fields, check_value
 from .recipe.tokenizer import TokenizerArguments
 
 
@@ -44,26 +45,24 @@ class ConstrainedPPOScriptArguments(TokenizerArguments):
         default=None, metadata={"help": "Metric that the rewards stand in for, a function by dotted path."}
     )
 
+    def __post_init__(self) -> None:
+        check_fields(self, {"gold_reward": Range(empty=False)})
+        for name in self.reward_funcs:
+            check_value("reward_funcs", name, str, Range(empty=False), label="an entry of `{}`")
 
-def load_reward(name: str) -> Any:
+
+def load_reward(name: str, key: str = "reward_funcs") -> Any:
     """
     A reward as [`~trl.GRPOTrainer`] takes it: the function of a dotted path, or else the name itself, of a model.
 
     Raises:
-        RecipeError: If a module has no such function.
+        RecipeError: If there is no such function, or its module cannot be imported.
     """
-    from .recipe.strict_parser import RecipeError
+    from .recipe.named_code import is_dotted_path, load_function
 
-    module_name, _, function_name = name.rpartition(".")
-    if not module_name or "/" in name:
+    if not is_dotted_path(name) or Path(name).exists():
         return name
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError:
-        return name
-    if not callable(getattr(module, function_name, None)):
-        raise RecipeError(f"`reward_funcs: {name}`: the module {module_name} has no function {function_name!r}.")
-    return getattr(module, function_name)
+    return load_function(name, key)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, reward_args: Any) -> None:
@@ -88,11 +87,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
     require_model_and_data(model_args, script_args, dataset_args)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
-    gold_reward = load_reward(reward_args.gold_reward) if reward_args.gold_reward else None
+    gold_reward = load_reward(reward_args.gold_reward, "gold_reward") if reward_args.gold_reward else None
     if isinstance(gold_reward, str):
-        raise RecipeError(
-            f"`gold_reward: {gold_reward}` must be a function by dotted path, and no such module exists."
-        )
+        raise RecipeError(f"`gold_reward: {gold_reward}` must be a function by dotted path, such as `mymetric.score`.")
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     model = resolve_model(model_args.model_name_or_path)

@@ -8,8 +8,11 @@ Train a text classifier, or a regressor, with an equilibrium-propagation head.
 python -m trl_ext.scripts.equilibrium_classifier --config recipes/equilibrium/imdb_classifier.yaml
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from ..core.checks import Range, check_fields, shown
 
 
 if TYPE_CHECKING:
@@ -50,6 +53,11 @@ class EPClassifierScriptArguments:
         default="right", metadata={"help": "Side that is cut from longer texts."}
     )
 
+    def __post_init__(self) -> None:
+        named, count = Range(empty=False), Range(at_least=1)
+        ranges = {"text_column": named, "label_column": named, "num_labels": count, "max_length": count}
+        check_fields(self, ranges)
+
 
 def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArguments) -> Any:
     """
@@ -78,6 +86,8 @@ def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArgument
                 f"{sorted(dataset.column_names)}. Set it to one of them."
             )
 
+    _check_columns(dataset, task_args)
+
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = tokenizer(
             rows[task_args.text_column],
@@ -91,6 +101,30 @@ def tokenize(dataset: Any, tokenizer: Any, task_args: EPClassifierScriptArgument
         return {**encoded, "labels": labels}
 
     return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+
+
+def _check_columns(dataset: Any, task_args: EPClassifierScriptArguments) -> None:
+    """Refuses rows without a text, or with a label that is none."""
+    from ..core.dataset_rows import check_rows
+    from .recipe.strict_parser import RecipeError
+
+    check_rows(dataset, "text", required=(task_args.text_column,))
+    if not isinstance(dataset[0][task_args.text_column], str):
+        raise RecipeError(f"`text_column: {task_args.text_column}` holds messages. Name a column of texts.")
+    is_class = task_args.problem_type in (None, "single_label_classification") and task_args.num_labels > 1
+    for row, label in enumerate(dataset[task_args.label_column]):
+        numbers = label if isinstance(label, list) else [label]
+        found = len(numbers) if isinstance(label, list) else 1
+        if not numbers or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise RecipeError(
+                f"Row {row}: `{task_args.label_column}` holds {shown(label)}, which is no label. Fill it in, or "
+                "filter the row."
+            )
+        if is_class and found == 1 and isinstance(label, int) and not 0 <= label < task_args.num_labels:
+            raise RecipeError(
+                f"Row {row}: `{task_args.label_column}` holds {label}, and `num_labels: {task_args.num_labels}` has "
+                f"the classes 0 to {task_args.num_labels - 1}. Set `num_labels`, or filter the row."
+            )
 
 
 def score(prediction: Any) -> dict[str, float]:

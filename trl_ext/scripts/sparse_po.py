@@ -15,6 +15,7 @@ accelerate launch --config_file trl_ext/accelerate_configs/zero3.yaml -m trl_ext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..core.checks import Range, check_fields
 from .recipe.tokenizer import TokenizerArguments
 
 
@@ -38,6 +39,9 @@ class SparsePOScriptArguments(TokenizerArguments):
         default=0,
         metadata={"help": "Number of evaluation pairs whose tokens are shown coloured by weight (0 shows none)."},
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"show_token_masks": Range(at_least=0)})
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, mask_args: Any) -> None:

@@ -1,12 +1,15 @@
 """TRL's own training scripts with this package's optimizers and strict recipes."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from ..core.checks import check_fields
 
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ class OptimizerScriptArguments:
     log_optimizer_report: bool = field(
         default=False, metadata={"help": "Log what the projection of AdamP or SGDP does, and write it to a file."}
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, {})
 
 
 def trl_script(name: str, module_name: str) -> tuple[Callable[..., None], "Callable[..., StrictParser]"]:
@@ -104,6 +110,8 @@ def main(
     from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
+    if training_args.hub_token is not None:  # TRL's configurations would write it into `training_args.bin`
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     require_model_and_data(model_args, script_args, dataset_args)
     model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
     training_args.resume_from_checkpoint = last_checkpoint(training_args)

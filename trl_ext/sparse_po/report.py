@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table
+from ..core.safe_text import as_string
 from .masks import TOKEN_MASKS_FILE
 from .sparse_po_config import SparsePOConfig
 
@@ -63,8 +64,8 @@ def _loading(config: SparsePOConfig, model_id: str) -> str:
     return (
         f"The masks act in training only, so the model loads without `trl_ext`.{masks}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```'
+        f"model = AutoModelForCausalLM.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n```"
     )
 
 

@@ -5,19 +5,46 @@ from typing import Literal
 
 from trl import DPOConfig
 
-from ..core.checks import check_choice, check_number
+from ..core.checks import Range, check_choice, check_fields
 from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken
+from ..core.training_ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, TRAINING
 from ..optim.names import post_init_with_own_optimizer
 from .mask_kinds import MASK_KINDS
 
 
+_OFF_AT_ZERO = Range(at_least=0, remedy="Use 0 to switch it off.")
+RANGES: dict[str, Range] = {
+    **TRAINING,
+    # Of DPOConfig
+    "beta": _OFF_AT_ZERO,
+    "dataset_num_proc": COUNT,
+    "discopop_tau": POSITIVE,
+    "label_smoothing": DECAY,
+    "ld_alpha": SHARE,
+    "loss_type": Range(empty=False, also=str),
+    "loss_weights": Range(empty=False),
+    "max_length": COUNT,
+    "pad_to_multiple_of": COUNT,
+    "precompute_ref_batch_size": COUNT,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": COUNT,
+    "router_aux_loss_coef": NOT_NEGATIVE,
+    "truncation_mode": Range(choices=("keep_start", "keep_end")),
+    # Our own
+    "divergence_coef": _OFF_AT_ZERO,
+    "mask_l1_divergence": _OFF_AT_ZERO,
+    "mask_l1_reward": _OFF_AT_ZERO,
+    "mask_learning_rate": Range(at_least=0, remedy="Leave it out to use `learning_rate`."),
+    "mask_weight_decay": _OFF_AT_ZERO,
+}
 UNSUPPORTED_LOSS_TYPES = {
     "aot": "it sorts policy and reference sums apart, and a masked divergence belongs to neither",
 }
 
 
 @dataclass
-class SparsePOConfig(RunArguments, DPOConfig):
+class SparsePOConfig(WithoutToken, RunArguments, DPOConfig):
     r"""
     Configuration of [`SparsePOTrainer`].
 
@@ -135,18 +162,13 @@ class SparsePOConfig(RunArguments, DPOConfig):
     )
 
     def __post_init__(self):
+        check_fields(self, RANGES)
         post_init_with_own_optimizer(self, super().__post_init__)
         self._check_masks()
         self._check_inherited_fields()
 
     def _check_masks(self) -> None:
         check_choice(self, "mask_type", choices=("learned", "ones", *MASK_KINDS))
-        check_choice(self, "mask_init", choices=("positive", "paper"))
-        weights = ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef")
-        check_number(self, *weights, at_least=0, remedy="Use 0 to switch it off.")
-        check_number(
-            self, "mask_learning_rate", at_least=0, optional=True, remedy="Leave it out to use `learning_rate`."
-        )
         if self.mask_type != "learned":
             for name in ("independent_masks", "mask_l1_reward", "mask_l1_divergence", "mask_learning_rate"):
                 if getattr(self, name):

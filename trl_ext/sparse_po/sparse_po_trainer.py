@@ -269,7 +269,7 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
         return self.companion.module
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        check_preference_dataset(dataset, dataset_name)
+        dataset = check_preference_dataset(dataset, dataset_name, self._tokenizer)
         # Messages name rows of the user's data, and TRL drops some
         if (args.strict_pairs or args.mask_type == "given") and isinstance(dataset, Dataset):
             dataset = dataset.map(lambda _pair, row: {ROW: row}, with_indices=True)
@@ -515,7 +515,8 @@ def _check_arguments(
             "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
     _check_adapters(model, peft_config)
-    if isinstance(train_dataset, Dataset) and not len(train_dataset):
+    # TRL looks at the first row before it prepares the data
+    if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("The train dataset is empty. Give at least one pair with `chosen` and `rejected`.")
     alone = isinstance(model, PreTrainedModel) and peft_config is None and ref_model is None
     if alone and not config.name_or_path:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
+from ...core.checks import Range, check_fields
 from ...equilibrium.settings import (
+    RANGES,
     HeadSettings,
     check_head,
     check_homeostasis,
@@ -15,6 +17,7 @@ from .tokenizer import TokenizerArguments
 
 
 PREFIX = "head_"
+_SCRIPT_RANGES = {"show_alignment": Range(at_least=0)}
 
 
 def _argument(item: Any) -> tuple[str, Any, Any]:
@@ -59,6 +62,8 @@ class EPHeadArguments(TokenizerArguments, _PrefixedHeadSettings):
 
     def __post_init__(self) -> None:
         self.head_spectral_cap = read_spectral_cap(self.head_spectral_cap)
+        own = {f"{PREFIX}{name}": within for name, within in RANGES.items()}
+        check_fields(self, {**own, f"{PREFIX}hidden_features": Range(at_least=1, empty=False), **_SCRIPT_RANGES})
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""
