@@ -8,6 +8,11 @@ from ..core.checks import check_choice, shown
 from .settings import HeadSettings, SpectralCap, as_widths, check_head, check_homeostasis, head_settings
 
 
+try:
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:  # before transformers 5.20, where `sub_configs` says it all
+    SubConfigSpec = None
+
 PoolingName = Literal["last", "first", "mean", "pooler"]
 # Of the backbone, which scripts and trainers read and set on a classifier's own configuration
 TOKEN_IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id")
@@ -66,8 +71,9 @@ class EPConfig(PreTrainedConfig):
     """
 
     model_type = "equilibrium_propagation"
-    # The second name is that of transformers before 5.20
-    sub_configs_defaults = sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}
+    if SubConfigSpec is not None:  # The model type is that of a saved configuration without one
+        sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
     text_config: Any = None
     hidden_features: int | list[int] | None = None
