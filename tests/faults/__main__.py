@@ -32,12 +32,13 @@ def main() -> int:
     kept = tempfile.mkdtemp(prefix="faults-")
     os.environ |= {"HF_DATASETS_CACHE": f"{kept}/cache", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     begun = time.monotonic()
-    bad = 0
+    bad = tried = 0
     for title, found in faults(options, Path(kept)):
+        tried += found.total()
         bad += sum(found[verdict] for verdict in BAD)
         print(f"{title}: {', '.join(f'{count} {verdict}' for verdict, count in sorted(found.items()))}", flush=True)
     print(f"{bad} failures in {time.monotonic() - begun:.0f} s" + (f"; what they left: {kept}" if bad else ""))
-    return int(bad > 0)
+    return int(bad > 0 or not tried)
 
 
 def faults(options: argparse.Namespace, folder: Path):
