@@ -104,6 +104,8 @@ class EPHead(nn.Module):
     input_bias: nn.Parameter
     readout_weight: nn.Parameter
     readout_bias: nn.Parameter
+    input_norm_mean: torch.Tensor
+    input_norm_batches: torch.Tensor
 
     def __init__(
         self,
@@ -190,7 +192,8 @@ class EPHead(nn.Module):
 
         values = {"input_weight": draw(widths[0], self.in_features), "input_bias": zeros(widths[0])}
         gain = INITIAL_SHARE * contraction_bound(len(widths), ACTIVATIONS[self.activation])
-        gain = gain if self.spectral_cap in (None, AUTO) else min(gain, float(self.spectral_cap))
+        cap = self.cap()
+        gain = gain if cap is None else min(gain, cap)
         for layer, (below, above) in enumerate(itertools.pairwise(widths), start=1):
             forward = orthogonal(above, below, generator).mul_(gain)
             values[f"forward_weight_{layer}"] = forward
