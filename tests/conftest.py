@@ -39,6 +39,7 @@ SLOW = (
     "contract/test_parents.py",
     "core/test_moved.py",
     "equilibrium/test_export.py",
+    "equilibrium/test_adapters.py",
     "equilibrium/test_gradient.py",
     "equilibrium/test_process.py",
     "equilibrium/test_training.py",
