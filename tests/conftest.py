@@ -43,6 +43,7 @@ SLOW = (
     "core/test_moved.py",
     "core/test_safe_text.py",
     "equilibrium/test_export.py",
+    "equilibrium/test_adapters.py",
     "equilibrium/test_gradient.py",
     "equilibrium/test_process.py",
     "equilibrium/test_training.py",

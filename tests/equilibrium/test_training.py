@@ -78,7 +78,7 @@ def test_homeostasis_is_in_the_loss_and_straightens_the_weights(folder, tmp_path
         angles[coefficient] = model.score.asymmetry()["ep/weight_angle"]
     entry = trainer.state.log_history[0]
     assert entry["ep/homeostasis_loss"] < first and entry["loss"] > 50 * entry["ep/homeostasis_loss"]
-    assert angles[100.0] < 50 < 70 < angles[0.0]
+    assert angles[100.0] < 65 < 75 < angles[0.0]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -147,7 +147,7 @@ def test_transformers_own_trainer_minimises_it_through_the_models_loss(folder, t
     rows = [{"input_ids": [3 + i, 4, 5], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(8)]
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**COMMON, "max_steps": 30, "logging_steps": 30})
     Trainer(model, arguments, train_dataset=rows).train()
-    assert model.score.asymmetry()["ep/weight_angle"] < 50
+    assert model.score.asymmetry()["ep/weight_angle"] < 65  # from 90
 
 
 def sum_of_squares(outputs, labels, num_items_in_batch=None):

@@ -159,6 +159,7 @@ def build_model(settings: BaseModelSettings) -> LlamaForCausalLM:
 
 
 def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM:
+    state = torch.random.get_rng_state()
     tokenizer, model = build_tokenizer(), build_model(settings)
     generator = random.Random(f"corpus-{settings.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
@@ -179,4 +180,5 @@ def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+    torch.random.set_rng_state(state)
     return model.eval()
