@@ -184,6 +184,14 @@ def test_infeasible_constraints_are_named_once():
     watch = FeasibilityWatch(patience=3)
     said = [watch.check("a", exhausted) for exhausted in (True, True, False, True, True, True, True)]
     assert said == [False] * 5 + [True, False]
+    # A policy on its way is not named: it comes nearer every other rollout, then no more
+    found = [watch.check("b", True, violation) for violation in (4.0, 3.9, 3.0, 2.95, 2.0, 1.95, 1.93)]
+    assert found == [False] * 6 + [True]
+    again = FeasibilityWatch(patience=3)
+    again.load_state_dict(watch.state_dict())
+    assert again.state_dict() == watch.state_dict() and not again.check("b", True, 1.93)
+    again.load_state_dict({"b": 2})  # of an earlier version
+    assert again.check("a", True, 1.0) is False and again.state_dict()["counts"] == {"b": 2, "a": 1}
     message = watch.message(Constraint("a", 2.0, ">="), 5.0)
     assert "`a >= 2` has been violated for 3 rollouts" in message and "multiplier_max=5" in message
 

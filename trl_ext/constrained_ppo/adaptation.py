@@ -29,6 +29,8 @@ Metrics = dict[str, list[float]]
 _CLIP = 0.2
 # A limit that is smaller than this share of the spread makes a share of it meaningless; the spread takes its place
 _SMALL_LIMIT = 0.1
+# By how much of a spread a violation must have fallen to count as progress
+_PROGRESS = 0.1
 # A spread below this share of the mean's size is rounding: the signal is a constant
 _SPREAD_ROUNDING = 1e-6
 logger = get_logger(__name__)
@@ -211,33 +213,46 @@ class StoppingRules:
 
 
 class FeasibilityWatch:
-    """Names a constraint that stays violated while its weight is at its bound, once each time that begins."""
+    """
+    Names a constraint that stays violated while its weight is at its bound, once each time that begins. While the
+    violation still falls, the policy is on its way.
+    """
 
     def __init__(self, patience: int = 20):
         self.patience = patience
         self._counts: dict[str, int] = {}
+        # The violation that progress is measured from
+        self._least: dict[str, float] = {}
 
-    def check(self, key: str, is_exhausted: bool) -> bool:
-        """Whether to name a constraint after a rollout at which its weight was exhausted, or not."""
-        self._counts[key] = self._counts.get(key, 0) + 1 if is_exhausted else 0
-        return self._counts[key] == self.patience
+    def check(self, key: str, is_exhausted: bool, violation: float = 0.0) -> bool:
+        """
+        Whether to name a constraint after a rollout at which its weight was exhausted, or not, and the size of its
+        violation was `violation`, in spreads.
+        """
+        count = self._counts.get(key, 0) + 1 if is_exhausted else 0
+        if count == 1 or (count and violation < self._least.get(key, math.inf) - _PROGRESS):
+            count, self._least[key] = 1, violation
+        self._counts[key] = count
+        return count == self.patience
 
     def message(self, constraint: Constraint, maximum: float | None = None) -> str:
         """What to say of it."""
         bound = "its bound" if maximum is None else f"its bound (`multiplier_max={maximum:g}`)"
         return (
             f"The constraint `{constraint.reward} {constraint}` has been violated for {self.patience} rollouts with "
-            f"its weight at {bound}: it may be infeasible, alone or beside the other constraints. Move its threshold "
-            "towards the mean, or raise the bound or lower `kl_coef` if the policy should go further."
+            f"its weight at {bound} and comes no nearer: it may be infeasible, alone or beside the other "
+            "constraints. Move its threshold towards the mean, or raise the bound or lower `kl_coef` if the policy "
+            "should go further."
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        return dict(self._counts)
+        return {"counts": dict(self._counts), "least": dict(self._least)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restores [`state_dict`]."""
-        self._counts = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores [`state_dict`]; that of an earlier version is the counts alone."""
+        is_new = set(state) == {"counts", "least"}
+        self._counts, self._least = (dict(state["counts"]), dict(state["least"])) if is_new else (dict(state), {})
 
 
 class RolloutController:
@@ -504,8 +519,9 @@ class RolloutController:
         if self.args.multiplier_units == "spread":
             multipliers.set_spreads(self.constrained_spreads())
         multipliers.update(means, errors)
+        sizes = multipliers.violations().abs().tolist()
         for index, is_exhausted in enumerate(multipliers.exhausted()):
-            if self.feasibility.check(self.keys[index], is_exhausted):
+            if self.feasibility.check(self.keys[index], is_exhausted, sizes[index]):
                 message = self.feasibility.message(self._named()[index], multipliers.maximum)
                 logger.warning(message, main_process_only=True)
 
