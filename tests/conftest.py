@@ -65,6 +65,7 @@ SLOW = (
     "sparse_po/test_lm_head.py",
     "sparse_po/test_mask_kinds.py",
     "sparse_po/test_model_check.py",
+    "sparse_po/test_model_families.py",
     "sparse_po/test_preference_data.py",
     "sparse_po/test_reference.py",
     "sparse_po/test_shared_prompts.py",

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.helpers.tiny import WORDS, tiny_tokenizer
+from tests.sparse_po.families_page import LEFT_OUT
 
 
 SIZES = {
@@ -73,22 +74,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False}),
     "mixtral, router loss": ("mixtral", {"output_router_logits": True}),
-}
-LEFT_OUT = {
-    "decoders of encoder-decoders": (
-        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper "
-        "musicgen musicgen_melody moshi"
-    ),
-    "models of more than text, whose text model is in the table or a family's there": (
-        "dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git got_ocr2 llama4 mllama "
-        "moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp"
-    ),
-    "models that read the states of another model": "gemma4_assistant gemma4_unified_assistant",
-    "models of bytes in patches": "blt",
-    "encoders, for which BERT stands": (
-        "bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-        "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod"
-    ),
 }
 
 

@@ -9,13 +9,12 @@ padding, through `model(...).logits`, a log-softmax in float64, and the loss wri
 
 import argparse
 import copy
-import json
 import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -29,24 +28,22 @@ from transformers.utils import logging
 
 from tests.helpers.sparse_po import make_trainer
 from tests.helpers.tiny import WORDS, tiny_tokenizer
-from tests.sparse_po.families import LEFT_OUT, family_names, save_tiny_family, tiny_config
+from tests.sparse_po.families import family_names, save_tiny_family, tiny_config
+from tests.sparse_po.families_page import (
+    COLUMNS,
+    RESULTS,
+    STEPS,
+    TOLERANCE,
+    Cell,
+    read_results,
+    render,
+    write_results,
+)
 from trl_ext.sparse_po.activations import ActivationObserver
 from trl_ext.sparse_po.reference_pass import decoder_layers
-from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
+from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
 
-RESULTS = Path(__file__).with_suffix(".json")
-MEASURED_WITH = ("torch", "transformers", "trl", "peft")
-TOLERANCE = {"tokens": 1e-5, "weights": 1e-5, "loss": 1e-5, "gradients": 1e-4}
-COLUMNS = {
-    "learned": "learned masks",
-    "activation": "activation masks",
-    "given": "given weights",
-    **({"share_prompt": "`share_prompt`"} if "share_prompt" in SparsePOConfig.__dataclass_fields__ else {}),
-    "lora": "LoRA",
-    "reload": "save, plain reload",
-    "resume": "resume",
-}
 # Settings of the trainer whose difference from the naive computation a column shows
 SETTINGS: dict[str, dict[str, Any]] = {
     "learned": {"mask_type": "learned", "independent_masks": True},
@@ -55,7 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "share_prompt": {"mask_type": "learned", "share_prompt": True},
     "lora": {"mask_type": "learned"},
 }
-STEPS, STEP_OF_CHECKPOINT, PAIRS = 4, 2, 2
+STEP_OF_CHECKPOINT, PAIRS = 2, 2
+_PREPARED: dict[bool, Any] = {}
 
 
 def weighted_pairs(num_pairs: int = 8) -> Dataset:
@@ -73,6 +71,24 @@ def weighted_pairs(num_pairs: int = 8) -> Dataset:
             row[f"{side}_token_weights"] = [0.5 * (token % 4) for token in range(length + 1)]
         rows.append(row)
     return Dataset.from_list(rows)
+
+
+@contextmanager
+def prepared_once() -> Iterator[None]:
+    """Every family has the same data and tokenizer, and preparing them costs more than a tiny model's training."""
+    prepare = SparsePOTrainer._prepare_dataset
+
+    def prepare_once(trainer: Any, data: Any, processing_class: Any, args: Any, name: str) -> Any:
+        given = args.mask_type == "given"
+        if given not in _PREPARED:
+            _PREPARED[given] = prepare(trainer, data, processing_class, args, name)
+        return _PREPARED[given]
+
+    SparsePOTrainer._prepare_dataset = prepare_once
+    try:
+        yield
+    finally:
+        SparsePOTrainer._prepare_dataset = prepare
 
 
 def sequences_alone(model: Any, batch: dict[str, torch.Tensor], layers: bool = False) -> tuple[torch.Tensor, Any]:
@@ -121,8 +137,8 @@ def given_weights(data: Dataset, completion: torch.Tensor) -> torch.Tensor:
 class NaiveModels:
     """Policy and reference as plain models, without trainer, beside one."""
 
-    def __init__(self, path: str, trainer: Any, lora: LoraConfig | None = None):
-        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(path).eval() for _ in range(2))
+    def __init__(self, reference: Any, trainer: Any, lora: LoraConfig | None = None):
+        self.reference, self.policy = reference, copy.deepcopy(reference)
         if lora is not None:
             self.policy = get_peft_model(self.policy, lora).eval()
         self.policy.load_state_dict(trainer.model.state_dict())
@@ -201,9 +217,6 @@ def _wrapped(name: str, names: Any) -> str:
     return name if name in names else f"base_model.model.{name}"
 
 
-Cell = dict[str, Any]
-
-
 class Family:
     """
     The cells of one row.
@@ -217,15 +230,16 @@ class Family:
         self.folder = Path(folder)
         self.path = save_tiny_family(name, str(self.folder / "model"))
         self.tokenizer, self.data = tiny_tokenizer(), weighted_pairs()
+        self.plain = AutoModelForCausalLM.from_pretrained(self.path).eval()
         self.trained: dict[str, torch.Tensor] = {}
 
     def trainer(self, column: str, **settings: Any) -> Any:
         arguments = {"peft_config": self.lora()} if column == "lora" else {}
-        trainer = make_trainer(
-            self.folder / "runs", self.path, self.tokenizer, data=self.data, trainer_arguments=arguments,
-            per_device_train_batch_size=PAIRS, max_steps=STEPS, save_strategy="steps", save_steps=STEP_OF_CHECKPOINT,
-            **{**SETTINGS[column], **settings},
-        )  # fmt: skip
+        with prepared_once():
+            trainer = make_trainer(
+                self.folder / "runs", self.path, self.tokenizer, data=self.data, trainer_arguments=arguments,
+                per_device_train_batch_size=PAIRS, max_steps=STEPS, **SETTINGS[column], **settings,
+            )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -239,7 +253,7 @@ class Family:
         trained = None
         for column in (column for column in COLUMNS if column in SETTINGS):
             try:
-                trainer = self.trainer(column)
+                trainer = self.trainer(column, save_strategy="steps", save_steps=STEP_OF_CHECKPOINT)
             except Exception as error:
                 cells[column] = _refusal(error)
                 continue
@@ -254,11 +268,10 @@ class Family:
 
     def reads(self) -> dict[str, list[str]]:
         """What an activation mask reads, by group."""
-        model = AutoModelForCausalLM.from_pretrained(self.path).eval()
         ids = torch.arange(3, 11).view(2, -1)
-        observer = ActivationObserver(model, decoder_layers(model), torch.ones(2, 3, dtype=torch.bool))
+        observer = ActivationObserver(self.plain, decoder_layers(self.plain), torch.ones(2, 3, dtype=torch.bool))
         with torch.no_grad(), observer:
-            model.base_model(input_ids=ids, use_cache=False)
+            self.plain.base_model(input_ids=ids, use_cache=False)
         return {group: sorted(names) for group, names in observer.sources.items()}
 
     def _trained_cells(self, column: str, trainer: Any) -> dict[str, Cell]:
@@ -283,7 +296,7 @@ class Family:
                         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         elif self.trained:
             trainer.model.load_state_dict(self.trained)
-        found = differences(trainer, NaiveModels(self.path, trainer, lora))
+        found = differences(trainer, NaiveModels(self.plain, trainer, lora))
         holds = all(found[name] <= TOLERANCE[name] for name in found)  # NaN does not hold
         return {"state": "holds" if holds else "differs", "differences": found}
 
@@ -360,112 +373,6 @@ def measure(name: str) -> dict[str, Any]:
     return {"traits": traits(name), "cells": cells, "activations": reads}
 
 
-def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """What was measured with the versions that are installed, by row."""
-    versions = {package: version(package).split("+")[0] for package in MEASURED_WITH}
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    rows = kept.get("families", {}) if kept.get("versions") == versions else {}
-    return {"versions": versions, "families": {name: row for name, row in rows.items() if name in family_names()}}
-
-
-def write_results(results: dict[str, Any], path: Path = RESULTS) -> None:
-    """Keeps what was measured, families in the order of the alphabet."""
-    ordered = {**results, "families": dict(sorted(results["families"].items()))}
-    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-
-
-HEADER = """\
-# Model families
-
-Made by `python -m tests.sparse_po.model_families --write docs/model_families.md`; no cell is written by hand.
-
-{count} rows, each a tiny model with random weights of one decoder-only family of transformers {transformers}: its own
-configuration with small sizes and one layer of every kind that it has. TRL {trl}, PEFT {peft}, torch {torch}, float32
-on a CPU; trained weights and lower precision are not measured here.
-
-## In short
-
-"""
-LEGEND = """
-- **A number**: the column holds. It is the largest difference from the naive computation over the log-probabilities of
-  policy and reference, their divergences, the mask weights, the loss (nats), and the gradients (relative to the
-  largest), after {steps} steps of training. Naive is each sequence alone, without padding, through
-  `model(...).logits`, a log-softmax in float64 and the loss as its formula. Learned masks are computed from
-  `hidden_states`; given weights are the data's; activation masks are those of the sequence alone with another last
-  token, which no weight may depend on. Bounds: {tolerance}.
-- **equal**: to the last bit. A saved policy loads by `AutoModelForCausalLM.from_pretrained` with no name missing or
-  left over and gives the same logits. Training resumed in the middle ends with the same weights, masks and losses.
-- **refused**: before training starts, with the error that the number leads to.
-"""
-
-
-def render(results: dict[str, Any]) -> str:
-    """The page."""
-    rows = results["families"]
-    errors: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        for cell in row["cells"].values():
-            if "error" in cell:
-                errors.setdefault(_kind_of_error(cell["error"]), []).append(name)
-    numbers = {kind: place for place, kind in enumerate(errors, start=1)}
-    tolerance = ", ".join(f"{bound:g} {name}" for name, bound in TOLERANCE.items())
-    lines = [
-        HEADER.format(count=len(rows), **results["versions"]), *_summary(rows),
-        LEGEND.format(steps=STEPS, tolerance=tolerance), "## Table", "",
-        _table_row(["family", "layers", *COLUMNS.values()]), _table_row(["---"] * (len(COLUMNS) + 2)),
-    ]  # fmt: skip
-    for name, row in rows.items():
-        cells = [_cell_text(row["cells"][column], numbers) for column in COLUMNS]
-        lines.append(_table_row([name, ", ".join(row["traits"]), *cells]))
-    lines += ["", "## Errors", ""]
-    for kind, names in errors.items():
-        quoted = next(c["error"] for c in _cells(rows) if "error" in c and _kind_of_error(c["error"]) == kind)
-        lines += [f"{numbers[kind]}. {', '.join(dict.fromkeys(names))}:", f"   `{quoted.replace('`', '')}`"]
-    lines += ["", "## What activation masks read", "", *_activations(rows), "", "## Not in the table", ""]
-    lines += [f"- {reason}: {', '.join(names.split())}" for reason, names in LEFT_OUT.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(rows: dict[str, Any]) -> list[Cell]:
-    return [cell for row in rows.values() for cell in row["cells"].values()]
-
-
-def _kind_of_error(error: str) -> str:
-    """An error without the names and numbers that differ between families."""
-    text = re.sub(r"\S+ \([\w-]+\)|\b\w+(ForCausalLM|LMHeadModel|LMHead|Model|ForConditionalGeneration)\b", "*", error)
-    return re.sub(r"\d[\d.e+-]*", "*", text)
-
-
-def _table_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell_text(cell: Cell, numbers: dict[str, int]) -> str:
-    if "error" in cell:
-        return f"{cell['state']} [{numbers[_kind_of_error(cell['error'])]}]"
-    largest = max(cell["differences"].values())
-    text = "equal" if cell["state"] == "holds" and largest == 0 else f"{largest:.0e}"
-    return text if cell["state"] == "holds" else f"**differs**, {text}"
-
-
-def _summary(rows: dict[str, Any]) -> list[str]:
-    states = ("holds", "refused", "differs", "fails")
-    lines = [_table_row(["", *states]), _table_row(["---"] * (len(states) + 1))]
-    for column, title in COLUMNS.items():
-        found = [row["cells"][column]["state"] for row in rows.values()]
-        lines.append(_table_row([title, *(str(found.count(state)) for state in states)]))
-    return lines
-
-
-def _activations(rows: dict[str, Any]) -> list[str]:
-    kinds: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        if row["activations"]:
-            groups = (f"{group}: {', '.join(names)}" for group, names in row["activations"].items() if names)
-            kinds.setdefault("; ".join(groups), []).append(name)
-    return [f"- {', '.join(names)}\n  - {what}" for what, names in kinds.items()]
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measures SparsePO on tiny models of the families of transformers.")
     parser.add_argument("--families", nargs="+", default=[], metavar="FAMILY", help="measure these, again if need be")
@@ -490,7 +397,7 @@ def main() -> None:
         states = " ".join(f"{column}:{cell['state']}" for column, cell in row["cells"].items())
         logger.warning(f"{name} ({time.monotonic() - start:.0f} s) {states}")
     if options.write is not None:
-        options.write.write_text(render({**results, "families": dict(sorted(results["families"].items()))}), "utf-8")
+        options.write.write_text(render(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
