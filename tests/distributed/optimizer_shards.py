@@ -1,4 +1,4 @@
-"""Trains a small model with AdamP under every wrapper and compares it with one process; started by the tests."""
+"""Trains a small model under every wrapper and compares it with one process; started by the tests."""
 
 import argparse
 import functools
@@ -21,13 +21,22 @@ from torch import nn
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 import trl_ext.optim.shards  # noqa: E402
+from recipes.experiments.minimal.muon import Muon  # noqa: E402
 from trl_ext.core.parameter_groups import decay_groups  # noqa: E402
-from trl_ext.optim import SGDP, AdamP  # noqa: E402
-from trl_ext.optim.shards import UnknownShardsError  # noqa: E402
+from trl_ext.optim import SGDP, AdamH, AdamO, AdamP  # noqa: E402
 
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.05, "wd_ratio": 0.1}
 NUM_STEPS = 12
+# What else runs under the wrappers; one process makes each with the equations
+DECAY = {"weight_decay": 0.05}
+OTHERS = {
+    "adamo": functools.partial(AdamO, lr=1e-2, radial_ratio=0.5, **DECAY),
+    "rows_adamo": functools.partial(AdamO, lr=1e-2, radial_ratio=0.5, projection="channel", **DECAY),
+    "adamh": functools.partial(AdamH, lr=2e-2, adam_ratio=0.5, **DECAY),
+    "rows_adamh": functools.partial(AdamH, lr=2e-2, adam_ratio=0.5, projection="channel", **DECAY),
+    "muon": Muon,
+}
 
 
 class Toy(nn.Module):
@@ -87,6 +96,16 @@ def alone(cls, num_groups, num_steps=NUM_STEPS, dtype=torch.float32, **options):
     for step in range(num_steps):
         optimizer.zero_grad()
         loss_of(model, step, dtype=dtype).backward()
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+def other_alone(optimizer_of):
+    model = make_model()
+    optimizer = optimizer_of(model.parameters())
+    for step in range(NUM_STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
         optimizer.step()
     return dict(model.named_parameters())
 
@@ -187,7 +206,15 @@ def deepspeed_mode(output, config, num_groups=1, checkpoint=False, optimizer_of=
             engine, optimizer = engine_of(config, optimizer_of, num_groups)
             engine.load_checkpoint(str(output), tag="half")
         train_engine(engine, NUM_STEPS // 2, NUM_STEPS, dtype)
-    return gathered(engine.module), {"chain": chain_of(engine.optimizer), "calls": calls, "report": optimizer.report()}
+    return gathered(engine.module), {
+        "chain": chain_of(engine.optimizer),
+        "calls": calls,
+        "report": report_of(optimizer),
+    }
+
+
+def report_of(optimizer):
+    return optimizer.report() if hasattr(optimizer, "report") else {}
 
 
 def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None, dtype=torch.float32):
@@ -202,7 +229,7 @@ def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None, 
             loss_of(model, step, dist.get_rank() % num_batches, num_batches, dtype).backward()
             optimizer.step()
     kinds = sorted({type(p).__name__ + str(p.ndim) for group in optimizer.param_groups for p in group["params"]})
-    return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": optimizer.report()}
+    return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": report_of(optimizer)}
 
 
 def universal_mode(folder):
@@ -287,52 +314,26 @@ def tensor_parallel(mesh, layers, data_mesh=None):
     return wrap, gather
 
 
-def refused_mode(wrap, gather, num_batches=1):
-    """What the first step says and moves, and what training comes to with `on_unknown_shards="adamw"`."""
-    model, calls = wrap(make_model()), []
-    before = {name: param.detach().clone() for name, param in gather(model).items()}
-    optimizer = AdamP(model.parameters(), **OPTIONS)
-    facts = {"chain": [type(model).__name__], "calls": calls}
-    with counted_all_reduces(calls):
-        for step in range(NUM_STEPS):
-            optimizer.zero_grad()
-            loss_of(model, step, dist.get_rank() * num_batches // dist.get_world_size(), num_batches).backward()
-            if step == 0:
-                try:
-                    optimizer.step()
-                except UnknownShardsError as error:
-                    facts |= {"error": str(error), "moved": difference(gather(model), before)}
-                optimizer = AdamP(model.parameters(), **OPTIONS, on_unknown_shards="adamw")
-            optimizer.step()
-    return gather(model), {**facts, "report": optimizer.report()}
-
-
-def alone_with_adamw(names):
-    """One process: torch's AdamW on some weights, the authors' AdamP on the others."""
-    model = make_model()
-    weights = dict(model.named_parameters())
-    optimizers = [
-        torch.optim.AdamW([weights.pop(name) for name in names], lr=OPTIONS["lr"], weight_decay=0.05),
-        adamp.AdamP(weights.values(), **OPTIONS),
-    ]
-    for step in range(NUM_STEPS):
-        model.zero_grad()
-        loss_of(model, step).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    return dict(model.named_parameters())
-
-
 @functools.cache
 def references():
     return {
         "decay": alone(adamp.AdamP, 2), "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
         "in_bf16": alone(adamp.AdamP, 1, dtype=torch.bfloat16),
         "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32),
-        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2), "refused_rows": alone_with_adamw(["last.weight"]),
-        "refused_fsdp2": alone_with_adamw(["first.weight", "last.weight"]),
-        "one": alone(adamp.AdamP, 1), "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
+        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2), "one": alone(adamp.AdamP, 1),
+        "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
     }  # fmt: skip
+
+
+@functools.cache
+def other_references():
+    equation = {name: {} if name == "muon" else {"fused": False} for name in OTHERS}
+    return {name: other_alone(functools.partial(make, **equation[name])) for name, make in OTHERS.items()}
+
+
+def other_of(mode):
+    """The name in [`OTHERS`] that a mode ends with, if it is not AdamP's or SGDP's."""
+    return max((name for name in OTHERS if mode.endswith(name)), key=len, default=None)
 
 
 def reference(mode):
@@ -340,8 +341,11 @@ def reference(mode):
     endings = {
         "decay": "decay", "groups": "groups", "sgdp": "sgdp", "in_bf16": "in_bf16", "bf16": "bf16",
         "bf16_optimizer": "bf16_optimizer",
-        "save": "half", "refused_rows": "refused_rows", "refused_fsdp2": "refused_fsdp2",
+        "save": "half",
     }  # fmt: skip
+    other = other_of(mode)
+    if other is not None:
+        return other_references()[other]
     kind = next((kind for ending, kind in endings.items() if mode.endswith(ending)), "one")
     return references()[kind]
 
@@ -357,6 +361,10 @@ def run_modes(output, modes):
     one = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=names)
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=names) if world_size == 4 else None
     sgd = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05}
+
+    def over_both():
+        return tensor_parallel(both["tensor"], ["first", "last"], both["data"])
+
     available = {
         "ddp": lambda: torch_mode(DistributedDataParallel, lambda m: dict(m.module.named_parameters())),
         "fsdp2": lambda: torch_mode(*fsdp2(mesh)),
@@ -365,8 +373,8 @@ def run_modes(output, modes):
         "fsdp2_sgdp": lambda: torch_mode(*fsdp2(mesh), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)),
         "tensor_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first"]), num_batches=1),
         "fsdp2_tensor_parallel_of_one": lambda: torch_mode(*tensor_parallel(one["tensor"], ["last"], one["data"])),
-        "refused_rows": lambda: refused_mode(*tensor_parallel(mesh, ["first", "last"])),
-        "refused_fsdp2": lambda: refused_mode(*tensor_parallel(both["tensor"], ["first", "last"], both["data"]), 2),
+        "row_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first", "last"]), num_batches=1),
+        "fsdp2_over_tensor_parallel": lambda: torch_mode(*over_both()),
         "hsdp": lambda: torch_mode(*fsdp2(both)),
         "fsdp1": lambda: torch_mode(*fsdp1(use_orig_params=True)),
         "fsdp1_groups": lambda: torch_mode(*fsdp1(use_orig_params=True), num_groups=3),
@@ -408,6 +416,18 @@ def run_modes(output, modes):
             output, zero_config(3), optimizer_of=lambda p: SGDP(p, **sgd, project_momentum=True)
         ),
     }  # fmt: skip
+    wrapped = {
+        "zero1": functools.partial(deepspeed_mode, output, zero_config(1)),
+        "zero2": functools.partial(deepspeed_mode, output, zero_config(2)),
+        "zero3": functools.partial(deepspeed_mode, output, zero_config(3)),
+        "fsdp1": functools.partial(torch_mode, *fsdp1(use_orig_params=True)),
+        "fsdp2": functools.partial(torch_mode, *fsdp2(mesh)),
+        "hsdp": functools.partial(torch_mode, *fsdp2(both)),
+        "row_parallel": functools.partial(torch_mode, *tensor_parallel(mesh, ["first", "last"]), num_batches=1),
+        "fsdp2_over_tensor_parallel": lambda **options: torch_mode(*over_both(), **options),
+    }  # fmt: skip
+    for name, make in OTHERS.items():
+        available |= {f"{key}_{name}": functools.partial(mode, optimizer_of=make) for key, mode in wrapped.items()}
     results = {}
     for mode in modes:
         found, facts = available[mode]()

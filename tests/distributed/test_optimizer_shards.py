@@ -1,4 +1,7 @@
-"""Sharded AdamP and SGDP make the update of one process with the authors' package, whatever cut the parameters."""
+"""
+Sharded AdamP and SGDP make the update of one process with the authors' package, and the radial family and Muon on
+`ShardedMatrices` that of one process with the equations, whatever cut the parameters.
+"""
 
 import json
 import os
@@ -21,12 +24,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_ext.__file__).
 ZERO = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer", "zero3": "DeepSpeedZeroOptimizer_Stage3",
         "bf16_optimizer": "BF16_Optimizer"}  # fmt: skip
 TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPToy", "hsdp": "FSDPToy",
-         "tensor_parallel": "Toy", "refused_rows": "Toy", "refused_fsdp2": "FSDPToy"}  # fmt: skip
-# What an unreadable layout's error names, and how many of the five weights are projected without those
-REFUSED = {
-    "refused_rows": (["placements (Shard(dim=1),)", "shape (3, 6)"], 4),
-    "refused_fsdp2": (["placements (_StridedShard(dim=0, sf=2), Shard(dim=0))", "shape (13, 11)"], 3),
-}
+         "tensor_parallel": "Toy", "row_parallel": "Toy"}  # fmt: skip
 MODES = {
     1: ["zero2", "zero3", "fsdp2", "fsdp2_in_bf16", "fsdp1"],
     2: [
@@ -34,10 +32,20 @@ MODES = {
         "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
         "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
         "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
-        "tensor_parallel", "fsdp2_tensor_parallel_of_one", "refused_rows",
+        "tensor_parallel", "fsdp2_tensor_parallel_of_one", "row_parallel",
     ],
     3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
-    4: ["hsdp", "zero3_groups", "fsdp1_groups", "refused_fsdp2"],
+    4: ["hsdp", "zero3_groups", "fsdp1_groups", "fsdp2_over_tensor_parallel"],
+}  # fmt: skip
+OTHERS = {
+    2: [
+        *(f"{wrapper}_{name}" for wrapper in ("zero1", "zero2", "zero3", "fsdp1", "fsdp2", "row_parallel")
+          for name in ("adamo", "adamh")),
+        "zero2_rows_adamo", "zero3_rows_adamh", "row_parallel_rows_adamo",
+        "zero2_muon", "zero3_muon", "fsdp1_muon", "row_parallel_muon",
+    ],
+    4: ["hsdp_adamo", "hsdp_adamh", *(f"fsdp2_over_tensor_parallel_{name}" for name in
+        ("adamo", "adamh", "rows_adamh", "muon"))],
 }  # fmt: skip
 
 
@@ -53,6 +61,7 @@ def run_all(folder):
     """Runs all modes in as many processes; what two write, three read."""
     results = []
     for world_size, modes in MODES.items():
+        modes = [*modes, *OTHERS.get(world_size, [])]
         arguments = [FOLDER / "optimizer_shards.py", "--output", folder, "--modes", *modes]
         launch(arguments, rank_environments(world_size))
         result = json.loads((folder / "found.json").read_text())
@@ -98,6 +107,9 @@ def test_one_small_all_reduce(world_size, mode, found):
     elif mode.startswith("zero") and (mode.endswith("groups") or "sub_group" in mode):
         # DeepSpeed calls `step` once for each group, or sub-group of ZeRO-3
         assert 1 <= calls_per_step <= 4
+    elif mode == "fsdp2_over_tensor_parallel":
+        # Over the data mesh for the weights that it cuts alone, and over both
+        assert calls_per_step == 3
     else:
         assert calls_per_step == 1
     # 5 weights: 5 numbers each, and 4 for each row that a border cuts
@@ -110,18 +122,26 @@ def test_the_right_weights_are_projected(world_size, mode, found):
         return  # torch's distributed checkpoint takes a step with zero gradients, which pass, to create the state
     report = found[world_size, mode]["report"]
     rates = sorted((weight["channel"], weight["layer"]) for weight in report.values())
-    assert len(rates) == (REFUSED[mode][1] if mode in REFUSED else 5)
+    assert len(rates) == 5
     # Generic weights, hit by chance, one that is scale-invariant as a whole and two that are in each row
     assert all(channel == 0 and layer < 1 for channel, layer in rates[:-3])
     assert rates[-3:] == [(0, 1), (1, 0), (1, 0)]
 
 
-@pytest.mark.parametrize(("world_size", "mode"), [case for case in CASES if case[1] in REFUSED])
-def test_unreadable_layouts_are_refused(world_size, mode, found):
-    """Before anything moves; that going on then is AdamW on these weights, `test_equals_one_process` shows."""
-    facts = found[world_size, mode]
-    assert all(part in facts["error"] for part in [*REFUSED[mode][0], 'Pass `on_unknown_shards="adamw"`'])
-    assert facts["moved"] == 0
+@pytest.mark.parametrize(("world_size", "mode"), [(size, mode) for size, modes in OTHERS.items() for mode in modes])
+def test_others_equal_one_process(world_size, mode, found):
+    facts, name = found[world_size, mode], mode.rsplit("_", 1)[1]
+    # What one process makes of another rule, or of AdamW, is 0.01 away and more
+    assert facts["difference"] < 1e-5
+    if name == "muon":
+        return
+    assert {(row["layer"], row["channel"]) for row in facts["report"].values()} == {
+        (0.0, 1.0) if "rows" in mode else (1.0, 0.0)
+    }
+    assert len(facts["report"]) == 5
+    # AdamO needs the radial part of the gradient before its moments
+    calls = 3 if "over" in mode else 1
+    assert len(facts["calls"]) / 12 == calls * (2 if name == "adamo" else 1)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -14,15 +14,20 @@ from recipes.experiments.adamp_language_models.run import (
     differences,
     table,
 )
+from recipes.experiments.adamp_radial_family import run as radial_family
 from recipes.experiments.adamp_scale_invariance import run as scale_invariance
 from tests.helpers.tiny import WORDS, tiny_tokenizer
 
 
-def test_language_models(tmp_path):
+def write_texts(folder, num_words=60):
     generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS[3:], size=60)) for _ in range(80)]
-    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "imdb_unsup.parquet")
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    texts = [" ".join(generator.choice(WORDS[3:], size=num_words)) for _ in range(80)]
+    pd.DataFrame({"text": texts}).to_parquet(folder / "imdb_unsup.parquet")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def test_language_models(tmp_path):
+    write_texts(tmp_path)
     args = LanguageModelArguments(
         str(tmp_path), str(tmp_path / "tokenizer"), learning_rates=[0.001, 0.01], seeds=[0], max_steps=4,
         batch_size=2, block_size=16, hidden_size=16, num_layers=1, warmup_steps=1, output_dir=str(tmp_path / "out"),
@@ -80,3 +85,45 @@ def test_scale_invariance(tmp_path):
     for name in scale_invariance.OPTIMIZERS:
         assert results.count(f"| {name} |") == 2
     assert (tmp_path / "out" / "results.png").stat().st_size > 1000
+
+
+def test_radial_family(tmp_path):
+    write_texts(tmp_path)
+    args = radial_family.RadialFamilyArguments(
+        str(tmp_path), str(tmp_path / "tokenizer"), families=["llama"], methods=["AdamW", "AdamH"], test_seeds=[1, 2],
+        max_steps=2, batch_size=2, block_size=16, hidden_size=16, num_layers=1, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    radial_family.main(args)
+    kept = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert len(kept.splitlines()) == 2 * 6 + 2 * 2
+    results = (tmp_path / "out" / "results.md").read_text()
+    assert results.count("| Llama-like | AdamH |") == 1 + 2
+    radial_family.main(args)  # Nothing is run again
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == kept
+
+
+def test_every_method_of_the_radial_family_is_tuned_at_the_same_cost():
+    assert {len(m.learning_rates) * len(m.values) for m in radial_family.METHODS.values()} == {6}
+    with pytest.raises(ValueError, match="`test_seeds` has \\[0\\], which settings are chosen on"):
+        radial_family.RadialFamilyArguments("", "", test_seeds=[0, 1])
+    with pytest.raises(ValueError, match="`methods` has \\['Adam'\\]"):
+        radial_family.RadialFamilyArguments("", "", methods=["Adam"])
+
+
+def test_table_of_the_radial_family():
+    """AdamO is best at (0.03, 0.1) on the tuning seed; its test losses are 0.1 and 0.3 below AdamW's."""
+
+    def one(method, rate, value, seed, tuning, test):
+        return radial_family.Run("llama", method, rate, value, seed, tuning, test, 1.0)
+
+    tuning = [
+        one("AdamW", 0.01, 0.1, 0, 2.0, 9.0), one("AdamO", 0.01, 0.1, 0, 3.0, 1.0),
+        one("AdamO", 0.03, 0.1, 0, 2.5, 1.0), one("AdamO", 0.03, 1.0, 0, float("nan"), 1.0),
+    ]  # fmt: skip
+    tested = [
+        one("AdamW", 0.01, 0.1, 1, 0.0, 3.0), one("AdamW", 0.01, 0.1, 2, 0.0, 3.4),
+        one("AdamO", 0.03, 0.1, 1, 0.0, 2.9), one("AdamO", 0.03, 0.1, 2, 0.0, 3.1),
+    ]  # fmt: skip
+    lines = radial_family.table(tuning, tested).splitlines()
+    assert lines[2] == "| Llama-like | AdamW | 0.01 | weight_decay 0.1 | 3.200 ± 0.283 |  |  |"
+    assert lines[3] == "| Llama-like | AdamO | 0.03 | weight_decay 0.1 | 3.000 ± 0.141 | -0.200 | -0.100, -0.300 |"

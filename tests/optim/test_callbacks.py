@@ -64,7 +64,7 @@ def test_report_is_logged_before_reporters_see_the_log(registered, tmp_path):
         assert entry["optimizer/other/weight_norm"] > 0
         assert kept["optimizer/projected/share"] == entry["optimizer/projected/share"]
     report = json.loads((tmp_path / "optimizer_report.json").read_text())
-    assert report["model.layers.1.self_attn.k_proj.weight"]["layer"] == 1.0
+    assert report["model.layers.1.self_attn.k_proj.weight"]["channel"] == 1.0
 
 
 def test_report_of_another_optimizer_is_empty(model, tmp_path):

@@ -152,12 +152,14 @@ def test_optim_args_have_types():
 
 def test_named_projection(registered, tmp_path):
     model = tiny_model("qwen3")
-    (known,) = scale_invariant_weights(model.config)
-    options = {"auto": known, "q_proj|k_proj:layer": "q_proj|k_proj"}
-    for value, pattern in options.items():
+    options = {
+        "auto": scale_invariant_weights(model.config), "q_proj|k_proj:layer": {"q_proj|k_proj": "layer"},
+        "q_proj|k_proj:head/8": {"q_proj|k_proj": "head/8"},
+    }  # fmt: skip
+    for value, projection in options.items():
         args = arguments(tmp_path, optim="adamp", optim_args=f"projection={value},state_dtype=float32")
         optimizer = Trainer(model, args).create_optimizer()
-        assert optimizer.param_groups[0]["projection"] == {pattern: "layer"}
+        assert optimizer.param_groups[0]["projection"] == projection
         assert optimizer.param_groups[0]["state_dtype"] is torch.float32
         optimizer.zero_grad()
         ids = torch.arange(3, 11).view(1, -1)

@@ -8,6 +8,7 @@ import torch
 
 from tests.helpers.optim import params_of
 from trl_ext.optim import SGDP, AdamP, scale_invariant_weights
+from trl_ext.optim.options import projection_of
 
 
 BOTH = [(AdamP, {}), (SGDP, {"momentum": 0.9})]
@@ -102,7 +103,7 @@ def test_projection_by_name():
     torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-7)
 
     presets = scale_invariant_weights(AutoConfig.for_model("qwen3"))
-    assert list(presets.values()) == ["layer"] and "q_proj" in next(iter(presets))
+    assert list(presets.values()) == ["head/128"] and "q_proj" in next(iter(presets))
     with pytest.raises(ValueError, match="'gpt2'"):
         scale_invariant_weights(AutoConfig.for_model("gpt2"))
     unnamed = AdamP(params_of((3, 3)), projection={"q_proj": "layer"})
@@ -112,7 +113,10 @@ def test_projection_by_name():
 
 def test_names_in_multimodal_models_and_adapters():
     """The language model's own and the copies that PEFT trains, not those of other towers."""
-    (gemma,) = scale_invariant_weights(SimpleNamespace(model_type="gemma3"))
+    text = SimpleNamespace(head_dim=8)
+    presets = scale_invariant_weights(SimpleNamespace(model_type="gemma3", text_config=text))
+    assert list(presets.values()) == ["layer", "head/8"]
+    gemma = "|".join(presets)
     tower, layer = "model.vision_tower.vision_model.encoder.layers.0", "model.language_model.layers.0"
     assert not re.search(gemma, f"{tower}.self_attn.q_proj.weight")
     assert re.search(gemma, f"{layer}.self_attn.q_proj.weight") and re.search(gemma, f"{layer}.mlp.down_proj.weight")
@@ -121,7 +125,7 @@ def test_names_in_multimodal_models_and_adapters():
     assert not re.search(gemma, f"base_model.model.{layer}.self_attn.q_proj.lora_A.default.weight")
     assert not re.search(gemma, f"{layer}.mlp.gate_proj.weight")
     biased = SimpleNamespace(model_type="qwen3_vl", text_config=SimpleNamespace(attention_bias=True))
-    assert not re.search(next(iter(scale_invariant_weights(biased))), f"{layer}.self_attn.q_proj.weight")
+    assert scale_invariant_weights(biased) == {}
 
 
 @pytest.mark.parametrize("model_type", ["olmo3", "glm4", "gemma3_text", "gemma3n_text", "qwen3"])
@@ -140,10 +144,13 @@ def test_named_weights_are_scale_invariant(model_type):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
     ids = torch.arange(1, 17).view(2, 8)
     model(input_ids=ids, labels=ids).loss.backward()
-    (pattern,), found = scale_invariant_weights(config), 0
+    found = 0
     for name, weight in model.named_parameters():
-        if re.search(pattern, name):
+        view = projection_of({"projection": scale_invariant_weights(config)}, name)
+        if view != "none":
             found += 1
-            cosine = torch.nn.functional.cosine_similarity(weight.flatten(), weight.grad.flatten(), dim=0)
-            assert abs(float(cosine)) < 1e-4, (name, float(cosine))
+            num_rows = int(view.removeprefix("head/")) if view != "layer" else weight.size(0)
+            rows = (tensor.reshape(-1, num_rows * weight.size(1)) for tensor in (weight, weight.grad))
+            cosine = torch.nn.functional.cosine_similarity(*rows, dim=1)
+            assert float(cosine.abs().max()) < 1e-4, (name, cosine)
     assert found >= 2 * 2

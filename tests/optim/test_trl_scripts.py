@@ -104,9 +104,9 @@ def test_the_real_command(tmp_path):
     assert all(0 < entry["optimizer/projected/effective_step_size"] < 1 for entry in logged)
     assert "optimizer/projected/share" in done.stdout
     report = json.loads((tmp_path / "out" / "optimizer_report.json").read_text())
-    assert report["model.layers.0.self_attn.q_proj.weight"]["layer"] == 1.0
+    assert report["model.layers.0.self_attn.q_proj.weight"]["channel"] == 1.0
 
-    assert sum(row["layer"] > 0 for row in report.values()) == 4
+    assert sum(row["channel"] > 0 for row in report.values()) == 4
 
     options = ["--config", recipe, "--max_steps", "3", "--resume_from_checkpoint", "true"]
     sft.main(*sft.make_parser().parse_args_and_config(options))

@@ -1,9 +1,16 @@
-"""AdamP and SGDP (https://huggingface.co/papers/2006.08217), and optimizers by name."""
+"""
+AdamP and SGDP (https://huggingface.co/papers/2006.08217), the radial family AdamO and AdamH, sharded matrices for
+optimizers of your own, and optimizers by name.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .adamh import AdamH
+from .adamo import AdamO
 from .adamp import AdamP
+from .matrices import ShardedMatrices
+from .radial import hidden_matrices
 from .scale_invariance import scale_invariant_weights
 from .sgdp import SGDP
 
@@ -19,7 +26,9 @@ _EXPORTS = {
     "unregister": "install",
 }
 
-__all__ = ["SGDP", "AdamP", "scale_invariant_weights", *_EXPORTS]
+__all__ = [
+    "SGDP", "AdamH", "AdamO", "AdamP", "ShardedMatrices", "hidden_matrices", "scale_invariant_weights", *_EXPORTS,
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .callbacks import OptimizerCheckCallback as OptimizerCheckCallback

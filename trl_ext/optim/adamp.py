@@ -7,16 +7,14 @@ state); the default step is step.py's, with the kernels of kernels/cpu.py and ke
 authors' package.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .adam import AdamUpdate
 from .kernels import cpu
-from .kernels.stock import Range, fused_adamw, kernel_batches, rounded_decay, takes_adamw
 from .projection import find_level, project_
-from .step import ProjectedOptimizer
-from .weights import Block, LocalTensor
+from .weights import LocalTensor
 
 
 def adamp_(
@@ -62,7 +60,7 @@ def adamp_(
     return level
 
 
-class AdamP(ProjectedOptimizer):
+class AdamP(AdamUpdate):
     """
     AdamW whose update is projected onto the tangent of scale-invariant weights, so that momentum does not inflate
     their norm (https://huggingface.co/papers/2006.08217).
@@ -130,7 +128,6 @@ class AdamP(ProjectedOptimizer):
     ```
     """
 
-    MOMENTS = ("exp_avg", "exp_avg_sq")
     CPU_KERNELS = cpu
 
     def __init__(
@@ -161,80 +158,6 @@ class AdamP(ProjectedOptimizer):
             "stochastic_rounding": stochastic_rounding, "on_unknown_shards": on_unknown_shards,
         }  # fmt: skip
         super().__init__(params, defaults)
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._step_tensors: dict[torch.device, tuple[int, torch.Tensor]] = {}
-
-    def _initialise(self, state: dict[str, Any], param: torch.Tensor, group: dict[str, Any]) -> None:
-        super()._initialise(state, param, group)
-        if "step" not in state:
-            on_device = group["capturable"]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device) if on_device else 0
-
-    def _decay(self, group: dict[str, Any]) -> Any:
-        return group["lr"] * group["weight_decay"]
-
-    def _displace(self, block: Block, out: torch.Tensor) -> None:
-        group = block.local.group
-        beta1, beta2 = group["betas"]
-        exp_avg, exp_avg_sq = block.moments
-        if takes_adamw(block.local):
-            # From zero weights, with a learning rate of 1 and no decay, the stock kernel makes minus the update
-            out.zero_()
-            tensors = [out, block.grad, exp_avg, exp_avg_sq]
-            fused_adamw([(block.local, tensors)], [self._step_tensor(block.local)], lr=1.0, weight_decay=0.0)
-            return
-        grad = block.grad.to(out.dtype)
-        grad = -grad if group["maximize"] else grad
-        first, second = exp_avg.to(out.dtype), exp_avg_sq.to(out.dtype)
-        first.mul_(beta1).add_(grad, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        self._write_displacement(block.local, first, second, grad, out)
-        for moment, value in ((exp_avg, first), (exp_avg_sq, second)):
-            if moment is not value:
-                moment.copy_(value)
-
-    def _displace_again(self, block: Block, out: torch.Tensor) -> None:
-        first, second = (moment.to(out.dtype) for moment in block.moments)
-        # Only Nesterov's momentum needs the gradient again; a report after it is gone shows the momentum's update
-        grad = None if block.local.grad is None else block.grad.to(out.dtype)
-        if grad is not None and block.local.group["maximize"]:
-            grad = -grad
-        self._write_displacement(block.local, first, second, grad, out)
-
-    def _write_displacement(
-        self,
-        local: LocalTensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
-        grad: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        beta1, beta2 = local.group["betas"]
-        correction1, correction2 = 1 - beta1**local.step, 1 - beta2**local.step
-        torch.sqrt(exp_avg_sq, out=out).div_(correction2**0.5).add_(local.group["eps"])
-        momentum = exp_avg
-        if local.group["nesterov"] and grad is not None:
-            momentum = torch.mul(exp_avg, beta1).add_(grad, alpha=1 - beta1)
-        torch.div(momentum, out, out=out).div_(-correction1)
-
-    def _step_tensor(self, local: LocalTensor) -> torch.Tensor:
-        """The number of the step as torch's fused kernel takes it, one tensor for all tensors of a device."""
-        if isinstance(local.step, torch.Tensor):
-            return local.step
-        device = local.flat.device
-        if self._step_tensors.get(device, (0, None))[0] != local.step:
-            self._step_tensors[device] = (local.step, torch.full((), float(local.step), device=device))
-        return self._step_tensors[device][1]
-
-    def _step_in_stock_kernels(self, ranges: Sequence[Range]) -> Sequence[Range]:
-        batches, rest = kernel_batches(ranges, takes_adamw)
-        for batch in batches:
-            local, steps = batch[0][0], [self._step_tensor(local) for local, _ in batch]
-            decay = rounded_decay(local.group, local.flat.dtype)
-            fused_adamw(batch, steps, lr=local.group["lr"], weight_decay=decay)
-        return rest
 
     def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
         assert local.grad is not None

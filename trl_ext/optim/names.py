@@ -19,13 +19,16 @@ from transformers import TrainingArguments
 from .. import _upstream
 from ..core.checks import check_value, shown
 from ..core.parameter_groups import decay_groups
+from .adamh import AdamH
+from .adamo import AdamO
 from .adamp import AdamP
+from .radial import RadialOptimizer, hidden_matrices
 from .scale_invariance import scale_invariant_weights
 from .sgdp import SGDP
 from .step import ProjectedOptimizer
 
 
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamp": AdamP, "sgdp": SGDP}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamp": AdamP, "sgdp": SGDP, "adamo": AdamO, "adamh": AdamH}
 # Names that transformers' list of optimizers has from us
 _added: set[str] = set()
 # Option of an optimizer: the field of the training arguments that sets it
@@ -57,13 +60,16 @@ class OptimizerFactory(NamedTuple):
 class GroupedOptimizer:
     """
     Builds an optimizer from a model, grouping its parameters by the rule of [`~transformers.Trainer`]: weight decay
-    for all but biases and norms. Those of [`AdamP`] and [`SGDP`] get their names, for `projection` and `report()`.
+    for all but biases and norms. Ours get their names, for `projection` and `report()`; those of [`AdamO`] and
+    [`AdamH`] leave embeddings and output layers to AdamW unless `projection` says otherwise ([`hidden_matrices`]).
     """
 
     def __call__(
         self, model: nn.Module, optimizer_cls: type[Optimizer], weight_decay: float = 0.0, **options: Any
     ) -> Optimizer:
-        if options.get("projection") == "auto":
+        if issubclass(optimizer_cls, RadialOptimizer) and options.get("projection") in (None, "auto"):
+            options["projection"] = hidden_matrices(model)
+        elif options.get("projection") == "auto":
             options["projection"] = scale_invariant_weights(model.config)
         named = issubclass(optimizer_cls, ProjectedOptimizer)
         return optimizer_cls(decay_groups(model, weight_decay, named), **options)
@@ -75,14 +81,15 @@ def optimizer_factory(name: str, args: Any = None, **kwargs: Any) -> OptimizerFa
 
     Args:
         name (`str`):
-            `"adamp"`, `"sgdp"`, or a name given to [`register_optimizer`].
+            `"adamp"`, `"sgdp"`, `"adamo"`, `"adamh"`, or a name given to [`register_optimizer`].
         args ([`~transformers.TrainingArguments`], *optional*):
             Configuration that `learning_rate`, `weight_decay` and, for an optimizer with `betas`, `adam_beta1`,
             `adam_beta2` and `adam_epsilon` are taken from. Without it they must stand in `kwargs`, since a trainer
             does not add them.
         kwargs:
             Options of the optimizer; they win over `args`. `projection="auto"` names the scale-invariant weights of a
-            known architecture ([`scale_invariant_weights`]). Without `args` and `weight_decay`, the trainer's own
+            known architecture ([`scale_invariant_weights`]), or the hidden matrices for `"adamo"` and `"adamh"`, whose
+            default it is ([`hidden_matrices`]). Without `args` and `weight_decay`, the trainer's own
             `args.weight_decay` holds.
 
     Returns:
@@ -265,8 +272,8 @@ def _name_of(optim: Any) -> str:
 
 def check_optim_args(args: Any) -> None:
     """
-    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, and values that [`AdamP`] and [`SGDP`]
-    refuse, before a model is loaded.
+    Refuses wrong `optim_args` of a configuration whose `optim` is one of ours, and values that our optimizers refuse,
+    before a model is loaded.
 
     Raises:
         ValueError: As [`parse_optim_args`] and the optimizer do.

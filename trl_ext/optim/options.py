@@ -13,7 +13,9 @@ from .weights import is_backed, is_plain, local_tensor
 
 
 # Options that are numbers, besides `betas`
-NUMBERS = ("lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening")
+NUMBERS = (
+    "lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening", "adam_ratio", "radial_ratio",
+)  # fmt: skip
 _FLAGS: dict[str, Any] = {
     "capturable": bool,
     "differentiable": bool,
@@ -29,12 +31,14 @@ _FLAGS: dict[str, Any] = {
 STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Values of `projection`, and of its patterns
 PROJECTIONS = ("test", "channel", "layer", "none")
+# And of heads: "head/64" takes each 64 rows of the channel level together
+HEAD = re.compile(r"head/([1-9][0-9]*)")
 
 
 def projection_of(group: dict[str, Any], name: str | None) -> str:
     """
-    What `projection` says of a group's weight of some name: `"channel"` or `"layer"`, the level at which it is known
-    to be scale-invariant, `"test"` to find out, or `"none"`.
+    What `projection` says of a group's weight of some name: `"channel"`, `"layer"` or `"head/N"`, the level at which
+    it is known to be scale-invariant, `"test"` to find out, or `"none"`.
 
     Weights that no pattern matches are not projected: where the scale-invariant ones are named, a test of the others
     could only hit by chance.
@@ -54,6 +58,12 @@ def projection_of(group: dict[str, Any], name: str | None) -> str:
     return next((level for pattern, level in projection.items() if re.search(pattern, name)), "none")
 
 
+def level_of(group: dict[str, Any], name: str | None) -> str:
+    """[`projection_of`] of a weight where heads count as rows ([`view_by_heads`])."""
+    projection = projection_of(group, name)
+    return "channel" if HEAD.fullmatch(projection) else projection
+
+
 def check_options(name: str, options: dict[str, Any]) -> None:
     """
     Checks the options of a group, defaults filled in.
@@ -69,8 +79,8 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     _check_numbers(name, options)
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"{name}: a tensor `lr` must have one element, got shape {tuple(lr.shape)}.")
-    for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
-        value = options[option]
+    for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio", "adam_ratio", "radial_ratio"):
+        value = options.get(option, 0.0)
         on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"
         if not on_device and not 0.0 <= value <= sys.float_info.max:
             raise ValueError(f"{name}: `{option}` must be finite and at least 0, got {shown(value)}.")
@@ -112,20 +122,28 @@ def _check_numbers(name: str, options: dict[str, Any]) -> None:
 
 
 def _check_projection(name: str, projection: Any) -> None:
-    if projection is None or (isinstance(projection, str) and projection in PROJECTIONS):
+    if projection is None or _is_projection(projection):
         return
     if not isinstance(projection, dict):
         raise ValueError(
-            f"{name}: `projection` must be one of {PROJECTIONS} or a dict of patterns, got {shown(projection)}."
+            f'{name}: `projection` must be one of {PROJECTIONS}, "head/N" or a dict of patterns, got '
+            f"{shown(projection)}."
         )
     for pattern, level in projection.items():
         check_value("projection", pattern, str, label=f"{name}: a pattern of `{{}}`")
-        if not isinstance(level, str) or level not in PROJECTIONS:
-            raise ValueError(f"{name}: `projection[{pattern!r}]` must be one of {PROJECTIONS}, got {shown(level)}.")
+        if not _is_projection(level):
+            raise ValueError(
+                f'{name}: `projection[{pattern!r}]` must be one of {PROJECTIONS} or "head/N" with the head dimension '
+                f"N, got {shown(level)}."
+            )
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{name}: `projection` has the pattern {pattern!r}, which is none: {error}.") from None
+
+
+def _is_projection(value: Any) -> bool:
+    return isinstance(value, str) and (value in PROJECTIONS or HEAD.fullmatch(value) is not None)
 
 
 def _check_execution(name: str, options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ OTHER_NAMES = {"momentum": "momentum_buffer"}
 # Options that change what a step does
 WATCHED = (
     "betas", "eps", "weight_decay", "delta", "wd_ratio", "nesterov", "momentum", "dampening", "project_momentum",
-    "projection",
+    "projection", "adam_ratio", "radial_ratio",
 )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 Which slice of which weight this process holds, whatever has cut the parameters, and the sum of numbers over the
 processes that hold a weight together.
 
-An optimizer sees whole parameters under DDP, local parts of distributed tensors under FSDP2, one-dimensional pieces
-under FSDP1, and one flat tensor for a whole group of parameters under DeepSpeed's ZeRO. Each becomes a list of
-[`Shard`].
+An optimizer sees whole parameters under DDP, local parts of distributed tensors under FSDP2 and tensor parallelism,
+one-dimensional pieces under FSDP1, and one flat tensor for a whole group of parameters under DeepSpeed's ZeRO. Each
+becomes a list of [`Shard`], or of [`RowPieces`] where a weight is cut along its rows.
 """
 
 import math
@@ -41,8 +41,9 @@ class Shard:
         borders (`tuple[int, ...]`):
             Places inside the weight where its next holder begins, the same on all processes; empty where one process
             holds it whole.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            The processes that hold the weight together.
+        process_group (`torch.distributed.ProcessGroup` or `tuple` of them, *optional*):
+            The processes that hold the weight together; of a mesh of several dimensions one group for each dimension
+            that cuts it.
         name (`str`, *optional*):
             The weight's name, where the optimizer was given named parameters.
     """
@@ -63,13 +64,70 @@ class Shard:
 
     @property
     def row_size(self) -> int:
-        """Elements in a row at the channel level."""
+        """Elements in a row at the channel level that follow each other here: all that the row has."""
         return math.prod(self.shape[1:])
 
     @property
-    def cut_rows(self) -> list[int]:
+    def whole_row_size(self) -> int:
+        """Elements in a row over all processes."""
+        return self.row_size
+
+    @property
+    def whole_numel(self) -> int:
+        """Elements of the weight over all processes."""
+        return self.num_rows * self.whole_row_size
+
+    @property
+    def cut_rows(self) -> Sequence[int]:
         """Rows that more than one process holds a part of."""
         return sorted({border // self.row_size for border in self.borders if border % self.row_size})
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """The elements of a whole tensor of the weight's shape that are here, shape `(numel,)`."""
+        return whole.flatten()[self.offset : self.offset + self.numel]
+
+    def paste(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Writes the elements that are here, shape `(numel,)`, into a contiguous tensor of the weight's shape."""
+        whole.view(-1)[self.offset : self.offset + self.numel] = part
+
+
+@dataclass(frozen=True)
+class RowPieces(Shard):
+    """
+    A piece of every row of a weight, or of some of its rows, as row-parallel layers cut it: along another dimension
+    than the first. `offset` counts in pieces as if nothing else were in the rows, and `borders` only say that it is
+    cut, since every row is.
+
+    Args:
+        region (`tuple[slice, ...]`):
+            The part of the weight that is here, one slice for each dimension.
+    """
+
+    region: tuple[slice, ...] = ()
+
+    @property
+    def row_size(self) -> int:
+        """Elements of each row that are here."""
+        return math.prod(part.stop - part.start for part in self.region[1:])
+
+    @property
+    def whole_row_size(self) -> int:
+        """Elements in a row over all processes."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def cut_rows(self) -> Sequence[int]:
+        """Rows that more than one process holds a part of: all."""
+        return range(self.num_rows)
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """The elements of a whole tensor of the weight's shape that are here, shape `(numel,)`."""
+        return whole[self.region].flatten()
+
+    def paste(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Writes the elements that are here, shape `(numel,)`, into a tensor of the weight's shape."""
+        target = whole[self.region]
+        target.copy_(part.view(target.shape))
 
 
 class UnknownShardsError(RuntimeError):
@@ -277,8 +335,8 @@ def _unknown(param: torch.Tensor, found: str) -> UnknownShardsError:
     return UnknownShardsError(
         f"The optimizer was handed {found}: a {type(param).__name__} of shape {tuple(param.shape)} and dtype "
         f"{param.dtype}. Which weights lie where in it can't be read, so scale-invariant ones can't be found. Known "
-        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and distributed tensors that FSDP2 or tensor "
-        "parallelism cuts, not both, on the first dimension. Pass "
+        "are plain parameters, DDP, DeepSpeed ZeRO-1, 2 and 3, FSDP1, and distributed tensors of FSDP2, of tensor "
+        "parallelism and of one over the other. Pass "
         '`on_unknown_shards="adamw"` to go on without projection, as AdamW does.'
     )
 
@@ -308,27 +366,62 @@ def _overlap(index: int, shape: tuple[int, ...], start: int, size: int, rank: in
 
 
 def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
-    shape, mesh = tuple(param.shape), param.device_mesh
+    """FSDP2 and tensor parallelism, alone or one over the other: each mesh dimension cuts one of the tensor's."""
+    shape, mesh, local = tuple(param.shape), param.device_mesh, param.to_local()
     placements = [(dim, placement) for dim, placement in enumerate(param.placements) if mesh.size(dim) > 1]
-    cut = [dim for dim, placement in placements if not isinstance(placement, Replicate)]
-    local = param.to_local()
-    if not cut:
+    cuts = [(dim, placement) for dim, placement in placements if not isinstance(placement, Replicate)]
+    if not cuts:
         return Shard(place, shape, 0, 0, param.numel())
-    placement = param.placements[cut[0]]
-    if len(cut) > 1 or type(placement) is not ShardPlacement or placement.dim != 0:
-        if len(shape) < 2:
-            return Shard(place, tuple(local.shape), 0, 0, local.numel())
+    if len(shape) < 2 and (len(cuts) > 1 or type(cuts[0][1]) is not ShardPlacement):
+        return Shard(place, tuple(local.shape), 0, 0, local.numel())
+    region, borders = [slice(0, size) for size in shape], {0}
+    for dim, placement in _in_order_of_cutting(param, cuts):
+        size, part = mesh.size(dim), region[placement.dim]
+        if placement.dim == 0:
+            borders = {border for start in borders for border in _next_borders(start, borders, shape[0], size)}
+        region[placement.dim] = _chunk(part, size, mesh.get_local_rank(dim))
+    expected = tuple(part.stop - part.start for part in region)
+    if tuple(local.shape) != expected:
+        raise _unknown(
+            param, f"a distributed tensor with placements {param.placements} whose local part has shape "
+            f"{tuple(local.shape)} and not {expected}"
+        )  # fmt: skip
+    groups = tuple(mesh.get_group(dim) for dim, _ in cuts)
+    process_group = groups[0] if len(groups) == 1 else groups
+    if all(placement.dim == 0 for _, placement in cuts):
+        row_size = math.prod(shape[1:])
+        inner = tuple(sorted(border * row_size for border in borders if 0 < border < shape[0])) if row_size else ()
+        return Shard(place, shape, 0, region[0].start * row_size, local.numel(), inner, process_group)
+    if not local.is_contiguous():
+        raise _unknown(param, f"a distributed tensor whose local part has the strides {local.stride()}")
+    offset = region[0].start * math.prod(expected[1:])
+    return RowPieces(place, shape, 0, offset, local.numel(), (0,), process_group, region=tuple(region))
+
+
+def _in_order_of_cutting(param: DTensor, cuts: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """The mesh dimensions that cut a tensor, each with its placement, in the order in which they did."""
+    # FSDP2 over tensor parallelism stands before it in the mesh and cuts after it, which its placement tells
+    strided = [(dim, placement) for dim, placement in cuts if hasattr(placement, "split_factor")]
+    plain = [(dim, placement) for dim, placement in cuts if type(placement) is ShardPlacement]
+    inner = [param.device_mesh.size(dim) for dim, placement in plain if strided and placement.dim == strided[0][1].dim]
+    is_known = not strided or (len(strided) == 1 and math.prod(inner) == strided[0][1].split_factor)
+    if len(plain) + len(strided) < len(cuts) or not is_known:
         raise _unknown(param, f"a distributed tensor with placements {param.placements}")
-    # As `torch.chunk` cuts
-    rows, row_size = math.ceil(shape[0] / mesh.size(cut[0])), math.prod(shape[1:])
-    first = min(mesh.get_local_rank(cut[0]) * rows, shape[0])
-    if local.numel() != min(rows, shape[0] - first) * row_size:
-        raise _unknown(param, f"a distributed tensor whose local part has shape {tuple(local.shape)}")
-    return Shard(
-        place, shape, start=0, offset=first * row_size, numel=local.numel(),
-        borders=tuple(range(rows * row_size, shape[0] * row_size, rows * row_size)) if row_size else (),
-        process_group=mesh.get_group(cut[0]),
-    )  # fmt: skip
+    return [*plain, *strided]
+
+
+def _chunk(part: slice, num_chunks: int, number: int) -> slice:
+    """One chunk of a stretch, as `torch.chunk` cuts it; empty where there are fewer."""
+    size = math.ceil((part.stop - part.start) / num_chunks)
+    start = min(part.start + number * size, part.stop)
+    return slice(start, min(start + size, part.stop))
+
+
+def _next_borders(start: int, borders: set[int], end: int, num_chunks: int) -> Iterator[int]:
+    """Where the chunks begin of the stretch of rows from `start` to the next of `borders`, or to the `end`."""
+    stretch = slice(start, min((border for border in borders if border > start), default=end))
+    for number in range(num_chunks):
+        yield _chunk(stretch, num_chunks, number).start
 
 
 def _fsdp1_shards(param: torch.Tensor, place: int, layout: Any) -> list[Shard]:
@@ -387,6 +480,16 @@ def _zero3_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tens
     return shards
 
 
+def groups_of(process_group: Any) -> tuple[Any, ...]:
+    """The process groups of a shard, of which a mesh of several dimensions has several."""
+    return process_group if isinstance(process_group, tuple) else (process_group,)
+
+
+def exchange_key(process_group: Any) -> tuple[int, ...]:
+    """Equal for shards whose sums are added up over the same processes."""
+    return tuple(map(id, groups_of(process_group)))
+
+
 class Exchange:
     """
     One all-reduce of several vectors, started when it is made. Each process of the group takes part with vectors of
@@ -395,8 +498,8 @@ class Exchange:
     Args:
         vectors (`Sequence[torch.Tensor]`):
             One-dimensional tensors on one device, summed in float64 if one of them is, otherwise in float32.
-        process_group (`torch.distributed.ProcessGroup`):
-            Processes to sum over.
+        process_group (`torch.distributed.ProcessGroup` or `tuple` of them):
+            Processes to sum over; several groups one after the other.
     """
 
     def __init__(self, vectors: Sequence[torch.Tensor], process_group: Any) -> None:
@@ -404,13 +507,17 @@ class Exchange:
         self._sizes = [vector.numel() for vector in vectors]
         self._device = vectors[0].device
         flat = torch.cat([vector.to(dtype) for vector in vectors])
+        first, *self._others = groups_of(process_group)
         # NCCL can't reduce on a CPU, where offloaded optimizers work
-        if self._device.type == "cpu" and torch.distributed.get_backend(process_group) == "nccl":
+        if self._device.type == "cpu" and torch.distributed.get_backend(first) == "nccl":
             flat = flat.to(torch.device("cuda", torch.cuda.current_device()))
         self._sums = flat
-        self._work = torch.distributed.all_reduce(flat, group=process_group, async_op=True)
+        self._work = torch.distributed.all_reduce(flat, group=first, async_op=True)
 
     def results(self) -> list[torch.Tensor]:
         """Waits, and returns the sum of each vector on the vectors' device."""
         self._work.wait()
+        for group in self._others:
+            torch.distributed.all_reduce(self._sums, group=group)
+        self._others = []
         return list(torch.split(self._sums.to(self._device), self._sizes))

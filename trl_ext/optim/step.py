@@ -12,20 +12,22 @@ Elsewhere it is done in blocks of torch operations around the update that a subc
 projected goes through torch's fused kernels.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .heads import by_heads, view_by_heads
 from .kernels import cpu
 from .kernels import plan as plans
 from .kernels.plan import CutWeight, Plan
 from .kernels.rounding import RoundingNoise, copy_rounded_
-from .options import check_options, check_param, check_state, projection_of
+from .options import check_options, check_param, check_state, level_of
 from .projection import LEVELS, is_scale_invariant, threshold
 from .resume import take_over
-from .shards import GROUP_KEY, Exchange, Layouts, Shard
+from .shards import GROUP_KEY, Exchange, Layouts, RowPieces, Shard, exchange_key, groups_of
 from .weights import (
     Block,
     LocalTensor,
@@ -40,6 +42,7 @@ from .weights import (
     local_tensor,
     memory,
     plain_blocks,
+    read_answers,
     shared_scratch,
 )
 
@@ -75,6 +78,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     MOMENTS: tuple[str, ...] = ()
     # Module of compiled passes on a CPU (kernels/cpu.py), or `None`
     CPU_KERNELS: Any = None
+    # What a weight is worked on as
+    WEIGHT: type[Weight] = Weight
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_options(type(self).__name__, defaults)
@@ -199,9 +204,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 "channel": channel / max(num_steps, 1),
                 "layer": layer / max(num_steps, 1),
                 "weight_norm": norm,
-                "effective_step_size": float(group["lr"]) * tangential / norm if norm else float("nan"),
+                "effective_step_size": self._turn(weight, norm, update_squared, tangential) if norm else float("nan"),
             }
         return found
+
+    def _turn(self, weight: Weight, norm: float, update_squared: float, tangential: float) -> float:
+        """Angle that a step turns a weight by, from the norms of weight, update and the update's tangential part."""
+        return float(self._plain_lr(weight.local.group)) * tangential / norm
 
     def _stepped_weights(self) -> list[Weight]:
         """The weights of at least two dimensions that steps were taken on, in the order of the first step."""
@@ -221,15 +230,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _report_totals(self, weights: Sequence[Weight]) -> list[torch.Tensor]:
         """Of each whole weight `<w, w>`, `<u, u>`, `<u, w>` and its counts, shape `(6,)`."""
         totals: list[torch.Tensor] = []
-        shared: dict[int, list[int]] = {}
+        shared: dict[tuple[int, ...], list[int]] = {}
         for place, weight in enumerate(weights):
             # Every holder of a cut weight counts its steps
             group = weight.shard.process_group
-            num_holders = torch.distributed.get_world_size(group) if weight.shard.borders else 1
+            sizes = map(torch.distributed.get_world_size, groups_of(group) if weight.shard.borders else ())
+            num_holders = math.prod(sizes)
             counts = torch.tensor(self.projection_counts.counts(weight.key)) / num_holders
             totals.append(torch.cat([self._report_dots(weight), counts.double()]))
             if group is not None:
-                shared.setdefault(id(group), []).append(place)
+                shared.setdefault(exchange_key(group), []).append(place)
         for places in shared.values():
             group = weights[places[0]].shard.process_group
             summed = Exchange([totals[place] for place in places], group).results()
@@ -262,6 +272,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if any(group["stochastic_rounding"] for group in self.param_groups):
             self._noise.restart(tensors)
         candidates = self._candidates(list(self._weights(tensors)))
+        self._prepare_measuring(candidates)
         # Measure; a weight that is wholly here is applied at once, while it is in the cache
         for plan in self._plans:
             plan.measure()
@@ -277,7 +288,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for weights, exchange in exchanges:
             for cut, sums in zip(weights, exchange.results(), strict=True):
                 if isinstance(cut, Weight):
-                    self._apply(cut, *cut.choose(*cut.split_sums(sums)))
+                    self._apply_sums(cut, sums)
                 else:
                     cut.sums().copy_(sums)
         for plan in self._plans:
@@ -307,7 +318,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             kernels = plans
         if kernels is None or not kernels.takes(param, group, self.state.get(param, {}), self.MOMENTS):
             return False
-        return kernels is plans or cpu.takes_shards(group, self._layouts.read(param, place.number, group))
+        shards = self._shards(place)
+        if any(isinstance(shard, RowPieces) for shard in shards):
+            return False
+        return kernels is plans or cpu.takes_shards(group, shards)
+
+    def _shards(self, place: Place) -> list[Shard]:
+        """The weights in a tensor, those whose heads are scale-invariant with heads for rows."""
+        param, group, number = place
+        shards = self._layouts.read(param, number, group)
+        return [view_by_heads(shard, group) for shard in shards] if group["projection"] else shards
 
     def _make_plans(self) -> None:
         by_device: dict[torch.device, list[LocalTensor]] = {}
@@ -318,7 +338,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 if not self._is_planned(place):
                     self._outside.append(place)
                     continue
-                shards = self._layouts.read(param, index, group)
+                shards = self._shards(place)
                 check_param(type(self).__name__, param)
                 local = self._local_tensor(param, group, shards, flatten=True)
                 by_device.setdefault(local.flat.device, []).append(local)
@@ -333,8 +353,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Tensors outside the plans at this step, and those of them that the single-tensor path takes."""
         found: list[LocalTensor] = []
         single: list[LocalTensor] = []
-        for param, group, number in places:
-            shards = self._layouts.read(param, number, group)
+        for place in places:
+            param, group, _ = place
+            shards = self._shards(place)
             if param.grad is None:
                 if any(shard.borders for shard in shards):  # The other processes wait for this one
                     found.append(LocalTensor(param, group, shards, memory(param), None, (), 0))
@@ -393,16 +414,24 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The weights whose update may be projected."""
         for local in tensors:
             for shard in local.shards:
-                projection = projection_of(local.group, shard.name)
-                if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or projection == "none":
+                projection = self._level_of(local.group, shard.name)
+                if len(shard.shape) < 2 or shard.whole_numel == 0 or projection == "none":
                     continue
                 if shard.borders or (shard.numel and local.grad is not None):
-                    weight = Weight(local, shard, None if projection == "test" else projection)
+                    weight = self.WEIGHT(local, shard, None if projection == "test" else projection)
                     if weight.numel and self.CPU_KERNELS is not None and local.flat.device.type == "cpu":
                         weight.kernels = self.CPU_KERNELS if self.CPU_KERNELS.is_usable(local) else None
                     yield weight
 
+    def _level_of(self, group: dict[str, Any], name: str | None) -> str:
+        """Level at which a weight of some name is known to be scale-invariant, `"test"` or `"none"`."""
+        return level_of(group, name)
+
     # ------------------------------------------------------------------ measure
+
+    def _prepare_measuring(self, weights: Sequence[Weight]) -> None:
+        """What must be known of the weights before their moments are updated."""
+        return
 
     def _candidates(self, weights: Sequence[Weight]) -> list[Weight]:
         """The weights that may pass at some level, found with one read of the host."""
@@ -413,7 +442,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             and not weight.local.group["capturable"]
             and not weight.kernels  # They test while they measure
         ]
-        answers = _read([answer for weight in tested for answer in self._quick_test(weight)])
+        answers = read_answers([answer for weight in tested for answer in self._quick_test(weight)])
         failed = set()
         for weight, row_pass, whole_passes in zip(tested, answers[::2], answers[1::2], strict=True):
             weight.by_rows = row_pass
@@ -462,7 +491,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             first = block.start - weight.shard.start if keep else 0
             displacement = kept[first : first + block.stop - block.start]
             self._displace(block, displacement)
-            if weight.level == "layer":
+            if weight.has_few_dots:
                 parts.append(torch.dot(displacement, block.flat.to(displacement.dtype)))
             else:
                 weight.add_dots(block, displacement)
@@ -476,9 +505,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Starts one all-reduce for each process group among cut weights, in the same order on each process."""
         params = (param for group in self.param_groups for param in group["params"]) if self._plans and weights else ()
         order = {id(param): place for place, param in enumerate(params)}
-        by_group: dict[int, list[Weight | CutWeight]] = {}
+        by_group: dict[tuple[int, ...], list[Weight | CutWeight]] = {}
         for weight in sorted(weights, key=lambda weight: order.get(id(weight.param), 0)):
-            by_group.setdefault(id(weight.shard.process_group), []).append(weight)
+            by_group.setdefault(exchange_key(weight.shard.process_group), []).append(weight)
         exchanges = []
         for members in by_group.values():
             members = plans.side_by_side(members) if self._plans else members
@@ -500,8 +529,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 weight.kernels.apply(weight, self._keep(weight.local, 1.0), torch.zeros(1))
                 return
             self._projected.add(weight.key)
-        self._apply(weight, *weight.choose(weight.totals(), weight.num_failing_rows(), weight.cut_row_dots()))
+        self._apply_sums(weight, weight.sums())
         weight.displacement = None
+
+    def _apply_sums(self, weight: Weight, sums: torch.Tensor) -> None:
+        """Second pass with what [`Weight.sums`] adds up to over processes."""
+        self._apply(weight, *weight.choose(*weight.split_sums(sums)))
 
     def _apply(self, weight: Weight, coefficient: torch.Tensor, channel: torch.Tensor, layer: torch.Tensor) -> None:
         """Second pass: weight decay and the projected update."""
@@ -545,7 +578,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _add(self, block: Block, displacement: torch.Tensor, scale: torch.Tensor | float) -> None:
         """Scales a block and adds the displacement times the learning rate."""
         group = block.local.group
-        lr, flat = group["lr"], block.flat
+        lr, flat = self._plain_lr(group), block.flat
         value = flat if flat.dtype == displacement.dtype else flat.to(displacement.dtype)
         if isinstance(scale, torch.Tensor) or scale != 1:
             value.mul_(scale)
@@ -596,7 +629,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         tested: list[tuple[LocalTensor, str, torch.Tensor]] = []
         for local in tensors:
             group = local.group
-            projection = projection_of(group, local.shards[0].name) if local.shards else "none"
+            name = local.shards[0].name if local.shards else None
+            projection = self._level_of(group, name) if local.shards else "none"
             if projection != "test" or local.param.ndim < 2 or local.param.numel() == 0:
                 levels[id(local)] = projection if projection in LEVELS and local.param.ndim > 1 else None
             elif is_plain(local.flat) and not (group["foreach"] is False and group["fused"] is False):
@@ -604,12 +638,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 for level in LEVELS:
                     answer = is_scale_invariant(local.flat, local.grad, level, group["delta"], group["eps"])
                     tested.append((local, level, answer))
-        answers = _read([answer for _, _, answer in tested])
+        answers = read_answers([answer for _, _, answer in tested])
         for (local, level, _), passing in zip(tested, answers, strict=True):
             if levels.get(id(local)) is None:
                 levels[id(local)] = level if passing else None
         for local in tensors:
-            hit = self._single_tensor(local, levels.get(id(local), "test"))
+            hit = self._single_tensor(by_heads(local), levels.get(id(local), "test"))
             if local.param.ndim > 1 and local.shards:
                 key = (local.group[GROUP_KEY], local.shards[0].index)
                 self.projection_counts.add_known(key, hit)
@@ -631,6 +665,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for name in self.MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=group["state_dtype"], memory_format=torch.preserve_format)
+
+    def _plain_lr(self, group: dict[str, Any]) -> Any:
+        """Learning rate of what is not projected."""
+        return group["lr"]
 
     def _decay(self, group: dict[str, Any]) -> Any:
         """What weight decay takes off a weight, as a share of it."""
@@ -657,12 +695,3 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _single_tensor(self, local: LocalTensor, level: str | None) -> str | None:
         """The reference on one tensor, at a given level, or `"test"`. Returns the level that was projected at."""
         raise NotImplementedError
-
-
-def _read(answers: Sequence[torch.Tensor]) -> list[bool]:
-    """Brings booleans of shape `()` to the host: once, or once for each device that has some."""
-    found: dict[int, bool] = {}
-    for device in {answer.device for answer in answers}:
-        places = [place for place, answer in enumerate(answers) if answer.device == device]
-        found |= zip(places, torch.stack([answers[place] for place in places]).tolist(), strict=True)
-    return [found[place] for place in range(len(answers))]

@@ -159,7 +159,7 @@ class Weight:
     @property
     def first_row(self) -> int:
         """First row at the channel level that a part of is here."""
-        return self.shard.offset // self.shard.row_size
+        return self.shard.offset // max(1, self.shard.row_size)
 
     @property
     def num_local_rows(self) -> int:
@@ -196,13 +196,15 @@ class Weight:
         pairs = [(grad, weight), (grad, grad), (weight, weight)]
         if displacement is not None:
             pairs.append((displacement, weight))
-        if block.num_rows == 1:
-            found = torch.stack([torch.dot(a, b) for a, b in pairs]).unsqueeze(1)
-        else:
-            found = torch.stack([(a * b).view(block.num_rows, -1).sum(1) for a, b in pairs])
+        found = row_dots(block, pairs)
         if displacement is not None:
             found[3].neg_()
         self.dots[: len(pairs), block.row : block.row + block.num_rows] += found
+
+    @property
+    def has_few_dots(self) -> bool:
+        """Whether `<u, w>` and `<w, w>` are all that is needed, since the whole weight is known to pass."""
+        return self.level == "layer"
 
     def add_layer_dots(self, parts: Sequence[torch.Tensor]) -> None:
         """
@@ -216,6 +218,8 @@ class Weight:
 
     def probe(self) -> torch.Tensor | None:
         """Whether the first whole rows pass in the channel level; `None` where no whole row is here."""
+        if self.shard.whole_row_size != self.shard.row_size:
+            return None
         row_size, local = self.shard.row_size, self.local
         skipped = -self.shard.offset % row_size
         num_rows = min(NUM_PROBED_ROWS, max(1, local.block_size // row_size), (self.numel - skipped) // row_size)
@@ -237,24 +241,34 @@ class Weight:
         Rows at the channel level, whole on this process, that don't pass; 1 where they were given up. Shape `()`.
         """
         dots = self.dots
-        if not self.by_rows:
+        if not self.by_rows or self.level is not None:
             return dots.new_ones(()) if self.level is None and self.numel else dots.new_zeros(())
-        cut = [row - self.first_row for row in self.shard.cut_rows]
         failing = ~passes(dots, self.shard.row_size, self.local.group["delta"], self.local.group["eps"])
-        for row in cut:
-            if 0 <= row < self.num_local_rows:
-                failing[row] = False
+        for _, row in self._cut_rows_here():
+            failing[row] = False
         return failing.sum().to(dots.dtype)
+
+    def _cut_rows_here(self) -> list[tuple[int | slice, int | slice]]:
+        """Of the cut rows that a part of is here, places among all of them, and among the local rows."""
+        rows = self.shard.cut_rows
+        if isinstance(rows, range):
+            return [(slice(self.first_row, self.first_row + self.num_local_rows), slice(None))] if self.numel else []
+        held = range(self.first_row, self.first_row + self.num_local_rows)
+        return [(place, row - self.first_row) for place, row in enumerate(rows) if row in held]
 
     def cut_row_dots(self) -> torch.Tensor:
         """This process's part of the dot products of the rows that borders cut, shape `(4, number of them)`."""
-        rows = self.shard.cut_rows
-        found = self.dots.new_zeros(4, len(rows))
+        found = self.dots.new_zeros(4, len(self.shard.cut_rows))
         if self.by_rows:
-            for place, row in enumerate(rows):
-                if 0 <= row - self.first_row < self.num_local_rows:
-                    found[:, place] = self.dots[:, row - self.first_row]
+            for place, row in self._cut_rows_here():
+                found[:, place] = self.dots[:, row]
         return found
+
+    def take_cut_row_dots(self, cut_row_dots: torch.Tensor) -> None:
+        """Takes over the dot products of whole rows, as [`cut_row_dots`] adds up to over processes."""
+        if self.by_rows and self.numel:
+            for place, row in self._cut_rows_here():
+                self.dots[:, row] = cut_row_dots[:, place]
 
     def sums(self) -> torch.Tensor:
         """What is added up over processes: four totals, a count, and four for each cut row, flat."""
@@ -274,24 +288,28 @@ class Weight:
         `(4, number of cut rows)`. Returns the radial coefficient of each local row or of all, whether the channel
         level was chosen, and whether the layer level was.
         """
-        group, row_size = self.local.group, self.shard.row_size
-        delta, eps = group["delta"], group["eps"]
+        group, eps = self.local.group, self.local.group["eps"]
         per_layer = radial_coefficient(totals.unsqueeze(1), eps)
         if self.level is not None:
             channel = torch.full((), self.level == "channel", device=totals.device)
             layer = ~channel
         else:
-            cut_fail = (~passes(cut_row_dots, row_size, delta, eps)).sum()
+            delta = group["delta"]
+            cut_fail = (~passes(cut_row_dots, self.shard.whole_row_size, delta, eps)).sum()
             channel = num_failing + cut_fail == 0
-            numel = self.shard.num_rows * row_size
-            layer = passes(totals.unsqueeze(1), numel, delta, eps).squeeze() & ~channel
+            layer = passes(totals.unsqueeze(1), self.shard.whole_numel, delta, eps).squeeze() & ~channel
         coefficient = torch.where(layer, per_layer, torch.zeros_like(per_layer))
         if self.by_rows and self.numel:
-            for place, row in enumerate(self.shard.cut_rows):
-                if 0 <= row - self.first_row < self.num_local_rows:
-                    self.dots[:, row - self.first_row] = cut_row_dots[:, place]
+            self.take_cut_row_dots(cut_row_dots)
             coefficient = torch.where(channel, radial_coefficient(self.dots, eps), coefficient)
         return coefficient, channel, layer
+
+
+def row_dots(block: Block, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Dot products of pairs of tensors over a block, for each of its rows, shape `(number of pairs, rows)`."""
+    if block.num_rows == 1:
+        return torch.stack([torch.dot(a, b) for a, b in pairs]).unsqueeze(1)
+    return torch.stack([(a * b).view(block.num_rows, -1).sum(1) for a, b in pairs])
 
 
 def layer_dots(weight: Weight) -> torch.Tensor:
@@ -311,6 +329,15 @@ def squared_norm(flat: torch.Tensor, local: LocalTensor) -> torch.Tensor:
     size = flat.numel() if flat.device.type != "cpu" else 4 * local.block_size
     blocks = [block.to(local.compute_dtype) for block in flat.split(size)]
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()
+
+
+def read_answers(answers: Sequence[torch.Tensor]) -> list[bool]:
+    """Brings booleans of shape `()` to the host: once, or once for each device that has some."""
+    found: dict[int, bool] = {}
+    for device in {answer.device for answer in answers}:
+        places = [place for place, answer in enumerate(answers) if answer.device == device]
+        found |= zip(places, torch.stack([answers[place] for place in places]).tolist(), strict=True)
+    return [found[place] for place in range(len(answers))]
 
 
 class ProjectionCounts:

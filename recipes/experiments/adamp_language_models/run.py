@@ -189,7 +189,7 @@ def train(
                 }
             )
     growth = float(np.mean([float(p.detach().norm()) / first_norms[name] for name, p in watched.items()]))
-    tuning_loss, test_loss = (_loss(model, half) for half in (held_out[:128], held_out[128:]))
+    tuning_loss, test_loss = (held_out_loss(model, half) for half in (held_out[:128], held_out[128:]))
     seconds = time.perf_counter() - start
     return Run(
         family, optimizer_name, learning_rate, seed, tuning_loss, test_loss, growth, float(np.mean(passes)), seconds
@@ -202,7 +202,8 @@ def _is_invariant(name: str, family: str) -> bool:
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    """Loss of a model on rows of tokens, in nats a token."""
     return float(model(input_ids=blocks, labels=blocks).loss)
 
 

@@ -356,26 +356,6 @@ INLINE void measure_short_rows(const void *restrict weight, const void *restrict
         products[3][place] = u * w;
     }
     for (int place = 0; place < 4; ++place) memset(products[place] + size, 0, sizeof(float) * NUM_LANES);
-    if (rows->is_known && !rows->coefficients && !rows->dots) { /* Totals alone */
-        int64_t step = row_size <= NUM_LANES ? size : row_size, left = step % NUM_LANES;
-        Words mask;
-        for (int lane = 0; lane < NUM_LANES; ++lane) mask[lane] = lane < left ? 0xFFFFFFFFu : 0;
-        for (int place = 0; place < 4; ++place) {
-            Sums totals = {0};
-            for (int64_t start = 0; start < size; start += step) {
-                Lanes sums = {0};
-                int64_t i = start;
-                for (; i + NUM_LANES <= start + step; i += NUM_LANES) {
-                    if (row_size <= NUM_LANES) totals += __builtin_convertvector(lanes_at(products[place], i, 0), Sums);
-                    else sums += lanes_at(products[place], i, 0);
-                }
-                if (left) sums += (Lanes)((Words)lanes_at(products[place], i, 0) & mask);
-                totals += __builtin_convertvector(sums, Sums);
-            }
-            rows->totals[place] += sum_of(totals);
-        }
-        return;
-    }
     for (int64_t start = 0; start < size; start += row_size) {
         double dots[4];
         for (int place = 0; place < 4; ++place) {
@@ -499,7 +479,8 @@ static int update_weight(const Part *p, const Options *o, float *coefficients, i
     }
     if (level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
     Rows rows = {.limit = limit_of(o, p->row_size), .eps = o->norm_eps, .rows_pass = 1};
-    int by_rows = p->level != LAYER;
+    /* A test that has come first leaves nothing to do in rows where the whole weight passes */
+    int by_rows = p->level != LAYER && !(level == LAYER && p->row_size < SHORT_ROW);
     if (level != LAYER) rows.coefficients = coefficients;
     rows.is_known = level != TEST;
     measure_rows(by_rows ? p : &whole, o, &rows);

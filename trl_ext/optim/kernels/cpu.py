@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from ..options import projection_of
+from ..options import level_of
 from ..shards import GROUP_KEY, Shard
 from ..weights import (
     LocalTensor,
@@ -97,7 +97,7 @@ def takes_shards(group: dict[str, Any], shards: Sequence[Shard]) -> bool:
     if len(shards) != 1 or shards[0].borders or len(shards[0].shape) < 2 or not shards[0].numel:
         return False
     is_small = len(_pieces(shards[0].numel)) == 1 and shards[0].num_rows <= MAX_ROWS
-    return is_small and projection_of(group, shards[0].name) != "none"
+    return is_small and level_of(group, shards[0].name) != "none"
 
 
 def _allows(group: dict[str, Any]) -> bool:
@@ -160,7 +160,7 @@ class Plan:
         self.watch = Watch([local.param for local in tensors], states, moments)
         self._groups_of = [local.group for local in tensors]
         self.keys = [(local.group[GROUP_KEY], local.shards[0].index) for local in tensors]
-        levels = [LEVELS.index(projection_of(local.group, local.shards[0].name)) for local in tensors]
+        levels = [LEVELS.index(level_of(local.group, local.shards[0].name)) for local in tensors]
         self._table = np.array(
             [_part(local, local.shards[0], level) for local, level in zip(tensors, levels, strict=True)],
             dtype=np.int64,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from ..options import projection_of
-from ..shards import GROUP_KEY, Shard
+from ..options import level_of
+from ..shards import GROUP_KEY, Shard, exchange_key
 from ..weights import LocalTensor, Watch, has_order_of, is_backed, is_flat, is_plain, local_tensor
 
 
@@ -116,7 +116,7 @@ def items_of(local: LocalTensor) -> Iterator[Item]:
     """The weights of a tensor that may be projected, and the stretches between them."""
     position = 0
     for shard in sorted(local.shards, key=lambda shard: (shard.start, shard.numel)):
-        level = projection_of(local.group, shard.name)
+        level = level_of(local.group, shard.name)
         if len(shard.shape) < 2 or shard.num_rows * shard.row_size == 0 or level == "none":
             continue
         if shard.numel or shard.borders:
@@ -352,8 +352,8 @@ class Plan:
             for number, (place, item) in enumerate(items)
             if item.shard and item.shard.borders
         ]
-        process_groups = list(dict.fromkeys(id(shard.process_group) for *_, shard in found))
-        found.sort(key=lambda one: (process_groups.index(id(one[3].process_group)), *one[:2]))
+        process_groups = list(dict.fromkeys(exchange_key(shard.process_group) for *_, shard in found))
+        found.sort(key=lambda one: (process_groups.index(exchange_key(one[3].process_group)), *one[:2]))
         size = 0
         for place, _, number, shard in found:
             row, cut_rows, length = self._items[number], shard.cut_rows, 5 + 4 * len(shard.cut_rows)

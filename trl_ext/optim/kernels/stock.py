@@ -35,7 +35,7 @@ def kernel_batches(
 
 def takes_adamw(local: LocalTensor) -> bool:
     """Whether torch's fused AdamW can take a tensor; it knows no Nesterov momentum."""
-    return _takes(local) and not local.group["nesterov"]
+    return _takes(local) and not local.group.get("nesterov")
 
 
 def takes_sgd(local: LocalTensor) -> bool:
@@ -62,9 +62,8 @@ def fused_adamw(
     )  # fmt: skip
 
 
-def rounded_decay(group: dict[str, Any], dtype: torch.dtype) -> float:
+def rounded_decay(lr: Any, decay: float, dtype: torch.dtype) -> float:
     """Weight decay with which fused AdamW takes off what `w * (1 - lr * decay)` does."""
-    lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, torch.Tensor) or dtype != torch.float32 or not lr * decay:
         return decay
     # The kernel computes `w - lr * decay * w`. Rounding the factor to float32 makes a difference that is the same at
