@@ -387,12 +387,18 @@ def main() -> None:
     logging.set_verbosity_error()
     logger = getLogger(__name__)
     disable_progress_bars()
+    logging.disable_progress_bar()
     results, start = read_results(options.results), time.monotonic()
     wanted = options.families or [name for name in family_names() if name not in results["families"]]
     for name in wanted:
         if time.monotonic() - start > options.seconds:
             break
-        row = results["families"][name] = measure(name)
+        try:
+            row = measure(name)
+        except Exception as error:
+            logger.warning(f"{name} is not measured, since no tiny model of it could be built. {_message(error)}")
+            continue
+        results["families"][name] = row
         write_results(results, options.results)
         states = " ".join(f"{column}:{cell['state']}" for column, cell in row["cells"].items())
         logger.warning(f"{name} ({time.monotonic() - start:.0f} s) {states}")
