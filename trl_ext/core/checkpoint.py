@@ -324,7 +324,7 @@ def _globals_of_pickle(content: bytes) -> list[str]:
             elif "UNICODE" in kind or kind.endswith("STRING"):
                 pushed = str(argument)
             elif kind.endswith("GET"):
-                pushed = memo.get(int(argument), "")
+                pushed = memo.get(int(argument or 0), "")
             elif kind == "MEMOIZE" or kind.endswith("PUT"):
                 memo[len(memo) if argument is None else int(argument)] = pushed = last
             if pushed and kind != "MEMOIZE" and not kind.endswith("PUT"):

@@ -99,7 +99,8 @@ def check_fields(owner: Any, ranges: Mapping[str, Range], label: str = "`{}`") -
     Raises:
         ValueError: If a field holds something else.
     """
-    for name, hint, default in _declared(type(owner)):
+    cls: Any = type(owner)
+    for name, hint, default in _declared(cls):
         value = getattr(owner, name, default)
         if value is not default:
             check_value(name, value, hint, ranges.get(name, ANY_NUMBER), default, label)

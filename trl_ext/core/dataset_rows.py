@@ -68,7 +68,7 @@ def check_rows(
     first = None if names else next(iter(dataset), None)
     if (isinstance(dataset, Dataset) and len(dataset) == 0) or (first is None and not names):
         raise ValueError(f"The {name} dataset is empty. Give at least one row with {_quoted(required)}.")
-    names = list(names or first)
+    names = list(names or first or ())
     missing = [column for column in required if column not in names]
     if missing:
         found = sorted(map(str, names))

@@ -113,7 +113,7 @@ class EPConfig(PreTrainedConfig):
             )
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
-        widths = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
+        widths: Any = HeadSettings.hidden_features if self.hidden_features is None else self.hidden_features
         self.hidden_features = widths
         check_head(self)
         self.hidden_features = widths if isinstance(widths, int) else as_widths(widths)

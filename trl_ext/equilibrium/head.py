@@ -570,7 +570,7 @@ def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | 
             f"`feedback_angle` is {degrees} between two layers of one unit, whose weight is a single number and can "
             "be at 0 or 180 degrees only. Give a layer more units."
         )
-    noise = orthogonal(*weight.shape, generator)
+    noise = orthogonal(weight.shape[0], weight.shape[1], generator)
     noise -= weight * ((noise * weight).sum() / weight.square().sum())
     noise *= weight.norm() / noise.norm()
     mixed = math.cos(angle) * weight + math.sin(angle) * noise

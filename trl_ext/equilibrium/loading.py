@@ -238,7 +238,7 @@ def load_adapter(
         options["dtype"] = settings.dtype
     if found.get("quantization_config") is None:
         # Quantized when it was loaded: so it is again, unless the user says otherwise
-        taken = [vars(part).pop("quantization_config", None) for part in (settings, settings.text_config)]
+        taken = [part.__dict__.pop("quantization_config", None) for part in (settings, settings.text_config)]
         options |= {"quantization_config": taken[0] or taken[1]} if any(taken) else {}
         options |= {"quantization_config": kwargs["quantization_config"]} if "quantization_config" in kwargs else {}
     model = cls.from_pretrained(base, config=settings, **options)

@@ -58,7 +58,7 @@ def contraction_bound(num_layers: int, activation: Activation) -> float:
 
 
 # The decomposition is taken only of a weight that needs it, which its values tell
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def cap_singular_values(weight: torch.Tensor, cap: float) -> torch.Tensor:
     """
     The nearest matrix whose singular values are at most `cap`, as a differentiable function of the weight:
@@ -87,7 +87,8 @@ def cap_singular_values(weight: torch.Tensor, cap: float) -> torch.Tensor:
     is_within = torch.linalg.cholesky_ex(cap * cap * identity - gram).info == 0
     if torch.logical_or(is_within, ~gram.isfinite().all()).item():
         return weight
-    return _CappedSingularValues.apply(weight, cap)
+    capped: torch.Tensor = _CappedSingularValues.apply(weight, cap)  # type: ignore[no-untyped-call]
+    return capped
 
 
 class _CappedSingularValues(torch.autograd.Function):

@@ -324,7 +324,7 @@ class _MovingSamples:
             self.settled = ~waiting
         if 0 < num_waiting <= NARROW_BELOW * len(change):
             self.narrow(waiting.nonzero().squeeze(1))
-        return num_waiting == 0
+        return bool(num_waiting == 0)
 
     def lose(self, lost: torch.Tensor) -> None:
         """Gives up samples whose state is not finite, or raises."""

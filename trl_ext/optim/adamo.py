@@ -164,7 +164,7 @@ class AdamO(RadialOptimizer):
 
     def _reference(self, local: LocalTensor, values: Sequence[torch.Tensor], level: str | None) -> None:
         group = local.group
-        adamo_(
+        adamo_(  # type: ignore[misc]  # four tensors
             *values, local.step, lr=group["lr"], radial_ratio=group["radial_ratio"], beta1=group["betas"][0],
             beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], level=level,
         )  # fmt: skip

@@ -388,7 +388,7 @@ def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
         )  # fmt: skip
     groups = tuple(mesh.get_group(dim) for dim, _ in cuts)
     process_group = groups[0] if len(groups) == 1 else groups
-    if all(placement.dim == 0 for _, placement in cuts):
+    if all(getattr(placement, "dim", None) == 0 for _, placement in cuts):
         row_size = math.prod(shape[1:])
         inner = tuple(sorted(border * row_size for border in borders if 0 < border < shape[0])) if row_size else ()
         return Shard(place, shape, 0, region[0].start * row_size, local.numel(), inner, process_group)

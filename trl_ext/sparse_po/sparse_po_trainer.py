@@ -176,10 +176,10 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
             peft_config=peft_config,
         )
         # TRL would take the SFT term of what the forward hands it, which is masked
-        terms = list(zip(self.loss_types, self.loss_weights, strict=True))
+        terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
         self._sft_weight = sum(weight for loss_type, weight in terms if loss_type == "sft")
-        self.loss_weights = [weight for loss_type, weight in terms if loss_type != "sft"]
-        self.loss_types = [loss_type for loss_type, _ in terms if loss_type != "sft"]
+        self.loss_weights: list[float] = [weight for loss_type, weight in terms if loss_type != "sft"]
+        self.loss_types: list[str] = [loss_type for loss_type, _ in terms if loss_type != "sft"]
         self._warned_of_dead_masks = False
         self._compared_shared_prompts = not args.share_prompt
         self._reference: PreTrainedModel = (

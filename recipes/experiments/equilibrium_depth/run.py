@@ -102,7 +102,7 @@ def train(
     torch.manual_seed(seed)
     settings, has_objective = ARMS[arm]
     size = images.shape[1]
-    model = (
+    model: Any = (
         perceptron(size, args.width, depth)
         if settings is None
         else EPHead(size, [args.width] * depth, 10, estimator="tangent", tolerance=1e-3, max_steps=200, **settings)

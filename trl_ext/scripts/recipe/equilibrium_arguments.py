@@ -61,7 +61,7 @@ class EPHeadArguments(TokenizerArguments, _PrefixedHeadSettings):
     )
 
     def __post_init__(self) -> None:
-        self.head_spectral_cap = read_spectral_cap(self.head_spectral_cap)
+        self.head_spectral_cap: Any = read_spectral_cap(self.head_spectral_cap)
         own = {f"{PREFIX}{name}": within for name, within in RANGES.items()}
         check_fields(self, {**own, f"{PREFIX}hidden_features": Range(at_least=1, empty=False), **_SCRIPT_RANGES})
 

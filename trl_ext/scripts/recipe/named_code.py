@@ -41,10 +41,10 @@ def named_code(settings: Mapping[str, Any]) -> list[str]:
     """
     found: dict[str, None] = {}
     for key in _FUNCTION_KEYS:
-        value = settings.get(key)
+        value: Any = settings.get(key)
         for name in value if isinstance(value, list) else [value]:
-            if is_dotted_path(name) and not name.startswith(_OURS):
-                found[f"the module {name.rpartition('.')[0]} ({key})"] = None
+            if is_dotted_path(name) and not str(name).startswith(_OURS):
+                found[f"the module {str(name).rpartition('.')[0]} ({key})"] = None
     if str(settings.get("trust_remote_code")).lower() == "true":
         found["code from the model's repository (trust_remote_code)"] = None
     return list(found)

@@ -152,7 +152,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._weights:
                 raise yaml.YAMLError(f"an alias inside of its own anchor{event.start_mark}")
-            self._add(self._weights.get(event.anchor, 0), event.start_mark)
+            self._add(self._weights.get(str(event.anchor), 0), event.start_mark)
             return super().compose_node(parent, index)
         before, self._depth = self._count, self._depth + 1
         if self._depth > MAX_DEPTH:
