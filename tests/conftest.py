@@ -59,6 +59,7 @@ SLOW = (
     "sparse_po/test_model_check.py",
     "sparse_po/test_preference_data.py",
     "sparse_po/test_reference.py",
+    "sparse_po/test_shared_prompts.py",
     "sparse_po/test_sparse_po_trainer.py",
     "sparse_po/test_wrong_input.py",
     "test_cli.py",

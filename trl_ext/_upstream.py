@@ -83,7 +83,7 @@ def attention_masks_changed_by(implementation: str, change: Callable[..., Any]) 
     """
     masks = ALL_MASK_ATTENTION_FUNCTIONS
     before = dict(masks._local_mapping)
-    make_mask = masks[implementation] if implementation in masks else None
+    make_mask = masks.get(implementation)
 
     def make_changed_mask(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> Any:
         assert make_mask is not None

@@ -150,8 +150,10 @@ def test_loss_reads_what_we_hand_it():
 def test_trainer_attributes_we_set_and_read():
     source = inspect.getsource(DPOTrainer)
     assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
-    for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model =",
-                 "self.loss_types = args.loss_type", "self.loss_weights = ", "zip(self.loss_types, self.loss_weights"):  # fmt: skip
+    for text in (
+        "self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model =",
+        "self.loss_types = args.loss_type", "self.loss_weights = ", "zip(self.loss_types, self.loss_weights",
+    ):  # fmt: skip
         assert text in source, text
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
     for field in ("precompute_ref_log_probs", "padding_free", "use_weighting", "f_divergence_type", "loss_type"):

@@ -43,7 +43,7 @@ def replaced(row, **values):
         ({"loss_type": ["aot"]}, "'aot'.*sigmoid"),
         ({"strict_pairs": True, "drop_invalid_pairs": True}, "strict_pairs=True.*drop_invalid_pairs=True"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type.*reverse_kl"),
-        ({"f_divergence_type": "forward_kl", "mask_type": "ones"}, "forward_kl.*divergence_coef=1.0.*divergence_coef=0"),
+        ({"f_divergence_type": "forward_kl", "mask_type": "ones"}, "forward_kl.*divergence_coef=0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -119,8 +119,8 @@ class SparsePOConfig(DPOConfig):
     share_prompt: bool = field(
         default=False,
         metadata={
-            "help": "Run both models once on prompt, chosen and rejected answer in one row, instead of on two rows with "
-            "the prompt in each. Same results up to rounding; needs 'sdpa' or 'eager' attention.",
+            "help": "Run both models once on prompt, chosen and rejected answer in one row, instead of on two rows "
+            "with the prompt in each. Same results up to rounding; needs 'sdpa' or 'eager' attention.",
         },
     )
     strict_pairs: bool = field(
@@ -171,8 +171,8 @@ class SparsePOConfig(DPOConfig):
                 )
         if set(self.loss_type) == {"sft"}:
             raise ValueError(
-                "`loss_type=['sft']` alone has no term of the pairs, and so nothing that the masks weight. Add a loss, as "
-                "in `loss_type=['sigmoid', 'sft']`, or use `trl.SFTTrainer`."
+                "`loss_type=['sft']` alone has no term of the pairs, and nothing that masks weight. Add one, as in "
+                "`loss_type=['sigmoid', 'sft']`, or use `trl.SFTTrainer`."
             )
         refusals = {
             "precompute_ref_log_probs": (
@@ -192,8 +192,8 @@ class SparsePOConfig(DPOConfig):
                 raise ValueError(f"`{name}=True` is not supported by SparsePO: {reason}.")
         if self.f_divergence_type != "reverse_kl" and (self.mask_type != "ones" or self.divergence_coef):
             raise ValueError(
-                f"`f_divergence_type={self.f_divergence_type!r}` is defined for the log-ratio of a whole response, and "
-                f"`mask_type={self.mask_type!r}` with `divergence_coef={self.divergence_coef}` has weighted sums over "
-                "tokens in its place. Set `f_divergence_type='reverse_kl'`, or `mask_type='ones'` and "
+                f"`f_divergence_type={self.f_divergence_type!r}` is defined for the log-ratio of a whole response, "
+                f"and `mask_type={self.mask_type!r}` with `divergence_coef={self.divergence_coef}` has weighted sums "
+                "over tokens in its place. Set `f_divergence_type='reverse_kl'`, or `mask_type='ones'` and "
                 "`divergence_coef=0`, which is DPO."
             )

@@ -222,7 +222,9 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
     def _check_forward(self) -> None:
         """Runs reference, and policy where it is another model, on a few tokens: what fails, fails here."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        models = [self._reference] if type(self._reference) is type(self.policy) else [self._reference, self.policy]
+        models = [self._reference]
+        if _family(self._reference) != _family(self.policy):
+            models.append(self.policy)
         for model in models:
             owned = model is not self.policy and sharded  # an engine that runs already has the parameters
             partitioned = any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
@@ -246,7 +248,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
                 self._mask_weights(probe_inputs(self._reference), None)
 
     def _last_states(self, inputs: dict[str, Any], model: PreTrainedModel | None, share_prompt: bool) -> torch.Tensor:
-        """Final states of some pairs' response tokens, `(N, H)`, of a model, or of the reference as training runs it."""
+        """Final states of some pairs' response tokens, of a model, or of the reference as training runs it."""
         if model is None:
             return self._run_reference(inputs, ReferenceCollector("ones", share_prompt))[0].hidden
         labels, kwargs = _labels(inputs), _model_inputs(inputs)
@@ -401,6 +403,11 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _method_section(self, model_id: str) -> str:
         return method_section(self.args, self.state.log_history, model_id)
+
+
+def _family(model: PreTrainedModel) -> tuple[type, str | None]:
+    """What decides whether a check of one model holds for another: its class, and its attention."""
+    return type(model), model.config.get_text_config()._attn_implementation
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
