@@ -35,12 +35,6 @@ REFUSED = {
         "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
         "window_size": 8, "max_position_embeddings": 64,
     },
-    "qwen3_next": {
-        **SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
-    },
 }  # fmt: skip
 
 

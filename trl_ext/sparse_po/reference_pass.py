@@ -154,7 +154,7 @@ def run_backbone(model: PreTrainedModel, packed: PackedPairs | None, *args: Any,
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
-        packed ([`PackedPairs`], *optional*):
+        packed ([`PackedPairs`] or `None`):
             The batch's pairs, which take the place of its inputs.
         args (`Any`):
             Passed to `model.base_model`.

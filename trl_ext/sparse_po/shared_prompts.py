@@ -5,7 +5,7 @@
                                         branch       0  0  0  1  1  2
 
 A token sees the tokens of branch 0 and of its own branch, as far as the model's own mask lets it at their positions:
-causal, sliding windows and chunks are functions of positions and follow. The states are those of two rows, up to
+causal masks and sliding windows are functions of positions and follow. The states are those of two rows, up to
 rounding. [`check_shared_prompts`] refuses models for which they are not.
 """
 
@@ -132,7 +132,7 @@ def branches_apart(model: PreTrainedModel, packed: PackedPairs | None) -> Iterat
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Model that is about to run on `packed.inputs()`.
-        packed ([`PackedPairs`], *optional*):
+        packed ([`PackedPairs`] or `None`):
             Pairs; without them nothing changes.
     """
     if packed is None:
