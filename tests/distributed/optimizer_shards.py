@@ -226,7 +226,9 @@ def torch_mode(wrap, gather, num_groups=1, optimizer_of=None, num_batches=None, 
     with counted_all_reduces(calls):
         for step in range(NUM_STEPS):
             optimizer.zero_grad()
-            loss_of(model, step, dist.get_rank() % num_batches, num_batches, dtype).backward()
+            # Processes that cut one layer between them see the same batch
+            own = dist.get_rank() * num_batches // dist.get_world_size()
+            loss_of(model, step, own, num_batches, dtype).backward()
             optimizer.step()
     kinds = sorted({type(p).__name__ + str(p.ndim) for group in optimizer.param_groups for p in group["params"]})
     return gather(model), {"chain": [type(model).__name__, *kinds], "calls": calls, "report": report_of(optimizer)}
@@ -374,7 +376,7 @@ def run_modes(output, modes):
         "tensor_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first"]), num_batches=1),
         "fsdp2_tensor_parallel_of_one": lambda: torch_mode(*tensor_parallel(one["tensor"], ["last"], one["data"])),
         "row_parallel": lambda: torch_mode(*tensor_parallel(mesh, ["first", "last"]), num_batches=1),
-        "fsdp2_over_tensor_parallel": lambda: torch_mode(*over_both()),
+        "fsdp2_over_tensor_parallel": lambda: torch_mode(*over_both(), num_batches=2),
         "hsdp": lambda: torch_mode(*fsdp2(both)),
         "fsdp1": lambda: torch_mode(*fsdp1(use_orig_params=True)),
         "fsdp1_groups": lambda: torch_mode(*fsdp1(use_orig_params=True), num_groups=3),
@@ -424,7 +426,7 @@ def run_modes(output, modes):
         "fsdp2": functools.partial(torch_mode, *fsdp2(mesh)),
         "hsdp": functools.partial(torch_mode, *fsdp2(both)),
         "row_parallel": functools.partial(torch_mode, *tensor_parallel(mesh, ["first", "last"]), num_batches=1),
-        "fsdp2_over_tensor_parallel": lambda **options: torch_mode(*over_both(), **options),
+        "fsdp2_over_tensor_parallel": lambda **options: torch_mode(*over_both(), num_batches=2, **options),
     }  # fmt: skip
     for name, make in OTHERS.items():
         available |= {f"{key}_{name}": functools.partial(mode, optimizer_of=make) for key, mode in wrapped.items()}
