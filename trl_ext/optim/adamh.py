@@ -157,7 +157,8 @@ class AdamH(RadialOptimizer):
         param, grad, exp_avg, exp_avg_sq = values
         adamh_(
             param, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], adam_ratio=group["adam_ratio"],
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], level=level,
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
+            level=level,
         )  # fmt: skip
 
 

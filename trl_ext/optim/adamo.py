@@ -166,7 +166,8 @@ class AdamO(RadialOptimizer):
         group, (param, grad, exp_avg, exp_avg_sq) = local.group, values
         adamo_(
             param, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], radial_ratio=group["radial_ratio"],
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], level=level,
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
+            level=level,
         )  # fmt: skip
 
 
