@@ -369,7 +369,7 @@ def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
     """FSDP2 and tensor parallelism, alone or one over the other: each mesh dimension cuts one of the tensor's."""
     shape, mesh, local = tuple(param.shape), param.device_mesh, param.to_local()
     placements = [(dim, placement) for dim, placement in enumerate(param.placements) if mesh.size(dim) > 1]
-    cuts = [(dim, placement) for dim, placement in placements if not isinstance(placement, Replicate)]
+    cuts: list[tuple[int, Any]] = [(dim, cut) for dim, cut in placements if not isinstance(cut, Replicate)]
     if not cuts:
         return Shard(place, shape, 0, 0, param.numel())
     if len(shape) < 2 and (len(cuts) > 1 or type(cuts[0][1]) is not ShardPlacement):
