@@ -29,8 +29,8 @@ Metrics = dict[str, list[float]]
 _CLIP = 0.2
 # A limit that is smaller than this share of the spread makes a share of it meaningless; the spread takes its place
 _SMALL_LIMIT = 0.1
-# By how much of a spread a violation must have fallen to count as progress
-_PROGRESS = 0.1
+# Spreads by which a violation must have fallen to count as progress: far more than the noise of a batch
+_PROGRESS = 0.5
 # A spread below this share of the mean's size is rounding: the signal is a constant
 _SPREAD_ROUNDING = 1e-6
 logger = get_logger(__name__)
