@@ -265,7 +265,7 @@ def test_model_card(folder, tmp_path):
     for metric in ("ep/free_residual", "ep/nudged_residual", "ep/symmetry", "ep/weight_angle"):
         assert f"| `{metric}` |" in text, metric
     assert "2309.02214" in text and "laborieux" in text and "register_auto_classes()" in text
-    assert f'EPModelForSequenceClassification.from_pretrained("{tmp_path}")' in text
+    assert f'EPModelForSequenceClassification.from_pretrained("{tmp_path.name}")' in text
 
 
 def test_model_from_a_name(folder, tmp_path):
