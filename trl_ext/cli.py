@@ -125,7 +125,7 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
     Raises:
         ValueError: If the accelerate config is unknown, or does not run the number of processes asked for.
     """
-    from .scripts.recipe.strict_parser import take_option
+    from .scripts.recipe.overrides import take_option
 
     script_arguments = list(arguments)
     name, num_processes = (take_option(script_arguments, f"--{option}") for option in _LAUNCH_OPTIONS)
@@ -157,7 +157,7 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def _train(module: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
-    from .scripts.recipe.strict_parser import take_option
+    from .scripts.recipe.overrides import take_option
 
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]

@@ -9,6 +9,8 @@ from trl_ext import EPHead
 
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
+# Torch 2.13 says so of what it still has, and users still call
+DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
@@ -17,6 +19,7 @@ def head():
     return EPHead(6, [12, 8, 10], 2, tolerance=1e-7, spectral_cap=0.5).eval()
 
 
+@DEPRECATED
 def test_export_and_trace(head):
     hidden, wider = torch.randn(5, 6), torch.randn(11, 6)
     with head.fixed_steps(30):
@@ -29,6 +32,7 @@ def test_export_and_trace(head):
         torch.testing.assert_close(function(wider), head(wider).detach(), **CLOSE)
 
 
+@DEPRECATED
 def test_without_fixed_steps_they_are_refused(head):
     hidden = torch.randn(3, 6)
     for kind, call in {

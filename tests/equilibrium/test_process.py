@@ -57,8 +57,8 @@ def test_importing_changes_nothing_and_the_rest_is_undone():
 
 
 def test_the_head_needs_torch_alone():
-    """All that it loads beside torch is its own package's."""
-    code = """import sys, torch
+    """All that it loads beside torch, whose compiler `torch.compiler.disable` loads, is its own package's."""
+    code = """import sys, torch, torch._dynamo
 before = {name.split(".")[0] for name in sys.modules}
 from trl_ext.equilibrium import EPHead, EPValueHeads
 EPValueHeads(2, 1)

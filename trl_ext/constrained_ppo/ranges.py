@@ -1,5 +1,6 @@
 """Ranges of every field of [`ConstrainedPPOConfig`], TRL's own among them; types and choices are its annotations."""
 
+from numbers import Integral
 from typing import Any
 
 from ..core.checks import Range, check_fields, check_value
@@ -97,13 +98,16 @@ def check_ranges(args: Any) -> None:
 
     Args:
         args ([`ConstrainedPPOConfig`]):
-            The configuration; numbers that a command line gave as text become numbers.
+            The configuration; numbers that a command line gave as text become numbers, and one width a list of one.
 
     Raises:
         ValueError: If a field is wrong.
     """
     args.vf_coef = _as_numbers(args.vf_coef)
     check_value("vf_coef", args.vf_coef, float | list[float], RANGES["vf_coef"], 0.5)
+    widths: Any = args.critic_hidden_features
+    if isinstance(widths, Integral) and not isinstance(widths, bool):
+        args.critic_hidden_features = [int(widths)]
     check_fields(args, RANGES)
 
 

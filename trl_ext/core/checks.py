@@ -11,7 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from os import PathLike
@@ -166,7 +166,7 @@ def described(hint: Any, within: Range = ANY_NUMBER) -> str:
         elif get_origin(member) is Literal:
             words.append(f"one of {', '.join(repr(choice) for choice in get_args(member))}")
         elif get_origin(member) in (list, tuple) or member in (list, tuple):
-            inner = described(get_args(member)[0], within) if get_args(member) else "values"
+            inner = described(get_args(member)[0], replace(within, empty=True)) if get_args(member) else "values"
             noun = next((many + inner[len(one) :] for one, many in _PLURALS.items() if inner.startswith(one)), inner)
             words.append(f"a list of {noun}")
         elif isinstance(member, type) and issubclass(member, Enum):

@@ -8,7 +8,7 @@ An adapter's folder has the model's `config.json` beside `adapter_config.json`, 
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -22,9 +22,6 @@ from .configuration import TOKEN_IDS, EPConfig
 from .head import EPHead
 from .settings import SETTINGS
 
-
-if TYPE_CHECKING:
-    from .modeling import EPModelForSequenceClassification
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                "trust_remote_code")  # fmt: skip
@@ -149,7 +146,7 @@ def backbone_in_memory(model: nn.Module) -> PreTrainedModel:
     return found.base_model
 
 
-def place_head(model: "EPModelForSequenceClassification", backbone: PreTrainedModel) -> None:
+def place_head(model: Any, backbone: PreTrainedModel) -> None:
     """
     Moves the head to the backbone's device, or, of a backbone that is spread over several devices, to that of its
     last part, and gives the model the `hf_device_map` of both.
@@ -189,7 +186,7 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def load_adapter(
-    cls: type["EPModelForSequenceClassification"],
+    model_class: Any,
     source: Any,
     adapter: dict[str, Any],
     config: PreTrainedConfig | None,
@@ -199,7 +196,7 @@ def load_adapter(
     The model that a saved adapter was trained on, with the adapter in it, for inference.
 
     Args:
-        cls (`type`):
+        model_class (`type`):
             [`EPModelForSequenceClassification`].
         source (`str` or `Path`):
             Folder or Hub id of the adapter.
@@ -241,7 +238,7 @@ def load_adapter(
         taken = [part.__dict__.pop("quantization_config", None) for part in (settings, settings.text_config)]
         options |= {"quantization_config": taken[0] or taken[1]} if any(taken) else {}
         options |= {"quantization_config": kwargs["quantization_config"]} if "quantization_config" in kwargs else {}
-    model = cls.from_pretrained(base, config=settings, **options)
+    model = model_class.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)
     _restore_precision(model, load_peft_weights(str(source), device="cpu", **location))

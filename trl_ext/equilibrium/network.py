@@ -188,12 +188,8 @@ class LayeredNetwork:
             if activity is None:
                 continue
             weight = weights[min(layer, neighbour)].T
-            if total is None:
-                total = activity @ weight
-            elif total is drive:
-                total = torch.addmm(total, activity, weight)
-            else:
-                total.addmm_(activity, weight)
+            # Out of place: `torch.vmap` has no rule for `addmm_`
+            total = activity @ weight if total is None else torch.addmm(total, activity, weight)
         assert total is not None
         return total.clone() if total is drive else total
 

@@ -70,7 +70,8 @@ def _weights(text: str) -> tuple[float, ...]:
 
 def _recipe(config: str, passed_on: Sequence[str]) -> dict[str, Any]:
     """The recipe with what the command line changes of the settings that a sweep looks at."""
-    from .recipe.strict_parser import load_recipe, take_option
+    from .recipe.overrides import take_option
+    from .recipe.strict_parser import load_recipe
 
     recipe, rest = dict(load_recipe(config)), list(passed_on)
     for name in ("method", "gold_reward", "eval_strategy"):

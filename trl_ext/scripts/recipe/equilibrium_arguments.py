@@ -9,10 +9,11 @@ from ...equilibrium.settings import (
     HeadSettings,
     check_head,
     check_homeostasis,
+    check_spectral_cap,
     head_settings,
     read_spectral_cap,
 )
-from .strict_parser import RecipeError
+from .reading import RecipeError
 from .tokenizer import TokenizerArguments
 
 
@@ -64,6 +65,7 @@ class EPHeadArguments(TokenizerArguments, _PrefixedHeadSettings):
         self.head_spectral_cap: Any = read_spectral_cap(self.head_spectral_cap)
         own = {f"{PREFIX}{name}": within for name, within in RANGES.items()}
         check_fields(self, {**own, f"{PREFIX}hidden_features": Range(at_least=1, empty=False), **_SCRIPT_RANGES})
+        check_spectral_cap(self, f"{PREFIX}spectral_cap")
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""

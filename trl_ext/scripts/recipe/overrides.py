@@ -143,8 +143,6 @@ def _index(entries: list[Any], part: str, option: str, name: str) -> int:
 
 def _replace_datasets(recipe: dict[str, Any], args: list[str], hints: Mapping[str, Any]) -> None:
     """`--dataset_name` and `--data_files` win over the `datasets` of a recipe."""
-    from .strict_parser import take_option
-
     if "datasets" not in hints:
         return
     if any(argument.split("=", 1)[0] in ("--dataset_name", "--dataset-name") for argument in args):
@@ -164,3 +162,33 @@ def _replace_datasets(recipe: dict[str, Any], args: list[str], hints: Mapping[st
         raise RecipeError(
             f"`--data_files {files}`: the recipe has several `datasets`. Give `--datasets.0.data_files`."
         )
+
+
+def take_option(args: list[str], name: str) -> str | None:
+    """
+    Takes `--name value` or `--name=value` out of a list of arguments.
+
+    Args:
+        args (`list[str]`):
+            Arguments, shortened in place.
+        name (`str`):
+            The option, with its `--`.
+
+    Returns:
+        `str` or `None`: its value, or `None` where it is not given.
+
+    Raises:
+        RecipeError: If it has no value or is given twice.
+    """
+    positions = [index for index, argument in enumerate(args) if argument.split("=", 1)[0] == name]
+    if not positions:
+        return None
+    if len(positions) > 1:
+        raise RecipeError(f"`{name}` is given twice. Keep one.")
+    position = positions[0]
+    argument = args.pop(position)
+    if "=" in argument:
+        return argument.split("=", 1)[1]
+    if position == len(args):
+        raise RecipeError(f"`{name}` needs a value.")
+    return args.pop(position)

@@ -22,11 +22,11 @@ from ...core.status import RunError
 from ...launcher import end_with_parent
 from .environment import PRECISION, checked_environment, environment_kept_on_success, stated_precision
 from .named_code import check_trust, named_code
-from .overrides import apply_overrides
+from .overrides import apply_overrides, take_option
 from .reading import Lines, RecipeError, read_recipe
 
 
-__all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly", "take_option"]
+__all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly"]
 # Unknown names that one error lists
 _LISTED = 20
 # Lists that TRL's configurations take one text for
@@ -266,36 +266,6 @@ def _is_list(hint: Any) -> bool:
 def _has_choices(kinds: list[Any]) -> bool:
     """Whether argparse knows the choices, whose error lists them."""
     return any(get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)) for kind in kinds)
-
-
-def take_option(args: list[str], name: str) -> str | None:
-    """
-    Takes `--name value` or `--name=value` out of a list of arguments.
-
-    Args:
-        args (`list[str]`):
-            Arguments, shortened in place.
-        name (`str`):
-            The option, with its `--`.
-
-    Returns:
-        `str` or `None`: its value, or `None` where it is not given.
-
-    Raises:
-        RecipeError: If it has no value or is given twice.
-    """
-    positions = [index for index, argument in enumerate(args) if argument.split("=", 1)[0] == name]
-    if not positions:
-        return None
-    if len(positions) > 1:
-        raise RecipeError(f"`{name}` is given twice. Keep one.")
-    position = positions[0]
-    argument = args.pop(position)
-    if "=" in argument:
-        return argument.split("=", 1)[1]
-    if position == len(args):
-        raise RecipeError(f"`{name}` needs a value.")
-    return args.pop(position)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
