@@ -248,7 +248,7 @@ def test_unknown_commands_get_a_suggestion(capsys):
 
 
 def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.subprocess, "run", lambda *args, **kwargs: cli.subprocess.CompletedProcess(args, 0))
+    monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
     path = recipe_of(tmp_path, yaml.safe_dump({"reward_funcs": ["myrewards.length"]}))
     assert cli.main(["constrained-ppo", "--config", path]) == 2
     assert "--trust_recipe_code" in capsys.readouterr().err

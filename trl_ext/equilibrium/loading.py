@@ -189,7 +189,7 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def load_adapter(
-    cls: type["EPModelForSequenceClassification"],
+    model_class: type["EPModelForSequenceClassification"],
     source: Any,
     adapter: dict[str, Any],
     config: PreTrainedConfig | None,
@@ -199,14 +199,14 @@ def load_adapter(
     The model that a saved adapter was trained on, with the adapter in it, for inference.
 
     Args:
-        cls (`type`):
+        model_class (`type`):
             [`EPModelForSequenceClassification`].
         source (`str` or `Path`):
             Folder or Hub id of the adapter.
         adapter (`dict[str, Any]`):
             See [`find_adapter`].
-        config (`PreTrainedConfig`, *optional*):
-            Configuration. Defaults to the `config.json` beside the adapter, or that of a base model which is an
+        config (`PreTrainedConfig` or `None`):
+            Configuration; `None` for the `config.json` beside the adapter, or that of a base model which is an
             [`EPModelForSequenceClassification`].
         kwargs (`dict[str, Any]`):
             Other arguments of `from_pretrained`.
@@ -241,7 +241,7 @@ def load_adapter(
         taken = [part.__dict__.pop("quantization_config", None) for part in (settings, settings.text_config)]
         options |= {"quantization_config": taken[0] or taken[1]} if any(taken) else {}
         options |= {"quantization_config": kwargs["quantization_config"]} if "quantization_config" in kwargs else {}
-    model = cls.from_pretrained(base, config=settings, **options)
+    model = model_class.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)
     _restore_precision(model, load_peft_weights(str(source), device="cpu", **location))
