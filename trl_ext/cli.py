@@ -157,7 +157,10 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def _train(module: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
+<<<<<<< HEAD
     from .scripts.recipe.overrides import take_option
+=======
+>>>>>>> fix2
 
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]
@@ -169,9 +172,7 @@ def _train(module: str, arguments: list[str]) -> int:
     environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
-    rest = list(script_arguments)
-    take_option(rest, "--config")  # its settings are the parser's defaults since the check
-    saves = parser.parse_args(rest).save_on_signal
+    saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
     return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
 
 

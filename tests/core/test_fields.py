@@ -28,6 +28,7 @@ MEANT = {
     "multiplier_init": (-1, -0.5),  # a start below zero, for an equality
     "multiplier_max": (math.inf,),  # no bound
     "critic_model_name_or_path": TEXTS,
+    "tokenizer_name_or_path": TEXTS,
     "critic_score_reward": TEXTS,
     "gold_reward": TEXTS,
     "text_column": TEXTS,

@@ -62,10 +62,15 @@ def test_recipe_has_its_header(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_misspelt_key_is_refused(path, tmp_path):
-    recipe = load_recipe(path) | {"lerning_rate": 1.0}
+    recipe = load_recipe(path)
+    dataclasses = make_parser(path).dataclass_types
+    has_rate = any("learning_rate" in dataclass.__dataclass_fields__ for dataclass in dataclasses)
+    name = "learning_rate" if has_rate else max(recipe, key=len)
+    misspelt = name[:2] + name[3:]
+    recipe[misspelt] = recipe.pop(name, 1.0)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match=r"`lerning_rate`.*wrong.yaml.*did you mean `(\w*_)?learning_rate"):
+    with pytest.raises(ValueError, match=rf"`{misspelt}`.*wrong.yaml.*did you mean `(\w*_)?{name}`"):
         make_parser(path).check(["--config", str(wrong), "--trust_recipe_code"])
 
 

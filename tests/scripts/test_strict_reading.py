@@ -248,9 +248,17 @@ def test_unknown_commands_get_a_suggestion(capsys):
 
 
 def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.subprocess, "run", lambda *args, **kwargs: cli.subprocess.CompletedProcess(args, 0))
+    monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
     path = recipe_of(tmp_path, yaml.safe_dump({"reward_funcs": ["myrewards.length"]}))
     assert cli.main(["constrained-ppo", "--config", path]) == 2
     assert "--trust_recipe_code" in capsys.readouterr().err
     assert cli.main(["constrained-ppo", "--config", path, "--trust_recipe_code"]) == 0
     assert "This run imports the module myrewards (reward_funcs)." in capsys.readouterr().err
+
+
+def test_the_command_takes_what_the_script_takes(tmp_path, monkeypatch):
+    """Parts of lists, and TRL's own configurations, which have no `save_on_signal`."""
+    monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
+    path = recipe_of(tmp_path, "constraints: [{reward: a, threshold: 1}]\n")
+    assert cli.main(["constrained-ppo", "--config", path, "--constraints.0.threshold", "2"]) == 0
+    assert cli.main(["sft", "--config", recipe_of(tmp_path, "seed: 1\n")]) == 0

@@ -313,7 +313,7 @@ class Family:
         return {"state": "holds" if holds else "differs", "differences": {"tokens": difference}, "names": other[:3]}
 
     def _resume(self, column: str, masks: dict[str, torch.Tensor], losses: list[float]) -> Cell:
-        resumed = self.trainer(column)
+        resumed = self.trainer(column, overwrite=True)
         resumed.train(resume_from_checkpoint=str(self.folder / "runs" / f"checkpoint-{STEP_OF_CHECKPOINT}"))
         pairs = [*_both(resumed.model.state_dict(), self.trained), *_both(resumed.masks.state_dict(), masks)]
         difference = max((a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel())

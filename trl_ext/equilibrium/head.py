@@ -538,9 +538,14 @@ def zeros(size: int) -> torch.Tensor:
 
 
 def orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A random matrix on the CPU, in float32, whose singular values are all 1."""
-    empty = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-    return nn.init.orthogonal_(empty, generator=generator)
+    """
+    A random matrix on the CPU, in float32, whose singular values are all 1: that of `nn.init.orthogonal_`, which
+    transformers switches off while it loads a model under ZeRO-3.
+    """
+    normal = torch.empty(rows, columns, dtype=torch.float32, device="cpu").normal_(generator=generator).float()
+    basis, triangle = torch.linalg.qr(normal.T if rows < columns else normal)
+    basis = basis * triangle.diagonal().sign()
+    return (basis.T if rows < columns else basis).contiguous()
 
 
 def at_angle(weight: torch.Tensor, degrees: float, generator: torch.Generator | None = None) -> torch.Tensor:

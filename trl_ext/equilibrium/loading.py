@@ -186,7 +186,11 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def load_adapter(
+<<<<<<< HEAD
     model_class: Any,
+=======
+    model_class: type["EPModelForSequenceClassification"],
+>>>>>>> fix2
     source: Any,
     adapter: dict[str, Any],
     config: PreTrainedConfig | None,
@@ -202,8 +206,8 @@ def load_adapter(
             Folder or Hub id of the adapter.
         adapter (`dict[str, Any]`):
             See [`find_adapter`].
-        config (`PreTrainedConfig`, *optional*):
-            Configuration. Defaults to the `config.json` beside the adapter, or that of a base model which is an
+        config (`PreTrainedConfig` or `None`):
+            Configuration; `None` for the `config.json` beside the adapter, or that of a base model which is an
             [`EPModelForSequenceClassification`].
         kwargs (`dict[str, Any]`):
             Other arguments of `from_pretrained`.

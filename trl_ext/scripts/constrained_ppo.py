@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.checks import Range, check_fields, check_value
-from .recipe.tokenizer import TokenizerArguments
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ConstrainedPPOScriptArguments(TokenizerArguments):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"gold_reward": Range(empty=False)})
+        check_fields(self, {"gold_reward": Range(empty=False), **TOKENIZER_RANGES})
         for name in self.reward_funcs:
             check_value("reward_funcs", name, str, Range(empty=False), label="an entry of `{}`")
 
@@ -93,19 +93,21 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     model = resolve_model(model_args.model_name_or_path)
+    dataset = load_datasets(script_args, dataset_args)
+    evaluate = training_args.eval_strategy != "no" or gold_reward is not None
+    train_dataset = split_of(dataset, "dataset_train_split", script_args)
+    eval_dataset = split_of(dataset, "dataset_test_split", script_args) if evaluate else None
     tokenizer = load_tokenizer(
         model, model_args, training_args, reward_args, truncation_side="left", padding_side="left"
     )
-    dataset = load_datasets(script_args, dataset_args)
-    evaluate = training_args.eval_strategy != "no" or gold_reward is not None
     without_critic = isinstance(training_args, ConstrainedGRPOConfig)
     trainer_class = ConstrainedGRPOTrainer if without_critic else ConstrainedPPOTrainer
     trainer = trainer_class(
         model=model,
         reward_funcs=rewards,
         args=training_args,
-        train_dataset=split_of(dataset, "dataset_train_split", script_args),
-        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         gold_reward=gold_reward,
         processing_class=tokenizer if reward_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.checks import Range, check_fields
-from .recipe.tokenizer import TokenizerArguments
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class SparsePOScriptArguments(TokenizerArguments):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"show_token_masks": Range(at_least=0)})
+        check_fields(self, {"show_token_masks": Range(at_least=0), **TOKENIZER_RANGES})
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, mask_args: Any) -> None:
@@ -66,14 +66,16 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     model = resolve_model(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(model, model_args, training_args, mask_args)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no"
+    train_dataset = split_of(dataset, "dataset_train_split", script_args)
+    eval_dataset = split_of(dataset, "dataset_test_split", script_args) if evaluate else None
+    tokenizer = load_tokenizer(model, model_args, training_args, mask_args)
     trainer = SparsePOTrainer(
         model=model,
         args=training_args,
-        train_dataset=split_of(dataset, "dataset_train_split", script_args),
-        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer if mask_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),

@@ -17,7 +17,7 @@ def router_loss(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model.
-        router_logits (`tuple` of `torch.Tensor`, each of shape `(2B * T, E)`, *optional*):
+        router_logits (`tuple` of `torch.Tensor`, each of shape `(2B * T, E)`, or `None`):
             Logits over the `E` experts that its backbone returned for each layer; `None` or empty without experts.
         attention_mask (`torch.Tensor` of shape `(2B, T)`, *optional*):
             Zero for padding, which is not counted.

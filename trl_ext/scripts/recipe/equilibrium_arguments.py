@@ -13,12 +13,17 @@ from ...equilibrium.settings import (
     head_settings,
     read_spectral_cap,
 )
+<<<<<<< HEAD
 from .reading import RecipeError
 from .tokenizer import TokenizerArguments
+=======
+from .strict_parser import RecipeError
+from .tokenizer import TOKENIZER_RANGES, TokenizerArguments
+>>>>>>> fix2
 
 
 PREFIX = "head_"
-_SCRIPT_RANGES = {"show_alignment": Range(at_least=0)}
+_SCRIPT_RANGES = {"show_alignment": Range(at_least=0), **TOKENIZER_RANGES}
 
 
 def _argument(item: Any) -> tuple[str, Any, Any]:

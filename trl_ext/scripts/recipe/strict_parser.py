@@ -113,6 +113,7 @@ class StrictParser(TrlParser):
         parsed = self.parse_args(remaining)
         # What this run is about to import, for the command to say
         self.named_code = named_code(vars(parsed))
+        self.parsed = parsed
         precision = stated_precision(self._stated(checked, remaining, parsed))
         if precision is not None and os.environ.get(PRECISION, precision) != precision:
             environment[PRECISION] = precision

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...core.checks import Range
+
+
+TOKENIZER_RANGES = {"tokenizer_name_or_path": Range(empty=False)}
+
 
 @dataclass
 class TokenizerArguments:
