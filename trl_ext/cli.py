@@ -157,10 +157,6 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def _train(module: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
-<<<<<<< HEAD
-    from .scripts.recipe.overrides import take_option
-=======
->>>>>>> fix2
 
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]

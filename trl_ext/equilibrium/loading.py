@@ -186,11 +186,7 @@ def find_adapter(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def load_adapter(
-<<<<<<< HEAD
     model_class: Any,
-=======
-    model_class: type["EPModelForSequenceClassification"],
->>>>>>> fix2
     source: Any,
     adapter: dict[str, Any],
     config: PreTrainedConfig | None,

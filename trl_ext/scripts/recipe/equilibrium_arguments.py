@@ -13,13 +13,8 @@ from ...equilibrium.settings import (
     head_settings,
     read_spectral_cap,
 )
-<<<<<<< HEAD
 from .reading import RecipeError
-from .tokenizer import TokenizerArguments
-=======
-from .strict_parser import RecipeError
 from .tokenizer import TOKENIZER_RANGES, TokenizerArguments
->>>>>>> fix2
 
 
 PREFIX = "head_"
