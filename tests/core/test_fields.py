@@ -31,6 +31,7 @@ MEANT = {
     "critic_score_reward": TEXTS,
     "gold_reward": TEXTS,
     "text_column": TEXTS,
+    "tokenizer_name_or_path": TEXTS,
     "label_column": TEXTS,
     "gold_metric": TEXTS,
     "reward": (*TEXTS, ),

@@ -202,8 +202,8 @@ def load_adapter(
             Folder or Hub id of the adapter.
         adapter (`dict[str, Any]`):
             See [`find_adapter`].
-        config (`PreTrainedConfig`, *optional*):
-            Configuration. Defaults to the `config.json` beside the adapter, or that of a base model which is an
+        config (`PreTrainedConfig` or `None`):
+            Configuration; of `None`, the `config.json` beside the adapter, or that of a base model which is an
             [`EPModelForSequenceClassification`].
         kwargs (`dict[str, Any]`):
             Other arguments of `from_pretrained`.

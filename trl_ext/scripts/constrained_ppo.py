@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.checks import Range, check_fields, check_value
-from .recipe.tokenizer import TokenizerArguments
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ConstrainedPPOScriptArguments(TokenizerArguments):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"gold_reward": Range(empty=False)})
+        check_fields(self, {**TOKENIZER_RANGES, "gold_reward": Range(empty=False)})
         for name in self.reward_funcs:
             check_value("reward_funcs", name, str, Range(empty=False), label="an entry of `{}`")
 

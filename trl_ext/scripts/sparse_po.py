@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.checks import Range, check_fields
-from .recipe.tokenizer import TokenizerArguments
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class SparsePOScriptArguments(TokenizerArguments):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"show_token_masks": Range(at_least=0)})
+        check_fields(self, {**TOKENIZER_RANGES, "show_token_masks": Range(at_least=0)})
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, mask_args: Any) -> None:

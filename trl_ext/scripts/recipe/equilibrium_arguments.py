@@ -14,11 +14,11 @@ from ...equilibrium.settings import (
     read_spectral_cap,
 )
 from .reading import RecipeError
-from .tokenizer import TokenizerArguments
+from .tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 PREFIX = "head_"
-_SCRIPT_RANGES = {"show_alignment": Range(at_least=0)}
+_SCRIPT_RANGES = {**TOKENIZER_RANGES, "show_alignment": Range(at_least=0)}
 
 
 def _argument(item: Any) -> tuple[str, Any, Any]:
