@@ -10,7 +10,7 @@ from trl_ext import EPHead
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
 # Torch 2.13 says so of what it still has, and users still call
-DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture

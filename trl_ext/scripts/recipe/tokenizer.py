@@ -51,7 +51,7 @@ def load_tokenizer(
     from transformers import AutoConfig, AutoTokenizer
 
     from ...core.tokenizer_check import check_tokenizer
-    from .strict_parser import RecipeError
+    from .reading import RecipeError
 
     trust = getattr(training_args, "trust_remote_code", False)
     of_model = {"revision": model_args.model_revision, "trust_remote_code": trust}
