@@ -1,5 +1,6 @@
 """Rows that no trainer can read are named by row and column; all others pass, however they are stored."""
 
+import math
 import time
 
 import pytest
@@ -159,4 +160,9 @@ def test_trainers_name_row_and_column(kind, folder, tmp_path):
 
 def test_a_completion_of_a_million_characters_trains_as_trls_does(folder, tmp_path):
     rows = [{"prompt": "the film", "chosen": f" good {'x' * 1_000_000}", "rejected": " bad"}]
-    make_trainer(tmp_path, folder, tiny_tokenizer(), data=Dataset.from_list(rows), max_length=16, max_steps=1).train()
+    trainer = make_trainer(
+        tmp_path, folder, tiny_tokenizer(), data=Dataset.from_list(rows), max_length=16, max_steps=1
+    )
+    loss = trainer.train().training_loss
+    # Policy and reference are the same before the first step, whatever the texts
+    assert trainer.state.global_step == 1 and loss == pytest.approx(math.log(2), abs=1e-6)

@@ -149,12 +149,6 @@ class CheckpointMixin(WholeCheckpointsMixin, GRPOTrainer):
             **{f"threshold of {key}": fields for key, fields in thresholds.items()},
         }
 
-    def _why_ended(self) -> str | None:
-        return self.stop_reason
-
-    def _stay_ended(self, reason: str) -> None:
-        self.stop_reason = reason
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         step, batches = open_rollout(self)

@@ -68,9 +68,11 @@ class WholeCheckpointsMixin(Trainer):
 
     Attributes:
         run_arguments ([`RunArguments`]): Settings of the run, where the trainer's configuration does not have them.
+        stop_reason (`str` or `None`): Why training ended before its last step; the manifest holds it.
     """
 
     run_arguments = RunArguments()
+    stop_reason: str | None = None
     # Settings that a resumed run must have as its checkpoint; those of a subclass come with its parents'
     _fixed_settings: tuple[str, ...] = ("optim",)
     _changes: dict[str, tuple] = {}
@@ -94,13 +96,6 @@ class WholeCheckpointsMixin(Trainer):
     def _more_settings(self) -> Settings:
         """Settings that are no fields of the configuration, or stand in the place of one; `None` leaves it out."""
         return {}
-
-    def _why_ended(self) -> str | None:
-        """Why the run has ended before its last step, for the manifest; `None` while it goes on."""
-        return None
-
-    def _stay_ended(self, reason: str) -> None:
-        """Called in a resumed run that had ended, with what [`_why_ended`] gave."""
 
     # One run for a folder
 
@@ -288,8 +283,7 @@ class WholeCheckpointsMixin(Trainer):
         if self._resumed_from is not None and (self._ended or self.state.global_step >= self.state.max_steps):
             reason = self._ended or f"it has made its {self.state.max_steps} steps"
             logger.warning(f"The run had ended at step {self.state.global_step}: {reason}", main_process_only=True)
-            if self._ended:
-                self._stay_ended(self._ended)
+            self.stop_reason = self._ended
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -343,7 +337,7 @@ class WholeCheckpointsMixin(Trainer):
             "engine": self._engine(),
             "world_size": self.args.world_size,
             "step": self.state.global_step,
-            "ended": self._why_ended(),
+            "ended": self.stop_reason,
             "settings": self._settings(),
         }
 
