@@ -5,12 +5,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SEED := $(shell date +%s)
+CASES := 20000
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo format quick test shuffle lint contract benchmark clean
+.PHONY: help demo format quick test faults shuffle fuzz audit lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -43,8 +44,22 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 	@echo "SEED=$(SEED)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --random-order-seed=$(SEED)
 
-contract: $(STAMP) ## Run the contract tests on each supported TRL, each in its own environment
-	bash tests/contract/run_matrix.sh "$(TORCH)" "$(filter-out trl==%,$(PINNED))"
+faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
+
+fuzz: $(STAMP) ## Try 20,000 random recipes, configurations, constraints, rows and token weights (10 minutes); CASES=n for others
+	OMP_NUM_THREADS=1 TRL_EXT_FUZZ_CASES=$(CASES) $(PYTHON) -m pytest tests/fuzz
+
+audit: $(STAMP) ## Look up known vulnerabilities of the pinned versions (needs a network)
+	printf '%s\n' $(TORCH) $(PINNED) > $(VENV)/pinned.txt
+	test -x $(VENV)/audit/bin/pip-audit || (python3 -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
+	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/pinned.txt
+
+contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions
+	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"
+
+matrix: ## Run the fast tier on the lowest, the usual and the newest versions, each in its own environment
+	bash tests/contract/run_matrix.sh quick "$(TORCH)" "$(PINNED)"
 
 benchmark: $(STAMP) ## Measure each method against TRL's trainer or another implementation
 	$(PYTHON) -m tests.benchmarks.sparse_po

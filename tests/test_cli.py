@@ -169,14 +169,17 @@ def test_environment_stands_before_a_configuration_is_built(tmp_path, monkeypatc
 def test_launcher_gets_the_environment_and_passes_on_the_status(tmp_path, monkeypatch):
     calls = []
 
-    def run(command, env, check):
-        calls.append((command, env))
-        return subprocess.CompletedProcess(command, 7)
+    def run(command, env, patience):
+        calls.append((command, env, patience))
+        return 7
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cli, "run_launcher", run)
     recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1)
     assert cli.main(["sparse-po", "--config", recipe]) == 7
     assert calls[0][1]["TRL_EXT_TEST"] == "3" and "TRL_EXT_TEST" not in os.environ
+    assert calls.pop()[2] == 10.0
+    assert cli.main(["sparse-po", "--config", recipe, "--save_on_signal", "true"]) == 7
+    assert calls[0][2] is None  # for as long as saving takes
     assert cli.main(["sparse-po", "--config", write_recipe(tmp_path, betaa=0.1)]) == 2
     assert len(calls) == 1
 
@@ -220,7 +223,7 @@ def test_launch_command():
     command = cli.launch_command("module", ["--config", "r.yaml", "--accelerate_config=zero3", "--num_processes", "4"])
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert command[4].endswith("accelerate_configs/zero3.yaml")
-    assert command[5:7] == ["--num_processes", "4"]
+    assert command[5:8] == ["--quiet", "--num_processes", "4"]
     assert command[-4:] == ["-m", "module", "--config", "r.yaml"]
 
 
@@ -301,13 +304,15 @@ def test_script_refuses_before_loading(tmp_path):
     assert "did you mean `beta`" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_slurm_launches_one_launcher_per_node(tmp_path):
-    """With the cluster's commands replaced, the launcher of node 1 of 2 gets the recipe and overrides unharmed."""
+@pytest.mark.parametrize("status", [0, 3, 75])
+def test_slurm_launches_one_launcher_per_node(status, tmp_path):
+    """With the cluster's commands replaced, the launcher of node 1 of 2 gets the recipe and overrides unharmed, and a
+    run that was told to end is put into the queue again."""
     programs = {
-        "scontrol": "echo node-a; echo node-b",
+        "scontrol": '[ "$1" = requeue ] && echo "again $2" || { echo node-a; echo node-b; }',
         "srun": 'SLURM_PROCID=1 exec "$@"',
         "python": f'exec "{sys.executable}" "$@"',
-        "accelerate": 'printf "%s\\n" "$@"',
+        "accelerate": f'printf "%s\\n" "$@"; [ {status} = 75 ] && echo 75 > $TRL_EXT_STATUS_FILE; exit {status}',
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{body}\n")
@@ -316,6 +321,7 @@ def test_slurm_launches_one_launcher_per_node(tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "17",
         "SLURM_GPUS_ON_NODE": "4",
     }
     arguments = ["sparse-po", "my recipe.yaml", "zero3", "--run_name", "it's $HOME"]
@@ -323,12 +329,15 @@ def test_slurm_launches_one_launcher_per_node(tmp_path):
         ["bash", str(ROOT / "recipes" / "launch.slurm"), *arguments],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     launched = done.stdout.splitlines()
-    options = dict(zip(launched[1:-6:2], launched[2:-6:2], strict=True))
+    assert ("again 17" in launched) == (status == 75)
+    launched = [line for line in launched if line != "again 17"]
+    options = dict(zip(launched[1:-10:2], launched[2:-10:2], strict=True))
     assert options["--config_file"].endswith("zero3.yaml")
     assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("2", "8", "1")
     assert options["--main_process_ip"] == "node-a"
-    assert launched[-6:] == [
-        "-m", "trl_ext.scripts.sparse_po", "--config", "my recipe.yaml", "--run_name", "it's $HOME",
+    assert launched[-10:] == [
+        "-m", "trl_ext.scripts.sparse_po", "--config", "my recipe.yaml", "--resume_from_checkpoint", "true",
+        "--save_on_signal", "true", "--run_name", "it's $HOME",
     ]  # fmt: skip

@@ -4,28 +4,35 @@ Every name gathered here is watched by `tests/contract/` on each TRL version the
 """
 
 import gc
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import Trainer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import grpo_trainer
-from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import FusedCausalLMOutput, is_async_callable, maybe_gather_lm_head_ctx, use_adapter
 
+
+if TYPE_CHECKING:
+    from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
+    from trl.trainer.callbacks import SyncRefModelCallback as SyncRefModelCallback
+    from trl.trainer.utils import FusedCausalLMOutput as FusedCausalLMOutput
+    from trl.trainer.utils import is_async_callable as is_async_callable
+    from trl.trainer.utils import maybe_gather_lm_head_ctx as maybe_gather_lm_head_ctx
+    from trl.trainer.utils import use_adapter as use_adapter
 
 __all__ = [
     "DEFAULT_CALLBACKS",
     "FusedCausalLMOutput",
     "SyncRefModelCallback",
     "add_optimizer_name",
+    "attention_masks_changed_by",
     "copy_parameters",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
@@ -46,6 +53,42 @@ __all__ = [
     "zero3_sub_group",
     "zero_process_group",
 ]
+
+# Whose fused head SparsePO and the critic take part in
+OLDEST_TRL = "1.15"
+
+# Read on first use: optimizers and heads run with a TRL that has not all of them, or without TRL
+_OF_TRL = {
+    "FusedCausalLMOutput": "trl.trainer.utils",
+    "SyncRefModelCallback": "trl.trainer.callbacks",
+    "disable_gradient_checkpointing": "trl.models.utils",
+    "is_async_callable": "trl.trainer.utils",
+    "maybe_gather_lm_head_ctx": "trl.trainer.utils",
+    "use_adapter": "trl.trainer.utils",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_trl()
+    return getattr(importlib.import_module(_OF_TRL[name]), name)
+
+
+def require_trl() -> None:
+    """
+    Raises an `ImportError` that names both versions where the installed TRL is older than `SparsePOTrainer`,
+    `ConstrainedPPOTrainer` and what belongs to them can extend.
+    """
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    if Version(version("trl")) < Version(OLDEST_TRL):
+        raise ImportError(
+            f"SparsePOTrainer and ConstrainedPPOTrainer extend TRL {OLDEST_TRL} or newer, and trl=={version('trl')} "
+            f'is installed: `pip install "trl>={OLDEST_TRL}"`. Optimizers and equilibrium heads run with it as it is.'
+        )
 
 
 @contextmanager
@@ -70,6 +113,29 @@ def observe_attention(callback: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS.get_interface
+
+
+@contextmanager
+def attention_masks_changed_by(implementation: str, change: Callable[..., Any]) -> Iterator[None]:
+    """
+    Until the context ends, transformers makes the masks of the attention `implementation` from `change(mask_function)`
+    where the model asks for `mask_function`, a function of row, head, query and key. They are made in full, and not
+    left to a kernel that is causal by itself.
+    """
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    before = dict(masks._local_mapping)
+    make_mask = masks.get(implementation)
+
+    def make_changed_mask(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> Any:
+        assert make_mask is not None
+        return make_mask(*args, mask_function=change(mask_function), **{**kwargs, "allow_is_causal_skip": False})
+
+    if make_mask is not None:
+        masks[implementation] = make_changed_mask
+    try:
+        yield
+    finally:
+        masks._local_mapping = before
 
 
 def keep_from_vllm(vllm_generation: Any, part: str) -> None:
@@ -102,6 +168,8 @@ def reference_built_by(build: Callable[..., Any], loads_policy: bool) -> Iterato
     Lets `GRPOTrainer.__init__` take its reference model from `build(load, name, **kwargs)` instead of `load(name,
     **kwargs)`. With `loads_policy` its first load is the policy's, as for a policy that is given by name.
     """
+    from trl.trainer import grpo_trainer
+
     load, to_pass = grpo_trainer.create_model_from_path, int(loads_policy)
 
     def load_or_build(name: str, **kwargs: Any) -> Any:
@@ -136,6 +204,7 @@ def gathered_state_dict(module: Any) -> dict[str, Any]:
     all processes must call it.
     """
     from torch.distributed.tensor import DTensor
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     parameters = dict(module.named_parameters())
     with maybe_gather_lm_head_ctx(*parameters.values()):

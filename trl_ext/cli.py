@@ -2,9 +2,9 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
+from .launcher import PATIENCE, run_launcher
 
 
 TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
@@ -51,7 +52,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   recipes     List the recipes of the package, or those below a folder: trl-ext recipes [FOLDER]
               Copy one of the package: trl-ext recipes copy NAME [FOLDER]; `--config NAME` finds it too
 
---accelerate_config takes the path of a file, or one of: {configs}."""
+--accelerate_config takes the path of a file, or one of: {configs}.
+A recipe outside the working folder that names code to import needs --trust_recipe_code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
     if command not in commands:
-        errors.print(f"trl-ext: unknown command {command!r}. The commands are {', '.join(sorted(commands))}.")
+        close = get_close_matches(command.replace("_", "-"), commands, n=1, cutoff=0.5)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        errors.print(f"trl-ext: unknown command {command!r}.{hint} The commands are {', '.join(sorted(commands))}.")
         return 2
     try:
         return commands[command](rest)
@@ -121,12 +125,12 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
     Raises:
         ValueError: If the accelerate config is unknown, or does not run the number of processes asked for.
     """
-    from .scripts.recipe.strict_parser import take_option
+    from .scripts.recipe.overrides import take_option
 
     script_arguments = list(arguments)
     name, num_processes = (take_option(script_arguments, f"--{option}") for option in _LAUNCH_OPTIONS)
     config = accelerate_config_path(name or "single_process")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--quiet"]
     if num_processes is not None:
         if not num_processes.isdigit() or int(num_processes) < 1:
             raise ValueError(f"`--num_processes {num_processes}` must be a whole number of at least 1.")
@@ -142,10 +146,18 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
 
 
 def _yaml(path: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The accelerate config {path} is not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"The accelerate config {path} must be a mapping, got {type(found).__name__}.")
+    return found
 
 
 def _train(module: str, arguments: list[str]) -> int:
+    from .scripts.recipe.named_code import announcement
+
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]
     parser = importlib.import_module(module).make_parser(prog="trl-ext")
@@ -154,7 +166,10 @@ def _train(module: str, arguments: list[str]) -> int:
         return 0
     # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
     environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
-    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    if parser.named_code:
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
+    saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
+    return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
 
 
 def _demo(arguments: list[str]) -> int:

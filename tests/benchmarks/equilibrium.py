@@ -129,9 +129,9 @@ def sweep_counts(head: EPHead) -> str:
 def forced_counts(step: Callable[[], object], nudged_sweeps: int) -> Callable[[], None]:
     """The same step with `max_steps` free sweeps and so many nudged ones, converged or not."""
 
-    def nudged(dynamics, tolerance, max_steps, start=None):
+    def nudged(dynamics, tolerance, max_steps, start=None, raises=True):
         # Two relaxations at this radius: of the principal mode, and from there of all points
-        return relaxation.relax(dynamics, tolerance, nudged_sweeps // 2, start)
+        return relaxation.relax(dynamics, tolerance, nudged_sweeps // 2, start, raises)
 
     def run() -> None:
         never = mock.patch.object(relaxation, "absolute_tolerance", return_value=-1.0)

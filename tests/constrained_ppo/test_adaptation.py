@@ -218,7 +218,7 @@ def test_every_number_of_constraints(count):
 def test_presets_only_fill():
     filled = config(method="mu", constraints=[{"reward": 0, "threshold": 1.0}])
     assert filled.constraints[0]["kind"] == ">=" and filled.objective == "kl" and filled.multiplier_squash == "none"
-    assert (filled.multiplier_units, filled.multiplier_max, filled.mixing) == ("spread", 5.0, "normalized")
+    assert (filled.multiplier_units, filled.multiplier_max, filled.mixing) == ("spread", 2.0, "normalized")
     paper = config(method="mu-paper", constraints=[{"reward": 0, "threshold": 1.0}], multiplier_max=3.0)
     assert (paper.multiplier_squash, paper.multiplier_units, paper.multiplier_max) == ("sigmoid", "raw", 3.0)
     assert (paper.mixing, paper.whitening, paper.multiplier_drift) == ("paper", "streams", 0.0)
@@ -251,7 +251,7 @@ def test_value_loss_weights():
         ({"method": "ppo", "kl_ceiling": -1.0}, "`kl_ceiling` must be a number greater than 0, got -1.*Leave it out"),
         (
             {"method": "ppo", "gold_patience": 0},
-            "`gold_patience` must be a number greater than 0, got 0.*Leave it out",
+            "`gold_patience` must be a whole number of at least 1, got 0.*Leave it out",
         ),
         ({"method": "ppo", "gamma": 1.5}, "`gamma` must be a number of at least 0 and of at most 1, got 1.5"),
         ({"method": "ppo", "kl_step": 0.0}, "`kl_step`.*got 0"),

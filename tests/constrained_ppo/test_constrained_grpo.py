@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.helpers.constrained_grpo import BOUNDS, make, rollout
@@ -351,7 +352,8 @@ def test_wrong_arguments(tmp_path, path):
     with pytest.raises(ValueError, match="`group_baseline='leave_one_out'` needs `critic='none'`"):
         ConstrainedPPOConfig(str(tmp_path), use_cpu=True, bf16=False, method="ppo", group_baseline="leave_one_out")
     (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "critic.safetensors").touch()
+    for name in ("model", "critic"):
+        save_file({"weight": torch.zeros(1)}, tmp_path / "checkpoint-1" / f"{name}.safetensors")
     state = {"global_step": 1, "log_history": [], "train_batch_size": 8}
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="has a critic and this run has `critic='none'`"):

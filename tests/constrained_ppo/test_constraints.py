@@ -61,10 +61,13 @@ def test_keys_and_unique_names():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"threshold": 1.0, "kind": "<=", "probability": 5}, "`probability` .*'x' must lie in .0, 1.*got 5"),
+        (
+            {"threshold": 1.0, "kind": "<=", "probability": 5},
+            "`probability` .*'x' must be a number greater than 0 and smaller than 1, got 5",
+        ),
         ({"threshold": 1.0, "probability": 0.5}, "`probability`.*needs the `kind` '>=' or '<='"),
         ({"threshold": 1.0, "tolerance": 0.5}, "`tolerance=0.5`.*needs `per_prompt: true`"),
-        ({"threshold": 1.0, "spread": 0.0}, "`spread`.*positive number, got 0.0"),
+        ({"threshold": 1.0, "spread": 0.0}, "`spread`.*number greater than 0, got 0.0"),
     ],
 )
 def test_wrong_constraints(given, message):
@@ -181,6 +184,14 @@ def test_infeasible_constraints_are_named_once():
     watch = FeasibilityWatch(patience=3)
     said = [watch.check("a", exhausted) for exhausted in (True, True, False, True, True, True, True)]
     assert said == [False] * 5 + [True, False]
+    # A policy on its way is not named: it comes nearer every other rollout, then no more
+    found = [watch.check("b", True, violation) for violation in (4.0, 3.9, 3.0, 2.95, 2.0, 1.95, 1.93)]
+    assert found == [False] * 6 + [True]
+    again = FeasibilityWatch(patience=3)
+    again.load_state_dict(watch.state_dict())
+    assert again.state_dict() == watch.state_dict() and not again.check("b", True, 1.93)
+    again.load_state_dict({"b": 2})  # of an earlier version
+    assert again.check("a", True, 1.0) is False and again.state_dict()["counts"] == {"b": 2, "a": 1}
     message = watch.message(Constraint("a", 2.0, ">="), 5.0)
     assert "`a >= 2` has been violated for 3 rollouts" in message and "multiplier_max=5" in message
 
@@ -217,7 +228,7 @@ def test_weights_that_are_bounded_too_low_are_told():
     assert "`a >= 0.9` may be out of reach of its weight" in found and "multiplier_squash='sigmoid'" in found
     assert warned(method="mu") == [] and warned(method="mu-paper", mixing="normalized", whitening="spread") == []
     (found,) = warned(method="mu", kl_coef=20.0)
-    assert "needs about 22 " in found and "allow 5." in found
+    assert "needs about 22 " in found and "allow 2." in found
     # With both violated no weight is left to the KL
     constraints[1] = Constraint("b", 1.5, ">=")
     assert warned(method="mu-paper") == []

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from trl_ext.constrained_ppo.constrained_ppo_config import PRESETS
 from trl_ext.constrained_ppo.multipliers import Constraint, LagrangeMultipliers
 
 
@@ -174,9 +175,9 @@ def test_wrong_means_leave_the_multipliers(means):
 
 
 def new_default(constraints, **settings):
-    """The multipliers of the presets `"mu"`, `"xi"` and `"all"`."""
-    settings = {"learning_rate": 0.05, "momentum": 0.0, "proportional": 3.0, "maximum": 5.0, **settings}
-    return LagrangeMultipliers(constraints, "none", drift=0.05, anti_windup=True, **settings)
+    """The multipliers of the preset `"all"`, with a filter that expects slow means."""
+    settings = {"learning_rate": 0.05, "momentum": 0.0, "proportional": 3.0, "maximum": 5.0, "drift": 0.05, **settings}
+    return LagrangeMultipliers(constraints, "none", anti_windup=True, **settings)
 
 
 def test_spreads_are_the_unit_of_violations():
@@ -216,13 +217,15 @@ def test_noise_of_a_batch_is_no_full_swing_of_a_weight():
     generator = torch.Generator().manual_seed(0)
     means = 0.5 + 0.06 / 8 * torch.randn(200, 1, generator=generator, dtype=torch.float64)
     raw = LagrangeMultipliers([Constraint("x", 0.5)], "tanh", learning_rate=0.5, proportional=40.0)
-    filtered = new_default([Constraint("x", 0.5)])
-    filtered.set_spreads([0.06])
-    swings = [
-        torch.stack([raw.update(mean) for mean in means]).std(),
-        torch.stack([filtered.update(mean, [0.06 / 8]) for mean in means]).std(),
-    ]
-    assert swings[0] > 0.25 and swings[1] < 0.2
+    slow = new_default([Constraint("x", 0.5)])
+    xi = PRESETS["xi"]
+    default = new_default([Constraint("x", 0.5)], proportional=xi.proportional, drift=xi.drift, maximum=xi.maximum)
+    swings = [torch.stack([raw.update(mean) for mean in means]).std()]
+    for filtered in (slow, default):
+        filtered.set_spreads([0.06])
+        swings.append(torch.stack([filtered.update(mean, [0.06 / 8]) for mean in means]).std())
+    # Of weights within 1, 5 and 2
+    assert swings[0] > 0.25 and swings[1] < 0.2 and swings[2] < 0.35
 
 
 @pytest.mark.parametrize("episodes", [64, 512])

@@ -158,9 +158,9 @@ def test_a_search_of_another_sampler_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "gp"}, r"`search.sampler` must be one of \('nelder-mead', 'tpe'\), got 'gp'"),
+        ({"sampler": "gp"}, "`search.sampler` must be one of 'nelder-mead', 'tpe', got 'gp'"),
         ({"on_convergence": "train"}, "`search.on_convergence` must be one of"),
-        ({"smoothing": 1.0}, r"`search.smoothing` must lie in \[0, 1\), got 1.0"),
+        ({"smoothing": 1.0}, "`search.smoothing` must be a number of at least 0 and smaller than 1, got 1.0"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -1,11 +1,14 @@
 """A resumed run is the uninterrupted one, wherever it was cut."""
 
 import json
+import logging
 
 import pytest
 from peft import LoraConfig
 
 from tests.helpers.constrained_ppo import XI, assert_same, length, low_ids, make, prompts
+from trl_ext.core.checkpoint import MANIFEST_FILE
+from trl_ext.core.status import RunError
 
 
 def run(folder, path, checkpoint=None, num_prompts=64, arguments=None, **settings):
@@ -68,19 +71,73 @@ def gold(completion_ids, **columns):
     return [1.0 - value for value in low_ids(completion_ids)]
 
 
-def test_damaged_checkpoints_are_refused(tmp_path, path):
+def test_checkpoints_of_other_settings_are_refused(tmp_path, path):
+    """Where the manifest is missing, what is restored tells."""
     run(tmp_path / "a", path, max_steps=2)
     checkpoint = tmp_path / "a" / "checkpoint-1"
+    one = [{"reward": "low_ids", "threshold": 0.7}]
+    two = [*one, {"reward": 1, "threshold": 0.5}]
+    with pytest.raises(RunError, match="checkpoint-1.*`constraints` is .*'low_ids'.* here and was .*'length'"):
+        run(tmp_path / "b", path, str(checkpoint), constraints=one)
+    with pytest.raises(RunError, match="`critic` is 'separate' here and was 'shared'"):
+        run(tmp_path / "c", path, str(checkpoint), critic="separate")
+    swapped = [one[0], {"reward": "length", "threshold": 0.5}]
+    with pytest.raises(RunError, match=r"`rewards` is \['length', 'low_ids'\] here and was \['low_ids', 'length'\]"):
+        run(tmp_path / "d", path, str(checkpoint), rewards=[length, low_ids], constraints=swapped)
+    (checkpoint / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="2 multipliers and this run 1 constraints"):
-        run(tmp_path / "b", path, str(checkpoint), constraints=[{"reward": "low_ids", "threshold": 0.7}])
+        run(tmp_path / "b", path, str(checkpoint), constraints=one)
     with pytest.raises(ValueError, match="other value heads.*Resume with the settings"):
         run(tmp_path / "c", path, str(checkpoint), critic="separate")
-    constraints = [{"reward": "low_ids", "threshold": 0.7}, {"reward": 1, "threshold": 0.5}]
-    with pytest.raises(ValueError, match=r"for the rewards \['low_ids', 'length'\], and this run has .*'gold'"):
-        run(tmp_path / "f", path, str(checkpoint), rewards=[low_ids, length, gold], constraints=constraints)
+    for rewards in ([low_ids, length, gold], [length, low_ids]):
+        with pytest.raises(ValueError, match=r"for the rewards \['low_ids', 'length'\], and this run has .*'l"):
+            run(tmp_path / "f", path, str(checkpoint), rewards=rewards, constraints=two)
     (checkpoint / "multipliers.json").write_text(json.dumps({"values": [0.0]})[:-3])
-    with pytest.raises(ValueError, match="multipliers.json is not valid JSON.*another"):
+    with pytest.raises(RunError, match="multipliers.json is not whole"):
         run(tmp_path / "d", path, str(checkpoint))
     (checkpoint / "multipliers.json").unlink()
     with pytest.raises(ValueError, match="no multipliers.json.*method"):
         run(tmp_path / "e", path, str(checkpoint))
+
+
+def test_what_changes_on_the_way(tmp_path, path, caplog):
+    """Constraints in another order are the same run; thresholds and the coefficient are the recipe's."""
+    settings = {"num_iterations": 2, "kl_coef": 0.1, "max_steps": 5}
+    whole = run(tmp_path / "a", path, **settings)
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")  # between two updates on one rollout
+    first, second = {"reward": "low_ids", "threshold": 0.7}, {"reward": "length", "threshold": 0.5}
+    turned = run(tmp_path / "b", path, checkpoint, constraints=[second, first], **settings)
+    names = whole.controller.keys
+    assert turned.controller.keys == names[::-1]
+    found = dict(zip(turned.controller.keys, turned.multipliers.values().tolist(), strict=True))
+    assert (
+        found == dict(zip(names, whole.multipliers.values().tolist(), strict=True)) and len(set(found.values())) == 2
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        changed = run(
+            tmp_path / "c", path, checkpoint, constraints=[{**first, "threshold": 0.9}, second],
+            **{**settings, "kl_coef": 0.3, "num_iterations": 1},
+        )  # fmt: skip
+    assert [one.threshold for one in changed.multipliers.constraints] == [0.9, 0.5]
+    assert changed.controller.kl_coef == 0.3
+    assert "`threshold of low_ids` is" in caplog.text and "`kl_coef` is 0.3 (was 0.1)" in caplog.text
+    assert "The open rollout of checkpoint-3 is left out" in caplog.text and "`num_iterations`" in caplog.text
+    relative = [{"reward": "low_ids", "quantile": 0.5}, second]
+    with pytest.raises(RunError, match="'low_ids' is stated relative to the policy before training"):
+        run(tmp_path / "d", path, checkpoint, constraints=relative, **settings)
+
+
+def test_a_run_that_was_stopped_stays_stopped(tmp_path, path):
+    settings = {"kl_ceiling": 1e-9, "learning_rate": 0.05}
+    stopped = run(tmp_path / "a", path, **settings)
+    step = stopped.state.global_step
+    assert step < 6 and stopped.stop_reason
+    before = (tmp_path / "a" / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+    again = run(tmp_path / "a", path, True, **settings)
+    assert again.state.global_step == step and again.stop_reason == stopped.stop_reason
+    assert (tmp_path / "a" / f"checkpoint-{step}" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "a" / "stop_reason.json").is_file()
+    on = run(tmp_path / "a", path, True, **{**settings, "kl_ceiling": None})
+    assert on.state.global_step == 6 and on.stop_reason is None
+    assert not (tmp_path / "a" / "stop_reason.json").exists()

@@ -187,9 +187,9 @@ def test_errors_in_training_name_reward_and_prompt(tmp_path, path):
     ("settings", "message"),
     [
         ({"reward_timeout": 0}, "`reward_timeout` must be a number greater than 0, got 0"),
-        ({"reward_retries": 1.5}, "`reward_retries` must be a whole number, got 1.5"),
+        ({"reward_retries": 1.5}, "`reward_retries` must be a whole number of at least 0, got 1.5"),
         ({"reward_retry_seconds": -1}, "`reward_retry_seconds`.*got -1"),
-        ({"token_rewards": "length"}, "`token_rewards` must be a list of names of rewards, got 'length'"),
+        ({"token_rewards": "length"}, "`token_rewards` must be a list of texts, got 'length'"),
         ({"critic_lambda": 1.5}, "`critic_lambda`.*got 1.5"),
         ({"adaptive_lambda_alpha": 0.0}, "`adaptive_lambda_alpha`.*greater than 0"),
         ({"ensemble_alarm": "ring"}, "`ensemble_alarm` must be one of 'warn', 'stop', got 'ring'"),

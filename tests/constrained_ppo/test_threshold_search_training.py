@@ -9,6 +9,7 @@ from tests.helpers.constrained_ppo import length, low_ids, make, prompts
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.proxy_points.logged_runs import read_runs
 from trl_ext.constrained_ppo.threshold_search.callback import SEARCH_FILE
+from trl_ext.core.checkpoint import MANIFEST_FILE
 
 
 SETTINGS = {
@@ -118,6 +119,7 @@ def test_checkpoint_without_a_search(whole, tmp_path, path):
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(f"{whole.args.output_dir}/checkpoint-2", folder)
     (folder / SEARCH_FILE).unlink()
+    (folder / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {SEARCH_FILE}.*with `search`"):
         trainer_with_search(tmp_path / "b", path).train(resume_from_checkpoint=str(folder))
 

@@ -204,8 +204,9 @@ def test_ends_before_a_loss_that_is_not_finite_moves_anything(tmp_path, path):
         return mix(*arguments) * (float("nan") if trainer.state.global_step == 2 else 1.0)
 
     trainer.controller.mix = broken
-    output = trainer.train()
-    assert output.global_step == 2 and "not finite at step 2" in trainer.stop_reason
+    with pytest.raises(ArithmeticError, match="not finite at step 2"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and "not finite at step 2" in trainer.stop_reason
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert "not finite" in json.loads((tmp_path / "stop_reason.json").read_text())["reason"]
 

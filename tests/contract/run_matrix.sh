@@ -1,26 +1,38 @@
 #!/usr/bin/env bash
-# Installs each supported TRL in an environment of its own and runs the contract tests and the tests of the trainer
-# against it. Arguments: the torch requirement, then the other pinned requirements without TRL.
+# Installs each supported set of versions in an environment of its own and runs tests against it.
+# Arguments: "contract" for the contract tests and those of the trainers, or "quick" for the fast tier of the suite; the
+# torch requirement; then the requirements that everything was built on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-torch=$1
-read -r -a pinned <<< "$2"
-for trl in 1.15.0 1.16.0; do
-    environment=.venv-trl-$trl
-    echo "== TRL $trl"
+tier=$1 torch=$2
+read -r -a usual <<< "$3"
+export OMP_NUM_THREADS=1
+
+declare -A sets=(
+    [lowest]="trl==1.15.0 transformers==5.5.0 accelerate==1.10.0 peft==0.18.0 datasets==4.7.0 deepspeed==0.18.9"
+    [usual]="${usual[*]}"
+    [newest]="trl transformers accelerate peft datasets deepspeed"
+)
+
+for name in lowest usual newest; do
+    environment=.venv-$name
+    python=$environment/bin/python
     if [ ! -f "$environment/.installed" ]; then
         python3 -m venv "$environment"
-        "$environment/bin/python" -m pip install --quiet "$torch"
-        "$environment/bin/python" -m pip install --quiet "trl==$trl" "${pinned[@]}" pytest bitsandbytes triton adamp==0.3.0 \
-            matplotlib scikit-learn
-        "$environment/bin/python" -m pip install --quiet --no-deps -e .
+        "$python" -m pip install --quiet "$torch"
+        read -r -a requirements <<< "${sets[$name]}"
+        "$python" -m pip install --quiet "${requirements[@]}" -e ".[dev]"
         touch "$environment/.installed"
     fi
-    export OMP_NUM_THREADS=1
-    "$environment/bin/python" -m pytest tests/contract tests/sparse_po/test_sparse_po_trainer.py
+    echo "== $name: $("$python" -m pip list --format freeze | grep -E '^(torch|trl|transformers|accelerate|peft|datasets|deepspeed)==' | tr '\n' ' ')"
+    if [ "$tier" = quick ]; then
+        "$python" -m pytest -n 2 --dist worksteal -m "not slow and not distributed"
+        continue
+    fi
+    "$python" -m pytest tests/contract tests/sparse_po/test_sparse_po_trainer.py
     # The policy's head of TRL 1.15 is a Triton kernel, which needs its interpreter on a CPU
-    interpret=$([ "$trl" = 1.15.0 ] && echo 1 || echo 0)
-    TRITON_INTERPRET=$interpret "$environment/bin/python" -m pytest \
+    interpret=$([ "$name" = lowest ] && echo 1 || echo 0)
+    TRITON_INTERPRET=$interpret "$python" -m pytest \
         tests/constrained_ppo/test_constrained_ppo_trainer.py tests/optim/test_install.py tests/optim/test_trl_scripts.py \
         tests/equilibrium/test_training.py
 done

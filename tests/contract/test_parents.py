@@ -8,11 +8,13 @@ import ast
 import inspect
 import json
 import textwrap
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import transformers
-from transformers import Trainer
+from packaging.requirements import Requirement
+from transformers import PreTrainedConfig, Trainer, TrainerState, masking_utils
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
@@ -28,6 +30,8 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
     use_adapter,
 )
+
+from trl_ext.scripts.trl_scripts import _TRAINERS
 
 
 RECORDED = Path(__file__).with_name("signatures.json")
@@ -59,6 +63,14 @@ USED = {
     "Trainer.get_decay_parameter_names": Trainer.get_decay_parameter_names,
     "Trainer.get_optimizer_cls_and_kwargs": Trainer.get_optimizer_cls_and_kwargs,
     "Trainer.save_model": Trainer.save_model,
+    "Trainer._get_output_dir": Trainer._get_output_dir,
+    "Trainer._push_from_checkpoint": Trainer._push_from_checkpoint,
+    "Trainer._run_epoch": Trainer._run_epoch,
+    "Trainer._save_checkpoint": Trainer._save_checkpoint,
+    "Trainer._save_optimizer_and_scheduler": Trainer._save_optimizer_and_scheduler,
+    "Trainer._save_rng_state": Trainer._save_rng_state,
+    "Trainer._save_scaler": Trainer._save_scaler,
+    "TrainerState.compute_steps": TrainerState.compute_steps,
     "Trainer._save": Trainer._save,
     "Trainer._clip_grad_norm": Trainer._clip_grad_norm,
     "Trainer._init_training_state": Trainer._init_training_state,
@@ -76,6 +88,8 @@ USED = {
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
+    "sdpa_mask": masking_utils.sdpa_mask,
+    "eager_mask": masking_utils.eager_mask,
     "load_balancing_loss_func": load_balancing_loss_func,
     **{
         f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)
@@ -96,6 +110,13 @@ CALLED = {
     "get_decay_parameter_names": Trainer,
     "get_optimizer_cls_and_kwargs": Trainer,
     "save_model": Trainer,
+    "_get_output_dir": Trainer,
+    "_push_from_checkpoint": Trainer,
+    "_run_epoch": Trainer,
+    "_save_checkpoint": Trainer,
+    "_save_optimizer_and_scheduler": Trainer,
+    "_save_rng_state": Trainer,
+    "_save_scaler": Trainer,
     "_save": Trainer,
     "_clip_grad_norm": Trainer,
     "_init_training_state": Trainer,
@@ -132,6 +153,13 @@ def test_parent_still_calls_it(name):
     assert name in calls_on_self(CALLED[name])
 
 
+@pytest.mark.parametrize("script", [sft, dpo, grpo, kto, reward, rloo], ids=lambda script: script.__name__)
+def test_scripts_take_their_trainer_from_the_package_when_they_run(script):
+    """There they find it with checkpoints that are whole."""
+    name = _TRAINERS[script.__name__.split(".")[-1]]
+    assert f"    from trl import {name}," in inspect.getsource(script.main) and not hasattr(script, name)
+
+
 def test_loss_reads_what_we_hand_it():
     """`_compute_loss` passes unknown inputs to the model, reads reference sums from the batch when told, and records
     the metrics that we overwrite."""
@@ -148,11 +176,26 @@ def test_loss_reads_what_we_hand_it():
 def test_trainer_attributes_we_set_and_read():
     source = inspect.getsource(DPOTrainer)
     assert "self._signature_columns = [" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
-    for text in ("self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model ="):
+    for text in (
+        "self.precompute_ref_logps = args.precompute_ref_log_probs", "self._metrics = {", "self.ref_model =",
+        "self.loss_types = args.loss_type", "self.loss_weights = ", "zip(self.loss_types, self.loss_weights",
+    ):  # fmt: skip
         assert text in source, text
     assert {"_tag_names", "_name", "_paper"} <= set(dir(DPOTrainer))
     for field in ("precompute_ref_log_probs", "padding_free", "use_weighting", "f_divergence_type", "loss_type"):
         assert field in DPOConfig.__dataclass_fields__
+
+
+def test_attention_masks_are_made_of_a_function():
+    """What `attention_masks_changed_by` replaces is looked up for each mask and given a function and this keyword."""
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"):
+        source = inspect.getsource(getattr(masking_utils, name))
+        for text in (
+            "ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]", "mask_function=mask_factory_function",
+            "allow_is_causal_skip=allow_is_causal_skip",
+        ):  # fmt: skip
+            assert text in source, (name, text)
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping == {}
 
 
 def test_policy_loss_reads_what_we_hand_it():
@@ -222,10 +265,10 @@ def test_fused_head_reads_the_weight_of_the_output_embeddings_and_does_not_call_
 
 def test_transformers_initialises_and_composes_as_the_classifier_expects():
     from transformers import initialization
-    from transformers.configuration_utils import SubConfigSpec
 
     assert list(inspect.signature(initialization.copy_).parameters) == ["tensor", "other"]
-    assert {"config_class", "model_type"} <= set(inspect.signature(SubConfigSpec).parameters)
+    composes = inspect.getsource(PreTrainedConfig)
+    assert "sub_configs_defaults" in composes or "sub_configs: ClassVar" in composes
     source = inspect.getsource(PreTrainedModel)
     for text in ("_keep_in_fp32_modules_strict", "supports_gradient_checkpointing", "def _init_weights(self, module)"):
         assert text in source, text
@@ -282,15 +325,20 @@ def test_optimizers_are_still_replaced_as_our_check_says():
 
 
 def test_versions_are_those_claimed():
-    from importlib.metadata import requires
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], extras["deepspeed"][0]]):
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 
-    from packaging.requirements import Requirement
 
-    requirements = {r.name: r for r in map(Requirement, requires("trl-ext")) if r.marker is None}
-    import trl
+def test_a_trl_without_what_the_trainers_extend_is_named(monkeypatch):
+    from trl_ext import _upstream
 
-    assert trl.__version__ in requirements["trl"].specifier
-    assert transformers.__version__ in requirements["transformers"].specifier
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.9.0")
+    with pytest.raises(ImportError, match=r"extend TRL 1.15 or newer, and trl==1.9.0 is installed.*run with it"):
+        _ = _upstream.FusedCausalLMOutput
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.100.0")
+    _upstream.require_trl()
 
 
 if __name__ == "__main__":

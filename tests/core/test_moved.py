@@ -9,6 +9,7 @@ import pytest
 
 from trl_ext.core.moved import moved
 from trl_ext.scripts.constrained_ppo import load_reward
+from trl_ext.scripts.recipe.strict_parser import RecipeError
 
 
 MOVED = {
@@ -57,5 +58,5 @@ def test_without_a_clone_the_error_says_where_to_look(monkeypatch):
         moved("__main__", "adamp_scale_invariance.run")
     monkeypatch.delitem(sys.modules, "trl_ext.dialog.rewards", raising=False)
     # Not taken for the name of a model on the hub
-    with pytest.raises(ImportError, match="constrained_ppo_dailydialog.rewards"):
+    with pytest.raises(RecipeError, match="constrained_ppo_dailydialog.rewards"):
         load_reward("trl_ext.dialog.rewards.meteor")

@@ -11,7 +11,7 @@ from trl_ext.demo.constrained_ppo import PROXIES, Point, comparison_table, demon
 
 @pytest.mark.usefixtures("variables_taken_back")
 def test_second_part_of_the_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_train_batch_size", 4)
+    monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_train_batch_size", 8)
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_eval_batch_size", 8)
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "max_completion_length", 16)
     monkeypatch.setattr(demo_constrained_ppo, "NUM_VALIDATION_PROMPTS", 8)
@@ -21,7 +21,7 @@ def test_second_part_of_the_demo(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "constrained_ppo"
     assert "dashboard.png" in text and text.count("Two proxies and the gold metric") == 1
     assert (folder / "xi" / "dashboard.png").read_bytes().startswith(b"\x89PNG")
-    assert not (folder / "ppo" / "dashboard.png").exists()
+    assert not (folder / "grpo" / "dashboard.png").exists()
     assert "overoptimization.png" in text
     assert (folder / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
     base, peak, end, constrained = json.loads((folder / "results.json").read_text())
@@ -39,10 +39,10 @@ def test_one_run_of_each_method(tmp_path, monkeypatch):
 
     def train(folder, num_steps, **settings):
         runs.append((folder.name, settings))
-        return settings["method"]
+        return folder.name
 
     course = {
-        "ppo": [(0, (1.0, 0.5), 0.4, 0.0), (8, (4.0, 0.45), 0.6, 9.0), (16, (9.0, 0.4), 0.1, 99.0)],
+        "grpo": [(0, (1.0, 0.5), 0.4, 0.0), (8, (4.0, 0.45), 0.6, 9.0), (16, (9.0, 0.4), 0.1, 99.0)],
         "xi": [(0, (1.0, 0.5), 0.4, 0.0), (16, (4.1, 0.44), 0.55, 8.0)],
     }
     monkeypatch.setattr(demo_constrained_ppo, "_train", train)
@@ -51,12 +51,12 @@ def test_one_run_of_each_method(tmp_path, monkeypatch):
     )
     console = Console(file=io.StringIO(), width=100)
     points = demonstrate_constrained_ppo(tmp_path, console)
-    assert [name for name, _ in runs] == ["ppo", "xi"]
+    assert [name for name, _ in runs] == ["grpo", "xi"]
     assert runs[1][1]["constraints"] == [
         {"reward": "positive_word_share", "threshold": 4.0}, {"reward": "reference_similarity", "threshold": 0.45}
     ]  # fmt: skip
     assert [point.step for point in points] == [0, 8, 16, 16] and points[3].gold == 0.55
-    row = next(line for line in console.file.getvalue().splitlines() if "constrained PPO (xi)" in line)
+    row = next(line for line in console.file.getvalue().splitlines() if "constrained GRPO" in line)
     assert row.replace("│", " ").split()[-5:] == ["16", "4.100", "0.440", "0.550", "8.0"]
     assert comparison_table(points).row_count == 4
 

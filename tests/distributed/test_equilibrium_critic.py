@@ -20,8 +20,7 @@ def critic_of(folder):
 def assert_same_critic(found, expected, **tolerances):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        if not name.endswith("_subspace"):  # the signs of a basis are arbitrary
-            torch.testing.assert_close(found[name], tensor, **tolerances, msg=lambda text: f"{name}: {text}")  # noqa: B023
+        torch.testing.assert_close(found[name], tensor, **tolerances, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 @pytest.fixture(scope="module")

@@ -54,10 +54,11 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_lora_under_zero3(model, tmp_path):
+def test_lora_and_shared_prompts_under_zero3(model, tmp_path):
+    """The same with a row for each answer in one process, and a row for each pair in two."""
     settings = {"independent_masks": True}
     expected = launch("single", model, tmp_path / "single", "--lora", settings=settings)
-    found = launch("zero3", model, tmp_path / "zero3", "--lora", settings=settings)
+    found = launch("zero3", model, tmp_path / "zero3", "--lora", settings={**settings, "share_prompt": True})
     assert_same_training(found, expected, "zero3")
 
 

@@ -31,7 +31,7 @@ def make_trainer(options, folder: Path, seed: int, peft_config=None, **settings)
     set_seed(seed)
     model = EPModelForSequenceClassification.from_pretrained(
         options.model, num_labels=1, hidden_features=[8, 8], feedback="asymmetric", feedback_angle=60.0,
-        spectral_cap=0.6, tolerance=1e-6,
+        spectral_cap=0.6, tolerance=1e-6, input_norm="standardize",
     )  # fmt: skip
     return EPRewardTrainer(
         model, arguments, train_dataset=tiny_pairs(16), processing_class=tiny_tokenizer(), peft_config=peft_config

@@ -2,11 +2,18 @@ import copy
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.equilibrium_reference import network_of
 from trl_ext import EPHead
+from trl_ext.equilibrium.activations import ACTIVATIONS
+from trl_ext.equilibrium.gradient import Estimator, error_vectors
+from trl_ext.equilibrium.input_norm import update_statistics
+from trl_ext.equilibrium.network import LayeredNetwork, contraction_bound
+from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
 def make_head(**settings):
@@ -34,7 +41,7 @@ def test_signature():
     assert keywords == {
         "feedback": "symmetric", "feedback_angle": 0.0, "activation": "tanh", "estimator": "holomorphic",
         "num_points": 2, "rotated": True, "radius": 1e-3, "correction": "none", "tolerance": 1e-4, "max_steps": 100,
-        "spectral_cap": None,
+        "spectral_cap": "auto", "input_norm": "none", "on_oscillation": "raise",
     }  # fmt: skip
 
 
@@ -247,12 +254,193 @@ def test_weights_are_reproducible_and_saved():
     assert set(one.initial_parameters()) == set(one.state_dict())
 
 
-@pytest.mark.parametrize("depth", [2, 4, 6])
-def test_fresh_weights_converge_at_any_depth(depth):
+WIDTHS = [[64, 64], [64, 256], [16, 512], [48, 16, 48], [32, 64, 16, 32], [32] * 5, [16, 24, 32, 24, 16, 8]]
+
+
+@pytest.mark.parametrize("angle", [None, 30.0, 90.0])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_fresh_weights_contract_at_any_depth_width_and_angle(widths, angle):
     torch.manual_seed(0)
-    head = EPHead(32, [128] * depth, 1)
+    feedback = {} if angle is None else {"feedback": "asymmetric", "feedback_angle": angle}
+    head = EPHead(32, widths, 1, **feedback)
+    network = network_of(head)
+    bound = contraction_bound(len(widths), network.activation)
+    norms = network.spectral_norms()
+    assert head.cap() == pytest.approx(0.98 * bound) and max(norms) <= 0.95 * bound * (1 + 1e-5)
+    for weight in network.forward_weights:  # no signal is lost in any direction
+        assert torch.linalg.svdvals(weight).min() == pytest.approx(0.95 * bound, rel=1e-5)
+    assert torch.linalg.matrix_norm(network.weight_matrix(), 2) < 1
     head(torch.randn(32, 32)).sum().backward()
     assert head.statistics.num_unconverged == 0 and head.statistics.free_sweeps < 60
+    if angle is not None:
+        assert head.asymmetry()["ep/weight_angle"] == pytest.approx(angle, abs=0.1)
+
+
+def test_an_angle_that_a_single_number_cannot_have():
+    EPHead(4, [1, 1], 1, feedback="asymmetric", feedback_angle=180.0)
+    with pytest.raises(ValueError, match="`feedback_angle` is 90.0 between two layers of one unit"):
+        EPHead(4, [1, 1], 1, feedback="asymmetric", feedback_angle=90.0)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_drawn_in_float32_under_any_default_dtype(default):
+    torch.manual_seed(0)
+    expected = EPHead(4, [6, 6], 1, feedback="asymmetric", feedback_angle=45.0).state_dict()
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(0)
+        head = EPHead(4, [6, 6], 1, feedback="asymmetric", feedback_angle=45.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kept = torch.promote_types(default, torch.float32)
+    for name, tensor in head.state_dict().items():
+        assert tensor.dtype == kept and torch.equal(tensor.float(), expected[name])
+
+
+def test_a_row_does_not_depend_on_the_others_of_its_batch():
+    torch.manual_seed(0)
+    head = EPHead(16, [32, 32, 32], 2, tolerance=1e-4).eval()
+    # Strong inputs saturate and settle in few sweeps, weak ones take many
+    hidden = torch.randn(256, 16) * torch.logspace(-1, 1.5, 256).unsqueeze(1)
+    with torch.no_grad():
+        alone, sweeps = [], set()
+        for row in hidden[::8]:
+            alone.append(head(row))
+            sweeps.add(head.statistics.free_sweeps)
+        together = head(hidden)
+    assert min(sweeps) < head.statistics.free_sweeps / 2
+    assert (together[::8] - torch.stack(alone)).abs().max() < 1e-6 < head.tolerance / 10
+
+
+def rotating(strength, **settings):
+    """A head of two layers of two units that turns around where both are unsaturated."""
+    head = EPHead(1, [2, 2], 1, feedback="asymmetric", feedback_angle=180.0, spectral_cap=None, **settings)
+    with torch.no_grad():
+        head.forward_weight_1.copy_(strength * torch.eye(2))
+        head.backward_weight_1.copy_(-strength * torch.eye(2))
+        head.input_weight.fill_(1.0)
+        head.bias_2.fill_(0.01)
+    return head
+
+
+@pytest.mark.parametrize("estimator", ["holomorphic", "tangent"])
+def test_an_oscillating_row_warns_where_the_user_says_so(estimator):
+    hidden = torch.tensor([[9.0], [0.1], [0.15]])
+    with pytest.raises(RuntimeError, match="2 of 3 samples .* oscillate.*`on_oscillation='warn'`"):
+        rotating(3.0, max_steps=40)(hidden)
+    head = rotating(3.0, max_steps=40, on_oscillation="warn", estimator=estimator)
+    with pytest.warns(UserWarning, match="2 row.s. oscillate or diverge in the free relaxation"):
+        output = head(hidden)
+    assert output.isfinite().all() and head.statistics.num_unconverged == 2
+    output.sum().backward()
+    mixed = {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
+    head.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        head(hidden)
+    head(hidden[:1]).sum().backward()
+    alone = {name: parameter.grad for name, parameter in head.named_parameters()}
+    alone["readout_bias"], mixed["readout_bias"] = 3 * alone["readout_bias"], mixed["readout_bias"]
+    for name in alone.keys() - {"readout_weight"}:
+        torch.testing.assert_close(mixed[name], alone[name])
+
+
+@pytest.mark.parametrize("estimator", ["tangent", "exact"])
+def test_a_response_without_a_limit_is_zero_where_the_user_says_so(estimator):
+    torch.manual_seed(0)
+    weights = [[3 * torch.randn(8, 8)], [3 * torch.randn(8, 8)]]
+    network = LayeredNetwork(*weights, ACTIVATIONS["tanh"])
+    # The first sample is saturated, the second at the steepest slope
+    activities = torch.tensor([[0.99999], [0.0]]).expand(2, 8)
+    constants = [network.activation.constants(activities, None)] * 2
+    nudge = torch.nn.functional.normalize(torch.randn(2, 8), dim=1)
+    with pytest.raises(EquilibriumError):
+        error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40)
+    errors = error_vectors(network, constants, nudge, Estimator(estimator), 1e-4, 40, raises=False)
+    assert errors.relaxations[0].failed.tolist() == [False, True]
+    first = [(activity[:1], slope[:1]) for activity, slope in constants]
+    alone = error_vectors(network, first, nudge[:1], Estimator(estimator), 1e-4, 40)
+    for layer, expected in zip(errors.layers, alone.layers, strict=True):
+        assert not layer[1].any()
+        torch.testing.assert_close(layer[:1], expected)
+
+
+@pytest.mark.parametrize("widths", [[9], [12, 10], [12, 8, 10]])
+def test_fixed_steps_end_where_relaxation_does(widths):
+    torch.manual_seed(0)
+    head = EPHead(6, widths, 2, tolerance=1e-7, spectral_cap=0.5, input_norm="standardize")
+    head(torch.randn(30, 6) + 2)
+    hidden = torch.randn(5, 6)
+    expected = head.eval()(hidden)
+    with head.fixed_steps(int(head.statistics.free_sweeps)):
+        assert not head(hidden).requires_grad
+        torch.testing.assert_close(head(hidden), expected.detach(), rtol=0, atol=1e-6)
+        mapped = torch.vmap(head)(hidden.view(5, 1, 6)).view(5, 2)
+        torch.testing.assert_close(mapped, expected.detach(), rtol=0, atol=1e-6)
+    with head.fixed_steps(1):
+        assert not torch.allclose(head(hidden), expected) or len(widths) == 1
+    with pytest.raises(ValueError, match=r"`num_steps` must be positive integers, got \[0\]"), head.fixed_steps(0):
+        pass
+    with pytest.raises(RuntimeError, match="training mode. Call `eval"), head.train().fixed_steps(3):
+        pass
+
+
+def test_input_norm_takes_off_what_rows_have_in_common():
+    torch.manual_seed(0)
+    offset, scale = 5 * torch.randn(6), torch.linspace(0.1, 10, 6)
+    batches = offset + scale * torch.randn(12, 64, 6)
+    heads = {name: make_head(input_norm=name) for name in ("none", "center", "standardize")}
+    assert not [name for name in heads["none"].state_dict() if "input_norm" in name]
+    for batch in batches:
+        for head in heads.values():
+            head(batch)
+    weights = torch.tensor([max(1 / (k + 1), 0.1) for k in range(12)])
+    mean, variance = torch.zeros(6), torch.ones(6)
+    for weight, batch in zip(weights, batches, strict=True):
+        mean, variance = mean.lerp(batch.mean(0), weight), variance.lerp(batch.var(0, correction=0), weight)
+    head = heads["standardize"]
+    torch.testing.assert_close(head.input_norm_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.input_norm_variance, variance, rtol=1e-3, atol=1e-5)
+    assert head.input_norm_batches == 12
+    plain = heads["none"].eval()
+    rows = batches[0]
+    torch.testing.assert_close(
+        head.eval()(rows), plain((rows - mean) / (variance + 1e-5).sqrt()), rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(heads["center"].eval()(rows), plain(rows - mean), rtol=1e-3, atol=1e-3)
+    before = copy.deepcopy(head.state_dict())
+    head(rows)  # evaluation leaves the statistics alone, and so does a forward without a gradient
+    with torch.no_grad():
+        head.train()(rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+    # In training the statistics are constants of the gradient, and a row's result that of evaluation
+    hidden = rows.clone().requires_grad_()
+    output = head(hidden)
+    torch.testing.assert_close(output, head.eval()(rows))
+    (gradient,) = torch.autograd.grad(output[0].sum(), hidden)
+    assert gradient[0].any() and not gradient[1:].any()
+    twin = make_head(input_norm="standardize")
+    twin.load_state_dict(head.state_dict())
+    assert torch.equal(twin.eval()(rows), head(rows))
+    assert head.alignment(rows) == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
+def test_a_bad_row_leaves_the_running_statistics_alone():
+    head = make_head(input_norm="center")
+    rows = torch.randn(4, 6)
+    rows[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite in 1 row"):
+        head(rows)
+    assert not head.input_norm_mean.any() and head.input_norm_batches == 0
+    update_statistics(head.input_norm_mean, None, head.input_norm_batches, rows[:0])
+    assert head.input_norm_batches == 0
+
+
+def test_whole_numbers_of_numpy():
+    head = EPHead(np.int64(6), [np.int64(12), np.int32(10)], np.int64(2), max_steps=np.int64(50))
+    assert head.settings()["hidden_features"] == [12, 10] and type(head.settings()["in_features"]) is int
+    assert EPHead(6, np.int64(9), 2).hidden_features == [9]
+    assert head(torch.randn(3, 6)).shape == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +457,15 @@ def test_fresh_weights_converge_at_any_depth(depth):
         ({"radius": 0.0}, "`radius` must be a number greater than 0, got 0.0.*default"),
         ({"radius": float("nan")}, "`radius` must be a number greater than 0, got nan"),
         ({"tolerance": 0.0}, "`tolerance` must be a number greater than 0"),
-        ({"num_points": 0}, "`num_points` must be a number of at least 1, got 0"),
-        ({"max_steps": 0}, "`max_steps` must be a number of at least 1, got 0"),
+        ({"num_points": 0}, "`num_points` must be a whole number of at least 1, got 0"),
+        ({"max_steps": 0}, "`max_steps` must be a whole number of at least 1, got 0"),
         ({"feedback_angle": 30.0}, "`feedback_angle` is 30.0 but `feedback` is 'symmetric'"),
-        ({"feedback": "asymmetric", "feedback_angle": 200.0}, "from 0 to 180 degrees, got 200.0"),
-        ({"spectral_cap": 0.0}, "`spectral_cap` must be a number greater than 0, got 0.0.*None"),
+        ({"feedback": "asymmetric", "feedback_angle": 200.0}, "of at most 180, got 200.0.*degrees"),
+        ({"spectral_cap": 0.0}, "`spectral_cap` must be a number greater than 0, got 0.0.*'auto'.*None"),
+        ({"spectral_cap": "safe"}, "`spectral_cap` must be a number greater than 0, got 'safe'.*'auto'.*None"),
+        ({"input_norm": "batch"}, "`input_norm` must be one of 'none', 'center', 'standardize', got 'batch'"),
+        ({"on_oscillation": "ignore"}, "`on_oscillation` must be one of 'raise', 'warn', got 'ignore'"),
+        ({"hidden_features": [8, True]}, "`hidden_features` must be positive integers"),
     ],
 )
 def test_wrong_arguments(settings, message):
@@ -306,3 +498,27 @@ def test_input_of_the_wrong_kind():
         make_head()(torch.randn(3, 5))
     with pytest.raises(ValueError, match="floating input .* got torch.int64"):
         make_head()(torch.ones(3, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["forward_weight_1", "bias_2", "readout_weight", "input_weight"])
+def test_a_weight_changed_before_the_backward_pass(name):
+    head = make_head()
+    output = head(torch.randn(3, 6, requires_grad=True))
+    getattr(head, name).data.mul_(1.01)  # as torch does not see it: no error
+    output.sum().backward()
+    output = head(torch.randn(3, 6, requires_grad=True))
+    with torch.no_grad():
+        getattr(head, name).add_(0.1)
+    with pytest.raises(RuntimeError, match=f"`{name}` of EPHead was changed.*after the backward pass"):
+        output.sum().backward()
+
+
+def test_a_change_that_the_backward_pass_does_not_read():
+    """Such as that of the mean reward."""
+    for name in ("readout_bias", "input_bias", "input_weight"):
+        head = make_head()
+        output = head(torch.randn(3, 6))
+        with torch.no_grad():
+            getattr(head, name).add_(0.1)
+        output.sum().backward()
+        assert head.readout_weight.grad.any()

@@ -104,9 +104,11 @@ def test_loss_is_float32_in_a_bf16_head_under_autocast():
 
 @pytest.mark.parametrize("angle", [0.0, 30.0, 90.0, 135.0, 180.0])
 def test_initial_angle_is_exact(angle):
-    weight = torch.randn(20, 30, dtype=torch.float64)
+    weight = 0.7 * torch.linalg.qr(torch.randn(30, 20, dtype=torch.float64)).Q.T
     turned = at_angle(weight, angle)
-    assert turned.norm() == pytest.approx(weight.norm().item())
+    singular = torch.linalg.svdvals(turned)
+    assert singular.max() < 0.7 + 1e-6  # of the norm of the weight at most, and at right angles nearly orthogonal
+    assert singular.min() > (0.6 if angle % 90 == 0 else 0.01)
     assert weight_angle(weight, turned.T) == pytest.approx(angle, abs=1e-5)
 
 

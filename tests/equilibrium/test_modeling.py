@@ -51,7 +51,7 @@ def test_backbone_is_taken_over_and_saving_is_bit_equal(family, tmp_path):
 
 def test_head_is_initialised_as_the_head_says_and_loaded_parts_are_kept(folder, tmp_path):
     head = classifier(folder, hidden_features=[64, 64]).score
-    assert isinstance(head, EPHead) and head.forward_weight_1.norm().item() == pytest.approx(0.5 * 8, rel=0.1)
+    assert isinstance(head, EPHead) and head.forward_weight_1.norm().item() == pytest.approx(0.95 * 8)
     model = classifier(folder)
     model.save_pretrained(tmp_path)
     other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
@@ -203,12 +203,6 @@ def test_pipeline_and_push_to_hub(folder, tmp_path, monkeypatch):
     inputs = tiny_tokenizer()("the film was good", return_tensors="pt", return_token_type_ids=False)
     probability = model(**inputs).logits.softmax(-1).max().item()
     assert classify("the film was good")[0]["score"] == pytest.approx(probability, abs=1e-6)
-
-
-def test_from_a_model_in_memory():
-    language_model = tiny_model()
-    model = EPModelForSequenceClassification.from_backbone(language_model, num_labels=1, hidden_features=[8])
-    assert model.model is language_model.model and not model.training
 
 
 def of_config(config):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, whole_matrix
 from trl_ext import EPHead
 from trl_ext.equilibrium.activations import ACTIVATIONS
-from trl_ext.equilibrium.network import vector_field
+from trl_ext.equilibrium.network import LayeredNetwork, cap_singular_values, contraction_bound, vector_field
+from trl_ext.equilibrium.relaxation import EquilibriumError, FreeDynamics, free_relaxation, relax
 
 
 NAMES = sorted(ACTIVATIONS)
@@ -99,3 +101,54 @@ def test_safe_cap_makes_the_whole_matrix_contract():
     assert network_of(EPHead(2, [3, 3], 1)).safe_spectral_cap() == pytest.approx(1.0)
     sigmoid = network_of(EPHead(2, [3, 3, 3], 1, activation="dsilu"))
     assert sigmoid.safe_spectral_cap() == pytest.approx(1 / math.sqrt(2) / 0.42767051)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("feedback", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("depth", [2, 3, 4, 5, 6])
+def test_every_sweep_contracts_as_the_proof_says(depth, feedback, activation):
+    """In the proof's own norm, from states far apart, with weights at the cap and in directions that add up."""
+    torch.manual_seed(depth)
+    phi, widths = ACTIVATIONS[activation], [6, 9, 4, 7, 5, 8][:depth]
+    share = 0.9
+    cap = share * contraction_bound(depth, phi)
+    first = [cap * torch.randn(width, 1).sign().double() / math.sqrt(width) for width in widths]
+    forward = [above @ below.T / cap for below, above in itertools.pairwise(first)]
+    signs = -1 if feedback == "asymmetric" else 1
+    network = LayeredNetwork(forward, [signs * weight.T for weight in forward], phi)
+    assert network.spectral_norms() == pytest.approx([cap] * (2 * depth - 2))
+    drives = [0.2 * torch.randn(width, dtype=torch.float64) for width in widths]
+    drives[0] = drives[0].expand(8, -1)
+    states = [[torch.randn(8, width, dtype=torch.float64) * 0.3 + 0.5 for width in widths] for _ in range(2)]
+
+    def distance(one, other):
+        scale = [math.sin(math.pi * layer / (depth + 1)) for layer in range(1, depth + 1)]
+        return torch.stack([(a - b).norm(dim=1) / s for a, b, s in zip(one, other, scale, strict=True)]).amax(0)
+
+    before = distance(*states)
+    for sweep in range(1, 4):
+        states = [relax(FreeDynamics(network, drives, 8), 1e-30, 1, state).activities for state in states]
+        assert (distance(*states) <= share ** (2 * sweep) * before * (1 + 1e-9)).all()
+
+
+def test_bound_is_the_largest_and_below_one_is_not_enough_at_three_layers(monkeypatch):
+    assert [round(contraction_bound(depth, ACTIVATIONS["tanh"]), 3) for depth in range(1, 7)] == [
+        math.inf, 1.0, 0.707, 0.618, 0.577, 0.555
+    ]  # fmt: skip
+    turn = 0.9 * torch.eye(1)
+    weights = [turn, turn], [-turn, -turn]
+    drive, biases = torch.zeros(1, 1), [torch.full((1,), 1e-3)] * 2
+    monkeypatch.setattr(FreeDynamics, "takes_secants", False)
+    with pytest.raises(EquilibriumError, match="below 0.707 for all of them, at 3 layers"):
+        free_relaxation(LayeredNetwork(*weights, ACTIVATIONS["tanh"]), drive, biases, 1e-6, 100)
+    capped = [[cap_singular_values(weight, 0.98 / math.sqrt(2)) for weight in side] for side in weights]
+    network = LayeredNetwork(*capped, ACTIVATIONS["tanh"])
+    assert free_relaxation(network, drive, biases, 1e-6, 500).residuals.max() <= 1e-6
+    # Weights of this norm, in one direction, have no single fixed point above the bound
+    two = [LayeredNetwork([c * torch.eye(1)] * 4, [c * torch.eye(1)] * 4, ACTIVATIONS["tanh"]) for c in (0.57, 0.60)]
+    for network, is_one in zip(two, (True, False), strict=True):
+        tops = [
+            free_relaxation(network, torch.full((1, 1), sign * 1e-3), [torch.zeros(1)] * 4, 1e-7, 3000).activities[2]
+            for sign in (1, -1)
+        ]
+        assert ((tops[0] - tops[1]).abs() < 0.1).item() == is_one

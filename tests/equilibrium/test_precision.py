@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, MambaConfig, MambaModel
 
 from tests.helpers.equilibrium import IDS, MASK
 from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
-from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
+from trl_ext import EPConfig, EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 from trl_ext.equilibrium.modeling import active_head
 
 
@@ -63,6 +63,50 @@ def test_fp16_gradients_are_those_of_float32(folder):
         found = scaled[name].float() / 64.0
         assert torch.nn.functional.cosine_similarity(found.flatten(), gradient.flatten(), dim=0) > 0.99, name
         assert found.norm() == pytest.approx(gradient.norm().item(), rel=0.05), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_way_into_half_precision(dtype, folder, tmp_path):
+    """Weights are drawn, made orthogonal and capped in float32, whatever dtype the model is built or cast in."""
+    asymmetric = {"feedback": "asymmetric", "feedback_angle": 90.0, "input_norm": "standardize"}
+    backbone = AutoConfig.from_pretrained(folder)
+    models = {
+        "backbone": classifier(folder, dtype=dtype, **asymmetric),
+        "from_config": AutoModelForSequenceClassification.from_config(
+            EPConfig(text_config=backbone, num_labels=3, hidden_features=[8, 8], **asymmetric), dtype=dtype
+        ),
+    }
+    models["backbone"].save_pretrained(tmp_path)
+    models["saved"] = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    for name, model in models.items():
+        assert {p.dtype for p in model.model.parameters()} == {dtype}, name
+        assert {p.dtype for p in model.score.parameters()} == {torch.float32}, name
+        assert torch.linalg.matrix_norm(model.score.forward_weight_1, 2).item() == pytest.approx(0.95), name
+        assert all(gradient.isfinite().all() for gradient in gradients(model.train(), 1.0).values()), name
+    # A cast by hand rounds the stored weights; the head still relaxes in float32, and goes back with `float()`
+    whole = classifier(folder, dtype=torch.float32)
+    with torch.no_grad():
+        whole.score.forward_weight_1.mul_(3.0)  # above the cap
+    half = classifier(folder, dtype=torch.float32)
+    half.load_state_dict(whole.state_dict())
+    half.to(dtype)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    logits = half(IDS, attention_mask=MASK).logits
+    assert logits.dtype == torch.float32 and half.score.statistics.free_residual <= 1e-4
+    resolution = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits, whole(IDS, attention_mask=MASK).logits, rtol=resolution, atol=resolution)
+    half.score.float()
+    torch.testing.assert_close(half(IDS, attention_mask=MASK).logits, logits, rtol=0, atol=1e-4)
+
+
+def test_a_state_space_backbone():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=36, hidden_size=16, state_size=4, num_hidden_layers=1, pad_token_id=0)
+    model = EPModelForSequenceClassification.from_backbone(MambaModel(config), num_labels=3, hidden_features=[8, 8])
+    output = model.train()(IDS, attention_mask=MASK, labels=LABELS)
+    output.loss.backward()
+    assert output.attentions is None and output.logits.shape == (3, 3)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def quantized(folder, **settings):

@@ -57,8 +57,16 @@ def test_importing_changes_nothing_and_the_rest_is_undone():
 
 
 def test_the_head_needs_torch_alone():
-    code = "import sys; from trl_ext.equilibrium import EPHead, EPValueHeads; EPHead(2, [3], 1); EPValueHeads(2, 1)"
-    assert run(f"{code}; print({{'transformers', 'trl', 'accelerate'}} & set(sys.modules))") == ["set()"]
+    """All that it loads beside torch, whose compiler `torch.compiler.disable` loads, is its own package's."""
+    code = """import sys, torch, torch._dynamo
+before = {name.split(".")[0] for name in sys.modules}
+from trl_ext.equilibrium import EPHead, EPValueHeads
+EPValueHeads(2, 1)
+head = EPHead(2, [3, 3], 1, feedback="asymmetric", feedback_angle=90.0)
+(head(torch.ones(1, 2)).sum() + head.homeostasis_loss()).backward()
+loaded = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+print(sorted(loaded), {"transformers", "trl", "accelerate", "matplotlib"} & set(sys.modules))"""
+    assert run(code) == ["['trl_ext']", "set()"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tests.helpers.equilibrium_reference import PHI, fixed_point, network_of, re
 from trl_ext import EPHead
 from trl_ext.equilibrium.activations import ACTIVATIONS
 from trl_ext.equilibrium.network import LayeredNetwork
-from trl_ext.equilibrium.relaxation import EquilibriumError, FreeDynamics, free_relaxation, relax
+from trl_ext.equilibrium.relaxation import Dynamics, EquilibriumError, FreeDynamics, free_relaxation, relax
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "dsilu"])
@@ -26,17 +26,52 @@ def test_fixed_point_equals_the_reference(activation, widths):
     assert head.statistics.free_residual <= 1e-13 and head.statistics.num_unconverged == 0
 
 
-def test_residual_is_the_change_of_a_synchronous_update():
+def test_sweeps_and_residuals_are_those_of_the_equation():
     torch.manual_seed(0)
-    network = network_of(EPHead(4, [9, 6, 7], 3).double())
-    drive, biases = torch.randn(5, 9, dtype=torch.float64), [torch.zeros(6), torch.zeros(7)]
-    biases = [bias.double() for bias in biases]
-    for sweeps in (2, 4, 8):
-        before = relax(FreeDynamics(network, [drive, *biases], 5), 1e-30, sweeps - 1).activities
-        currents = [network.current(layer, list(before), b) for layer, b in enumerate([drive, *biases])]
-        changes = [(torch.tanh(u) - r).abs().amax(1) for u, r in zip(currents, before, strict=True)]
-        relaxation = relax(FreeDynamics(network, [drive, *biases], 5), 1e-30, sweeps)
-        torch.testing.assert_close(relaxation.residuals, torch.stack(changes).amax(0))
+    network = network_of(EPHead(4, [9, 6, 7, 5], 3).double())
+    drives = [torch.randn(5, 9).double(), *(torch.randn(width).double() for width in (6, 7, 5))]
+
+    def update(state, *layers):
+        new = list(state)
+        for layer in layers:
+            new[layer] = torch.tanh(network.current(layer, list(new), drives[layer]))
+        return new
+
+    def flat(state):
+        return torch.cat([state[1], state[3]], dim=1)
+
+    state = relax(FreeDynamics(network, drives, 5), 1e-30, 0).activities
+    ends, steps, last = [], [], torch.full((5, 1), torch.inf)
+    for sweep in range(1, 9):
+        start = flat(state)
+        if sweep > 2 and sweep % 2:
+            turn = steps[-1] - steps[-2]
+            falls = steps[-1].square().sum(1, keepdim=True) <= 0.99 * last
+            share = torch.where(falls, (steps[-1] * turn).sum(1, keepdim=True) / turn.square().sum(1, keepdim=True), 0)
+            last = torch.where(falls, steps[-1].square().sum(1, keepdim=True), last)
+            start = ends[-1] - share * (ends[-1] - ends[-2])
+            state = [state[0], start[:, :6], state[2], start[:, 6:]]
+        state = update(state, 0, 2, 1, 3)
+        ends.append(flat(state))
+        steps.append(ends[-1] - start)
+        relaxation = relax(FreeDynamics(network, drives, 5), 1e-30, sweep)
+        torch.testing.assert_close(relaxation.residuals, steps[-1].abs().amax(1))
+        for found, expected in zip(relaxation.activities, state, strict=True):
+            torch.testing.assert_close(found, expected)
+    assert relaxation.residuals.max() < 1e-3
+
+
+@pytest.mark.parametrize("depth", [2, 4, 6])
+def test_secants_halve_the_sweeps_near_the_bound(depth, monkeypatch):
+    torch.manual_seed(0)
+    head = EPHead(8, [24] * depth, 3, max_steps=400)
+    hidden = torch.randn(32, 8)
+    head(hidden).sum().backward()
+    with_secants = head.statistics.free_sweeps, head.statistics.nudged_sweeps
+    monkeypatch.setattr(Dynamics, "takes_secants", False)
+    head(hidden).sum().backward()
+    plain = head.statistics.free_sweeps, head.statistics.nudged_sweeps
+    assert all(few < 0.75 * many for few, many in zip(with_secants, plain, strict=True))
 
 
 def test_rows_that_converge_early_are_dropped_and_come_out_the_same():
@@ -103,12 +138,13 @@ def test_an_oscillating_state_raises_with_the_norm_and_the_remedy():
     with pytest.raises(EquilibriumError, match=r"of 3 samples \(first: row [12]\) oscillate") as error:
         free_relaxation(oscillator(3.0), drive, [torch.full((1,), 0.01)], 1e-4, 60)
     assert "spectral norm of a recurrent weight is 3;" in str(error.value)
-    assert "`spectral_cap`" in str(error.value) and "below 1 for all" in str(error.value)
+    assert "`spectral_cap='auto'`" in str(error.value) and "below 1 for all of them, at 2 layers" in str(error.value)
     # The same network with weaker weights spirals into its fixed point
     assert free_relaxation(oscillator(0.9), drive, [torch.full((1,), 0.01)], 1e-4, 60).unconverged == 0
 
 
-def test_a_state_that_rests_and_then_moves_on_is_not_taken_for_an_oscillation():
+@pytest.mark.parametrize("secants", [False, True])
+def test_a_state_that_rests_and_then_moves_on_is_not_taken_for_an_oscillation(secants, monkeypatch):
     """Just above the fold of a bistable pair the state passes the ghost of the vanished fixed point."""
     weight = torch.tensor([[1.5]], dtype=torch.float64)
     network = LayeredNetwork([weight], [weight], ACTIVATIONS["tanh"])
@@ -119,13 +155,16 @@ def test_a_state_that_rests_and_then_moves_on_is_not_taken_for_an_oscillation():
         dynamics = FreeDynamics(network, [torch.full((1, 1), drive, dtype=torch.float64), *bias], 1)
         return relax(dynamics, 1e-9, 40, [part.clone() for part in start])
 
+    monkeypatch.setattr(Dynamics, "takes_secants", False)
     low, high = 0.0, 2.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if lower_branch(middle).activities[0] < 0 else (low, middle)
+    monkeypatch.setattr(Dynamics, "takes_secants", secants)
     relaxation = lower_branch(high + 2e-4)
     assert relaxation.activities[0] > 0.5
-    assert relaxation.unconverged == 1 and relaxation.residuals[0] <= 1e-9
+    assert relaxation.residuals[0] <= 1e-9, relaxation
+    assert relaxation.unconverged == 1 or secants
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

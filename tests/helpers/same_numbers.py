@@ -126,7 +126,7 @@ def file_contents(path: Path) -> Entries:
 
 def folder_contents(folder: Path) -> Entries:
     """Names of all files below a folder, and the contents of those that hold numbers."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "trl_ext_checkpoint.json")
     found: Entries = {"files": [path.relative_to(folder).as_posix() for path in files]}
     for path in files:
         found |= under(path.relative_to(folder).as_posix(), file_contents(path))

@@ -225,7 +225,7 @@ def test_the_name_in_our_own_configurations_is_a_plain_string(tmp_path):
     assert args.optim not in (OptimizerNames.LOMO, OptimizerNames.ADAMW_TORCH_FUSED)
     other = SparsePOConfig(str(tmp_path), optim="sgd", use_cpu=True, bf16=False)
     assert other.optim is OptimizerNames.SGD
-    with pytest.raises(ValueError, match="adampp is not a valid OptimizerNames"):
+    with pytest.raises(ValueError, match="`optim='adampp'` is no optimizer; did you mean 'adamp'"):
         SparsePOConfig(str(tmp_path), optim="adampp", use_cpu=True, bf16=False)
 
 

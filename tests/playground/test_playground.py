@@ -2,6 +2,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from trl_ext import playground
 from trl_ext.playground.base_model import BaseModelSettings, base_model_path, cache_folder
@@ -186,17 +187,31 @@ def test_key_changes_with_what_decides_the_model(monkeypatch):
     assert len(keys) == 4
 
 
-def test_training_leaves_the_random_state(tmp_path):
-    import torch
+def test_base_model_depends_on_its_seed_alone(tmp_path):
+    """Neither on the random numbers of the process, which it leaves as they were, nor on the number of threads."""
 
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    settings = BaseModelSettings(
-        steps=1, batch_size=2, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2
-    )
-    base_model_path(tmp_path, show_progress=False, settings=settings)
-    assert torch.equal(torch.rand(1), expected)
+    def seed_all(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_all(3)
+    expected, threads = drawn(), torch.get_num_threads()
+    settings = BaseModelSettings(steps=2, batch_size=16, hidden_size=64, intermediate_size=128, num_layers=1)
+    found = []
+    for seed, number in ((3, 1), (4, 2), (5, 3)):
+        seed_all(seed)
+        torch.set_num_threads(number)
+        try:
+            path = base_model_path(tmp_path / str(seed), show_progress=False, settings=settings)
+            assert torch.get_num_threads() == number and (seed != 3 or drawn() == expected)
+        finally:
+            torch.set_num_threads(threads)
+        found.append((path / "model.safetensors").read_bytes())
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,16 @@ def test_recipe_has_its_header(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_misspelt_key_is_refused(path, tmp_path):
-    recipe = load_recipe(path) | {"lerning_rate": 1.0}
+    recipe = load_recipe(path)
+    dataclasses = make_parser(path).dataclass_types
+    has_rate = any("learning_rate" in dataclass.__dataclass_fields__ for dataclass in dataclasses)
+    name = "learning_rate" if has_rate else max(recipe, key=len)
+    misspelt = name[:2] + name[3:]
+    recipe[misspelt] = recipe.pop(name, 1.0)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match=r"`lerning_rate`.*wrong.yaml.*did you mean `(\w*_)?learning_rate"):
-        make_parser(path).check(["--config", str(wrong)])
+    with pytest.raises(ValueError, match=rf"`{misspelt}`.*wrong.yaml.*did you mean `(\w*_)?{name}`"):
+        make_parser(path).check(["--config", str(wrong), "--trust_recipe_code"])
 
 
 def tiny_reward_model(folder, seed):
@@ -102,6 +107,8 @@ def test_recipe_runs_two_steps(path, tmp_path):
         "dataset_name",
         "test_split_size",
         "model_name_or_path",
+        "tokenizer_name_or_path",
+        "dataset_test_split",
         "attn_implementation",
         "deepspeed",
     ):
@@ -144,7 +151,7 @@ def test_recipe_runs_two_steps(path, tmp_path):
     overridden = tmp_path / "recipe.yaml"
     overridden.write_text(yaml.safe_dump(recipe))
     script = script_of(path)
-    script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden)]))
+    script.main(*script.make_parser().parse_args_and_config(["--config", str(overridden), "--trust_recipe_code"]))
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     if method == "sparse_po":

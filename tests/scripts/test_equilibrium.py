@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
+from trl_ext import EPModelForSequenceClassification
 from trl_ext.scripts import equilibrium_classifier, equilibrium_reward
 from trl_ext.scripts.recipe.strict_parser import RecipeError
 
@@ -48,17 +50,28 @@ def texts(labels):
     ],
     ids=["classes", "numbers", "several labels"],
 )
-def test_classifier_of_each_kind(labels, settings, problem_type, folder, tmp_path):
+def test_classifier_of_each_kind(labels, settings, problem_type, folder, tmp_path, capsys):
     model = run(equilibrium_classifier, folder, tmp_path, texts(labels), **settings)
     assert model.config.problem_type == problem_type and model.config.num_labels == settings["num_labels"]
     assert model.pooling == settings.get("pooling", "last")
+    printed = {"single_label_classification": "Confusion matrix", "multi_label_classification": "Confusion of each"}
+    output = capsys.readouterr().out
+    assert ("Confusion" in output) == (problem_type in printed) and printed.get(problem_type, "") in output
     card = (tmp_path / "out" / "README.md").read_text()
     assert "### Equilibrium-propagation head" in card and ("| `pooling` | mean |" in card) == ("pooling" in settings)
 
 
-def test_frozen_backbone_and_dtype(folder, tmp_path):
-    import torch
+def test_the_heads_first_weights_are_the_seeds(folder, tmp_path):
+    """Whatever the process drew before: runs of a demo follow one another in one process."""
+    found = []
+    for state, seed in ((1, 42), (2, 42), (1, 43)):
+        torch.manual_seed(state)
+        settings = {"seed": seed, "learning_rate": 0.0, "max_steps": 1, "eval_strategy": "no"}
+        found.append(run(equilibrium_reward, folder, tmp_path, list(tiny_pairs(8)), **settings).score.input_weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
+
+def test_frozen_backbone_and_dtype(folder, tmp_path):
     before = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     model = run(equilibrium_reward, folder, tmp_path, list(tiny_pairs(12)), freeze_backbone=True, learning_rate=0.01)
     for name, tensor in before.model.state_dict().items():
@@ -66,7 +79,7 @@ def test_frozen_backbone_and_dtype(folder, tmp_path):
 
 
 def test_lora(folder, tmp_path):
-    run(
+    loaded = run(
         equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6), use_peft=True, lora_task_type="SEQ_CLS",
         lora_target_modules=["q_proj", "v_proj"], lora_modules_to_save=["score"],
     )  # fmt: skip
@@ -74,6 +87,7 @@ def test_lora(folder, tmp_path):
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any("q_proj.lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
     assert {name.split(".score.")[1] for name in saved if ".score." in name} >= {"input_weight", "readout_weight"}
+    assert type(loaded) is EPModelForSequenceClassification and loaded.config.hidden_features == [8, 8]
 
 
 @pytest.mark.parametrize(
@@ -104,3 +118,32 @@ def test_scores_by_hand():
     assert score(EvalPrediction(logits, np.array([0, 0]))) == {"accuracy": 0.5}
     assert score(EvalPrediction(logits - 0.5, np.array([[1.0, 0.0], [0.0, 1.0]]))) == {"accuracy": 0.75}
     assert score(EvalPrediction(np.array([[1.0], [3.0]]), np.array([1.5, 3.0]))) == {"mean_squared_error": 0.125}
+
+
+def test_confusion_by_hand(capsys):
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 0.5], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    counts = equilibrium_classifier.confusion_matrix(logits, np.array([0, 0, 1, 2]))
+    assert counts.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
+    table = equilibrium_classifier.confusion_table(counts, ["bad", "fine", "good"])
+    assert [list(column.cells) for column in table.columns] == [
+        ["bad", "fine", "good"], ["1", "1", "0"], ["1", "0", "0"], ["0", "0", "1"], ["0.500", "0.000", "1.000"]
+    ]  # fmt: skip
+    labels = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    counts = equilibrium_classifier.confusion_matrix(np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]]), labels)
+    assert counts.tolist() == [[[1, 0], [1, 1]], [[1, 1], [0, 1]]]
+    table = equilibrium_classifier.confusion_table(counts, ["a", "b"])
+    assert [column.header for column in table.columns][1] == "true negative"
+    assert list(table.columns[-1].cells) == ["0.500", "1.000"]
+
+
+def test_names_of_classes_come_from_the_data(folder, tmp_path, monkeypatch, capsys):
+    from datasets import ClassLabel
+
+    from trl_ext.scripts.recipe import loading
+
+    load = loading.load_datasets
+    named = ClassLabel(names=["dull", "great"])
+    monkeypatch.setattr(loading, "load_datasets", lambda *args: load(*args).cast_column("label", named))
+    model = run(equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6))
+    assert model.config.id2label == {0: "dull", 1: "great"} and model.config.label2id == {"dull": 0, "great": 1}
+    assert "great" in capsys.readouterr().out

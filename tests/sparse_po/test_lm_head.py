@@ -106,6 +106,32 @@ def test_no_divergence_gradient_skips_the_reference():
     assert all(shape[1] != 4 for shape in products) and products
 
 
+@pytest.mark.parametrize("transforms", [PLAIN, ((0.7, 4.0), (1.0, 2.0))], ids=["plain", "softcap"])
+def test_tokens_without_gradient_are_left_out(transforms):
+    """Gradients are those of the other tokens alone; the products of the backward pass have as many rows as those."""
+    alive = torch.tensor([1, 4, 5, 9])
+    weights = torch.zeros(2, 11, dtype=torch.float64)
+    weights[0, [1, 4, 9]], weights[1, [4, 5]] = 2.0, -3.0
+    tensors, expected = head_inputs(), head_inputs()
+    rows = []
+
+    class CountRows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "mm":
+                rows.append(args[0].size(0))
+            return func(*args, **(kwargs or {}))
+
+    log_probs, _, kl = paired(tensors, transforms)
+    with CountRows():
+        (weights[0] * log_probs + weights[1] * kl).sum().backward()
+    assert set(rows) == {4}
+    few = [expected[0][alive], *expected[1:3], expected[3][alive], *expected[4:6], expected[6][alive]]
+    log_probs, _, kl = paired(few, transforms)
+    (weights[0, alive] * log_probs + weights[1, alive] * kl).sum().backward()
+    for tensor, other in zip(tensors[:3], expected[:3], strict=True):
+        assert torch.equal(tensor.grad, other.grad)
+
+
 def test_equal_models_have_no_divergence():
     tensors = head_inputs(dtype=torch.float32, ref_hidden=6)
     tensors[3], tensors[4], tensors[5] = (tensor.detach() for tensor in tensors[:3])

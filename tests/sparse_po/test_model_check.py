@@ -1,5 +1,7 @@
 """What is found out of a model at construction: its head, its dropout, and whether the masks can read it."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -101,6 +103,22 @@ def test_no_dropout_is_left(family):
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
+EXPERTS = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_no_noise_of_a_router_is_left(family):
+    noise = {"router_jitter_noise": 0.2} | ({"input_jitter_noise": 0.2} if family == "phimoe" else {})
+    model = tiny_model(family, **EXPERTS, **noise).train()
+    ids = torch.arange(3, 13).unsqueeze(0)
+    disable_dropout_in_model(model)
+    assert not torch.equal(model(ids).logits, model(ids).logits)  # what TRL leaves
+    disable_dropout(model)
+    found = copy.deepcopy(model.train())(ids).logits
+    assert torch.equal(found, model(ids).logits) and torch.equal(found, model.eval()(ids).logits)
+    assert model.train().training and model.base_model.layers[0].training
 
 
 @pytest.mark.parametrize("disable", [True, False])

@@ -39,6 +39,11 @@ ONES = {"mask_type": "ones", "divergence_coef": 0.0}
         {"loss_type": ["discopop"]},
         {"loss_type": ["sigmoid_norm"]},
         {"ld_alpha": 0.5},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},  # RPO
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "ld_alpha": 0.5},  # MPO
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "sft"]},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
     ],
     ids=lambda loss: "-".join(map(str, loss.values())) or "sigmoid",
 )
@@ -56,11 +61,29 @@ def test_ones_without_divergence_is_dpo(loss, tmp_path, tiny_path, tokenizer):
     torch.testing.assert_close(our_loss, dpo_loss, rtol=2e-6, atol=1e-6)
     assert our_gradients.keys() == dpo_gradients.keys()
     for name, gradient in dpo_gradients.items():
-        # discopop divides the logits by its temperature of 0.05 and sppo_hard squares them, and rounding with them
-        tolerance = 1e-4 if loss.get("loss_type") in (["discopop"], ["sppo_hard"]) else 2e-6
+        # discopop divides the logits by its temperature of 0.05, sppo_hard squares them and f-divergences take
+        # exponentials, and so of rounding
+        amplified = loss.get("loss_type") in (["discopop"], ["sppo_hard"]) or "f_divergence_type" in loss
+        tolerance = 1e-4 if amplified else 2e-6
         assert (our_gradients[name] - gradient).abs().max() <= tolerance * max(1.0, gradient.abs().max()), name
     for name in dpo_metrics:
         assert our_metrics[name] == pytest.approx(dpo_metrics[name], rel=1e-4, abs=1e-5), name
+
+
+def test_sft_term_is_not_masked(tmp_path, tiny_path, tokenizer):
+    """Beside a masked loss: the mean over the chosen tokens of plain log-probabilities, from whole logits."""
+    values = []
+    for loss_type in (["sigmoid"], ["sigmoid", "sft"]):
+        settings = {"loss_type": loss_type, "loss_weights": [2.0, 0.25][: len(loss_type)]}
+        trainer = make_trainer(tmp_path, tiny_path, tokenizer, mask_type="activation", **settings)
+        perturb(trainer.model)
+        batch = first_batch(trainer)
+        values.append(trainer.compute_loss(trainer.model, batch))
+    chosen = batch["completion_mask"][:4, 1:].bool()
+    logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:4, :-1]
+    labels = batch["input_ids"][:4, 1:].masked_fill(~chosen, -100)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(values[1] - values[0], 0.25 * expected, rtol=1e-5, atol=1e-6)
 
 
 MASKS = [

@@ -12,6 +12,7 @@ from trl import DPOConfig
 
 from tests.helpers.sparse_po import COMMON, LOG2, losses, make_trainer
 from tests.helpers.tiny import tiny_model, tiny_pairs
+from trl_ext.core.checkpoint import MANIFEST_FILE
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
 
@@ -39,10 +40,11 @@ def replaced(row, **values):
         ({"padding_free": True}, "padding_free=False"),
         ({"use_weighting": True}, "use_weighting=False"),
         ({"use_liger_kernel": True}, "use_kernels"),
-        ({"loss_type": ["sft"]}, "'sft'.*sigmoid"),
+        ({"loss_type": ["sft"]}, "'sft'.*sigmoid.*SFTTrainer"),
         ({"loss_type": ["aot"]}, "'aot'.*sigmoid"),
         ({"strict_pairs": True, "drop_invalid_pairs": True}, "strict_pairs=True.*drop_invalid_pairs=True"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type.*reverse_kl"),
+        ({"f_divergence_type": "forward_kl", "mask_type": "ones"}, "forward_kl.*divergence_coef=0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -63,7 +65,7 @@ def test_plain_dpo_config(tmp_path, tiny_path, tokenizer):
     [
         (lambda: tiny_pairs().remove_columns("chosen"), "'chosen'"),
         (lambda: tiny_pairs().rename_column("rejected", "refused"), "'rejected'.*refused"),
-        (lambda: replaced(4, chosen=None), "Row 4.*no `chosen`"),
+        (lambda: replaced(4, chosen=None), "Row 4 .*`chosen` is missing"),
         (lambda: tiny_pairs(1).select([]), "train dataset is empty"),
     ],
     ids=["no-chosen", "no-rejected", "none", "empty"],
@@ -163,7 +165,10 @@ def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, tiny_path, tokenizer)
 def test_checkpoint_without_masks(tmp_path, tiny_path, tokenizer):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, tiny_path, tokenizer, **settings, mask_type="ones").train()
-    trainer = make_trainer(tmp_path, tiny_path, tokenizer, **settings)
+    trainer = make_trainer(tmp_path / "b", tiny_path, tokenizer, **settings)
+    with pytest.raises(ValueError, match="`mask_type` is 'learned' here and was 'ones'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="token_masks.safetensors.*resume_from_checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -172,6 +177,9 @@ def test_checkpoint_of_other_masks(tmp_path, tiny_path, tokenizer):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, tiny_path, tokenizer, **settings).train()
     other = make_trainer(tmp_path, tiny_path, tokenizer, **settings, independent_masks=True)
+    with pytest.raises(ValueError, match="`independent_masks` is True here and was False"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="independent_masks=False.*independent_masks=True"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     reference = tiny_model(seed=4, hidden_size=48)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from accelerate.logging import get_logger
 
+from ..core.status import RunError
 from .advantages import Reduce, policy_advantages, squared_distance_rewards
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, constraint_keys, unique_names
@@ -28,6 +29,8 @@ Metrics = dict[str, list[float]]
 _CLIP = 0.2
 # A limit that is smaller than this share of the spread makes a share of it meaningless; the spread takes its place
 _SMALL_LIMIT = 0.1
+# Spreads by which a violation must have fallen to count as progress: far more than the noise of a batch
+_PROGRESS = 0.5
 # A spread below this share of the mean's size is rounding: the signal is a constant
 _SPREAD_ROUNDING = 1e-6
 logger = get_logger(__name__)
@@ -129,9 +132,10 @@ class SignalSpreads:
         return dict(zip(self.names, self._spreads.tolist(), strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores [`state_dict`]; a signal that it lacks keeps its spread."""
+        """Restores [`state_dict`]; a signal that it lacks, and one whose spread is given, keep their own."""
         current = self.state_dict()
-        self._spreads = torch.tensor([state.get(name, current[name]) for name in self.names], dtype=torch.float64)
+        found = torch.tensor([state.get(name, current[name]) for name in self.names], dtype=torch.float64)
+        self._spreads = torch.where(self._is_given, self._spreads, found)
 
 
 def standard_errors(signals: torch.Tensor, spreads: torch.Tensor, num_generations: int = 1) -> torch.Tensor:
@@ -209,33 +213,46 @@ class StoppingRules:
 
 
 class FeasibilityWatch:
-    """Names a constraint that stays violated while its weight is at its bound, once each time that begins."""
+    """
+    Names a constraint that stays violated while its weight is at its bound, once each time that begins. While the
+    violation still falls, the policy is on its way.
+    """
 
     def __init__(self, patience: int = 20):
         self.patience = patience
         self._counts: dict[str, int] = {}
+        # The violation that progress is measured from
+        self._least: dict[str, float] = {}
 
-    def check(self, key: str, is_exhausted: bool) -> bool:
-        """Whether to name a constraint after a rollout at which its weight was exhausted, or not."""
-        self._counts[key] = self._counts.get(key, 0) + 1 if is_exhausted else 0
-        return self._counts[key] == self.patience
+    def check(self, key: str, is_exhausted: bool, violation: float = 0.0) -> bool:
+        """
+        Whether to name a constraint after a rollout at which its weight was exhausted, or not, and the size of its
+        violation was `violation`, in spreads.
+        """
+        count = self._counts.get(key, 0) + 1 if is_exhausted else 0
+        if count == 1 or (count and violation < self._least.get(key, math.inf) - _PROGRESS):
+            count, self._least[key] = 1, violation
+        self._counts[key] = count
+        return count == self.patience
 
     def message(self, constraint: Constraint, maximum: float | None = None) -> str:
         """What to say of it."""
         bound = "its bound" if maximum is None else f"its bound (`multiplier_max={maximum:g}`)"
         return (
             f"The constraint `{constraint.reward} {constraint}` has been violated for {self.patience} rollouts with "
-            f"its weight at {bound}: it may be infeasible, alone or beside the other constraints. Move its threshold "
-            "towards the mean, or raise the bound or lower `kl_coef` if the policy should go further."
+            f"its weight at {bound} and comes no nearer: it may be infeasible, alone or beside the other "
+            "constraints. Move its threshold towards the mean, or raise the bound or lower `kl_coef` if the policy "
+            "should go further."
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        return dict(self._counts)
+        return {"counts": dict(self._counts), "least": dict(self._least)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restores [`state_dict`]."""
-        self._counts = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores [`state_dict`]; that of an earlier version is the counts alone."""
+        is_new = set(state) == {"counts", "least"}
+        self._counts, self._least = (dict(state["counts"]), dict(state["least"])) if is_new else (dict(state), {})
 
 
 class RolloutController:
@@ -341,6 +358,32 @@ class RolloutController:
         self.constraints = list(constraints)
         if self.multipliers is not None:
             self.multipliers.set_thresholds(self._thresholds())
+
+    def stated_constraints(self) -> dict[str, dict[str, Any]]:
+        """The constraints as the configuration states them, by name, with the name of their reward."""
+        parsed = self.args.parsed_constraints()
+        return {
+            key: {**dataclasses.asdict(constraint), "reward": name}
+            for key, constraint, name in zip(self.keys, parsed, self.constrained_names(), strict=True)
+        }
+
+    def restate_thresholds(self, keys: Sequence[str]) -> None:
+        """
+        Sets constraints, by name, to what the configuration states, in place of what a checkpoint has restored. One
+        that is stated relative to the policy before training is refused: that policy is gone.
+        """
+        if not keys:
+            return
+        constraints = list(self.constraints)
+        for index, (key, stated) in enumerate(zip(self.keys, self.args.parsed_constraints(), strict=True)):
+            if key in keys and stated.threshold is None:
+                raise RunError(
+                    f"The constraint {key!r} is stated relative to the policy before training, and otherwise than in "
+                    "the checkpoint. Give its `threshold` as a number, or leave it as it was."
+                )
+            if key in keys:
+                constraints[index] = stated
+        self.set_constraints(constraints)
 
     def _thresholds(self) -> list[float]:
         return [float(cast(float, constraint.threshold)) for constraint in self.constraints]
@@ -476,8 +519,9 @@ class RolloutController:
         if self.args.multiplier_units == "spread":
             multipliers.set_spreads(self.constrained_spreads())
         multipliers.update(means, errors)
+        sizes = multipliers.violations().abs().tolist()
         for index, is_exhausted in enumerate(multipliers.exhausted()):
-            if self.feasibility.check(self.keys[index], is_exhausted):
+            if self.feasibility.check(self.keys[index], is_exhausted, sizes[index]):
                 message = self.feasibility.message(self._named()[index], multipliers.maximum)
                 logger.warning(message, main_process_only=True)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from torch import nn
@@ -14,9 +15,11 @@ from transformers.utils import cached_file
 from trl import GRPOTrainer
 
 from .._upstream import open_rollout, restore_rollout
+from ..core.agreement import first_fault
+from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.companion import read_companion
 from ..core.dropout import stated_probabilities
-from ..equilibrium.value_heads import EPValueHeads
+from ..equilibrium.value_heads import EPValueHeads, without_subspaces
 from .adaptation import RolloutController
 from .critic import CRITIC_FILE, SeparateCritic, ValueHeads
 from .ensemble import EnsembleMonitor
@@ -28,6 +31,13 @@ MULTIPLIERS_FILE = "multipliers.json"
 STATE_FILE = "ppo_state.json"
 STOP_FILE = "stop_reason.json"
 ROLLOUT_FILE = "rollout_{rank}.pt"
+# What of a constraint may be otherwise in a resumed run, and settings that an open rollout cannot be gone on with
+THRESHOLD_FIELDS = ("threshold", "quantile", "relative_gain", "tolerance", "spread")
+_SHAPES_OF_ROLLOUT = (
+    "per_device_train_batch_size", "steps_per_generation", "num_iterations", "num_generations",
+    "gradient_accumulation_steps", "multiplier_update", "cliprange_value_unit",
+)  # fmt: skip
+logger = get_logger(__name__)
 # A float that counts epochs, a sum of many steps, may stand this much below the whole number that it means
 _EPOCH_ROUNDING = 1e-6
 
@@ -51,7 +61,8 @@ def critic_from_pretrained(name_or_path: str) -> nn.Module:
     path = str(cached_file(name_or_path, CRITIC_FILE))
     state, metadata = read_companion(path)
     critic: nn.Module
-    heads = EPValueHeads(**json.loads(metadata["heads"])) if "heads" in metadata else None
+    heads = EPValueHeads.from_saved(json.loads(metadata["heads"])) if "heads" in metadata else None
+    state = without_subspaces(state)
     if "backbone" in metadata:
         config = json.loads(metadata["backbone"])
         backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
@@ -111,31 +122,48 @@ def load_rollout(folder: str | Path, rank: int, device: torch.device) -> list[di
     return send_to_device(torch.load(path, map_location="cpu", weights_only=True), device)
 
 
-class CheckpointMixin(GRPOTrainer):
+class CheckpointMixin(WholeCheckpointsMixin, GRPOTrainer):
     """What [`ConstrainedPPOTrainer`], whose base this is, saves and takes up again."""
 
+    _fixed_settings = (
+        "optim", "method", "objective", "mixing", "whitening", "critic", "critic_head", "critic_hidden_features",
+        "critic_feedback", "use_score_scaling", "sat_target", "multiplier_squash", "multiplier_units", "rewards",
+        "constraints",
+    )  # fmt: skip
     controller: RolloutController
     ensembles: EnsembleMonitor
     scores: ScoreScaling | None
     search_callback: Any
     has_companion: Any
     resumed: bool
+    stop_reason: str | None
     _dropped: list
+
+    def _more_settings(self) -> dict[str, Any]:
+        own = self.controller.stated_constraints()
+        thresholds = {key: {name: one[name] for name in THRESHOLD_FIELDS} for key, one in own.items()}
+        others = {key: {name: one[name] for name in one if name not in THRESHOLD_FIELDS} for key, one in own.items()}
+        return {
+            "rewards": self.controller.reward_names,
+            "constraints": others,
+            **{f"threshold of {key}": fields for key, fields in thresholds.items()},
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         step, batches = open_rollout(self)
         own = {"ensembles": self.ensembles.state_dict()}
-        if self.args.should_save:
-            if self.scores is not None:
-                own["scores"] = self.scores.state_dict()
-            write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
-            if self.controller.multipliers is not None:
-                write_json(folder, MULTIPLIERS_FILE, self.controller.multipliers.state_dict())
-            if self.search_callback is not None:
-                self.search_callback.save(folder)
-        if _internal_call and batches is not None:
-            save_rollout(folder, self.accelerator.process_index, batches)
+        with self._failing_later():
+            if self.args.should_save:
+                if self.scores is not None:
+                    own["scores"] = self.scores.state_dict()
+                write_json(folder, STATE_FILE, {**self.controller.state_dict(), **own, "step": step})
+                if self.controller.multipliers is not None:
+                    write_json(folder, MULTIPLIERS_FILE, self.controller.multipliers.state_dict())
+                if self.search_callback is not None:
+                    self.search_callback.save(folder)
+            if _internal_call and batches is not None:
+                save_rollout(folder, self.accelerator.process_index, batches)
         with stated_probabilities(self._dropped):
             super().save_model(output_dir, _internal_call=_internal_call)
 
@@ -175,10 +203,40 @@ class CheckpointMixin(GRPOTrainer):
         self.ensembles.load_state_dict(state.get("ensembles", {}))
         if self.search_callback is not None:
             self.search_callback.load(checkpoint)
+        self._apply_changes()
         # Each epoch draws its own order, which a new sampler would begin anew
         if not isinstance(self.train_dataset, IterableDataset):
             for _ in range(int(float(self.state.epoch or 0.0) + _EPOCH_ROUNDING)):
                 next(iter(self._train_sampler), None)
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        restore_rollout(self, state["step"], load_rollout(checkpoint, rank, device))
+        self._restore_rollout(checkpoint, state["step"])
         self.resumed = True
+
+    def _apply_changes(self) -> None:
+        """The recipe's coefficient and thresholds, where they are not those that the checkpoint's run began with."""
+        if "kl_coef" in self._changes:
+            self.controller.kl_coef = self.args.kl_coef
+        changed = [key for key in self.controller.keys if f"threshold of {key}" in self._changes]
+        self.controller.restate_thresholds(changed)
+
+    def _restore_rollout(self, checkpoint: str, step: int) -> None:
+        """The open rollout, or none on all processes alike: one that generates would wait for the others for ever."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        batches, fault = None, None
+        others = [name for name in _SHAPES_OF_ROLLOUT if name in self._changes]
+        was_open = any(Path(checkpoint).glob(ROLLOUT_FILE.format(rank="*")))
+        if was_open and self._other_world:
+            fault = "another number of processes made it"
+        elif was_open and others:
+            fault = f"it was made with another `{others[0]}`"
+        elif step % generate_every:
+            batches = load_rollout(checkpoint, self.accelerator.process_index, self.accelerator.device)
+            if batches is None:
+                fault = f"{ROLLOUT_FILE.format(rank=self.accelerator.process_index)} is missing"
+        fault = first_fault(fault)
+        if fault is not None:
+            logger.warning(
+                f"The open rollout of {Path(checkpoint).name} is left out, and the next step generates anew: {fault}.",
+                main_process_only=True,
+            )
+            batches, step = None, 0
+        restore_rollout(self, step, batches)

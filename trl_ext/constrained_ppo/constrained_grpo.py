@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
+from ..core.checks import shown
 from .constrained_ppo_config import ConstrainedPPOConfig, Preset
 from .constrained_ppo_trainer import ConstrainedPPOTrainer
 
@@ -45,7 +46,8 @@ class ConstrainedGRPOConfig(ConstrainedPPOConfig):
     def __post_init__(self):
         if self.critic != "none":
             raise ValueError(
-                f"`critic={self.critic!r}` in a `ConstrainedGRPOConfig`, which has none. Use `ConstrainedPPOConfig`."
+                f"`critic={shown(self.critic)}` in a `ConstrainedGRPOConfig`, which has none. Use "
+                "`ConstrainedPPOConfig`."
             )
         super().__post_init__()
 

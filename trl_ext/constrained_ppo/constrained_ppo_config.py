@@ -7,13 +7,15 @@ from typing import Any, Literal
 from transformers import SchedulerType
 from trl import GRPOConfig
 
-from ..core.checks import check_choice, check_number
-from ..equilibrium.value_heads import check_value_heads
+from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken
+from ..equilibrium.value_heads import SpectralCap, check_value_heads, read_spectral_cap, refuse_value_heads
 from ..optim.names import post_init_with_own_optimizer
 from .constraints import Constraint, check_constraints, constraint_from_dict
 from .gold import check_gold
 from .group_settings import check_without_critic, settle_without_critic
 from .multipliers import Squash
+from .ranges import check_ranges
 from .retired import refuse_retired
 from .reward_functions import check_reward_functions
 from .scores import check_scores
@@ -35,7 +37,7 @@ class Preset:
     learning_rate: float = 0.05
     momentum: float = 0.0
     proportional: float = 3.0
-    drift: float = 0.05
+    drift: float = 0.2
     anti_windup: bool = True
     maximum: float | None = 5.0
 
@@ -51,8 +53,8 @@ def _published(objective: Literal["kl", "rewards"], kind: str, squash: Squash) -
 PRESETS: dict[str, Preset] = {
     "ppo": Preset("rewards", whitening="mixture", learns_multipliers=False),
     "sat": Preset("rewards", "==", whitening="mixture", learns_multipliers=False),
-    "mu": Preset("kl", ">="),
-    "xi": Preset("kl", "=="),
+    "mu": Preset("kl", ">=", maximum=2.0),
+    "xi": Preset("kl", "==", maximum=2.0),
     "all": Preset("rewards", "<="),
     "mu-paper": _published("kl", ">=", "sigmoid"),
     "xi-paper": _published("kl", "==", "tanh"),
@@ -73,8 +75,6 @@ _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _RELATIVE_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _CONSTRAINT_KEYS = {one.name for one in fields(Constraint)}
 _KL_COEF = 0.2
-# Settings of equilibrium heads that linear ones do not have, with the values that leave them out
-_FEEDBACK = {"critic_feedback": "symmetric", "critic_feedback_angle": 0.0, "critic_homeostasis_coef": 0.0}
 
 
 class _OneGeneration(int):
@@ -85,12 +85,12 @@ class _OneGeneration(int):
 
 
 @dataclass
-class ConstrainedPPOConfig(GRPOConfig):
+class ConstrainedPPOConfig(WithoutToken, RunArguments, GRPOConfig):
     r"""
     Configuration of [`ConstrainedPPOTrainer`].
 
     Fields of [`~trl.GRPOConfig`] keep their meaning, but for those that speak of groups of completions: advantages
-    come from a critic, unless `critic="none"`.
+    come from a critic, unless `critic="none"`. `overwrite`, `full_disk` and `save_on_signal` are [`RunArguments`]'.
 
     Parameters:
         > Parameters that control the method
@@ -143,7 +143,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         multiplier_drift (`float`, *optional*):
             Step, in spreads, by which a mean is expected to move from rollout to rollout. The smaller beside the
             standard error of a rollout, the more its noise is filtered; 0 for no filter. Defaults to the preset's,
-            0.05, or 0 in the paper's form and with a window or moving average.
+            0.2, or 0 in the paper's form and with a window or moving average.
         multiplier_anti_windup (`bool`, *optional*):
             Whether a multiplier waits while its weight is at a bound. Defaults to the preset's, `True`, or `False` in
             the paper's form.
@@ -161,7 +161,7 @@ class ConstrainedPPOConfig(GRPOConfig):
             Start of every multiplier.
         multiplier_max (`float`, *optional*):
             Bound on the size of every multiplier, of the weight with `"exp"`; `inf` for none. Defaults to the
-            preset's, 5, or none in the paper's form.
+            preset's, 2 for `"mu"` and `"xi"`, none in the paper's form, else 5.
         multiplier_delay_steps (`int`, *optional*, defaults to `0`):
             Rollouts that only observe.
         multiplier_window (`int`, *optional*, defaults to `1`):
@@ -234,14 +234,17 @@ class ConstrainedPPOConfig(GRPOConfig):
         critic_head (`str`, *optional*, defaults to `"linear"`):
             `"linear"`, or `"equilibrium"`: values relax to a fixed point and learn by equilibrium propagation
             ([`EPValueHeads`]).
-        critic_hidden_features (`list[int]`, *optional*, defaults to `[64, 64]`):
-            Widths of the relaxing layers of equilibrium heads.
+        critic_hidden_features (`int` or `list[int]`, *optional*, defaults to `[64, 64]`):
+            Widths of the relaxing layers of equilibrium heads; a number is one layer.
         critic_feedback (`str`, *optional*, defaults to `"symmetric"`):
             Feedback weights of equilibrium heads: `"symmetric"`, the forward ones transposed, or `"asymmetric"`.
         critic_feedback_angle (`float`, *optional*, defaults to `0.0`):
             Degrees between asymmetric feedback weights and the transposed forward ones at the start, 0 to 180.
         critic_homeostasis_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the homeostasis objective, which straightens asymmetric feedback, in the critic's loss.
+        critic_spectral_cap (`float` or `str`, *optional*, defaults to `"auto"`):
+            Bound on the spectral norm of equilibrium heads' recurrent weights: a number, `"auto"` for the largest with
+            which relaxation always converges, or `None` for no bound.
         critic_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Learning rate of the critic.
         critic_detach (`bool`, *optional*, defaults to `False`):
@@ -412,6 +415,10 @@ class ConstrainedPPOConfig(GRPOConfig):
     critic_homeostasis_coef: float = field(
         default=0.0, metadata={"help": "Weight of the homeostasis objective of equilibrium heads."}
     )
+    critic_spectral_cap: SpectralCap = field(
+        default="auto",
+        metadata={"help": "Bound on the recurrent weights of equilibrium heads: a number, 'auto' or none."},
+    )
     critic_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the critic."})
     critic_detach: bool = field(
         default=False, metadata={"help": "Stop the gradient of the value loss at the policy's backbone."}
@@ -468,7 +475,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
-        check_choice(self, "critic", choices=("shared", "separate", "none"))
+        check_ranges(self)
         if self.critic == "none":
             settle_without_critic(self)
         one = self.num_generations == 1
@@ -484,7 +491,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         if one:
             self.num_generations = 1
         self._apply_preset()
-        self._check_numbers()
+        self._check_divergence()
         check_scores(self)
         check_stop_tokens(self.generation_kwargs, self.use_vllm)
         check_reward_functions(self)
@@ -514,8 +521,6 @@ class ConstrainedPPOConfig(GRPOConfig):
         return coefficients * num_rewards if len(coefficients) == 1 else coefficients
 
     def _apply_preset(self) -> None:
-        if self.method is not None and self.method not in PRESETS:
-            raise ValueError(f"`method` must be one of {sorted(PRESETS)}, got {self.method!r}.")
         preset = PRESETS[self.method] if self.method is not None else self._no_method
         if self.multiplier_drift is None and (self.multiplier_window > 1 or self.multiplier_ema > 0):
             self.multiplier_drift = 0.0
@@ -525,17 +530,7 @@ class ConstrainedPPOConfig(GRPOConfig):
         if preset.kind is not None:
             self.constraints = [{"kind": preset.kind, **constraint} for constraint in self.constraints]
 
-    def _check_numbers(self) -> None:
-        given = self.vf_coef if isinstance(self.vf_coef, list) else [self.vf_coef]
-        if not all(float(coefficient) >= 0 for coefficient in given):
-            raise ValueError(f"`vf_coef` must not be negative, got {self.vf_coef}.")
-        not_negative = ("kl_coef", "kl_vf_coef", "cliprange_value", "critic_learning_rate", "calibration_samples")
-        check_number(self, *not_negative, at_least=0)
-        positive = ("kl_target", "early_stop_kl", "kl_ceiling", "gold_patience")
-        check_number(self, *positive, above=0, optional=True, remedy="Leave it out to go without.")
-        check_number(self, "gamma", "gae_lambda", at_least=0, at_most=1)
-        check_number(self, "kl_step", above=0, below=1)
-        check_number(self, "multiplier_spread_ema", at_least=0, below=1)
+    def _check_divergence(self) -> None:
         needs_divergence = [name for name in ("kl_target", "kl_ceiling") if getattr(self, name) is not None]
         if needs_divergence and self.kl_coef == 0:
             raise ValueError(
@@ -545,11 +540,6 @@ class ConstrainedPPOConfig(GRPOConfig):
 
     def _check_estimation(self) -> None:
         """Refuses settings of estimators and warm-up that cannot be used."""
-        check_number(self, "critic_warmup_steps", at_least=0)
-        if self.critic_warmup_steps != int(self.critic_warmup_steps):
-            raise ValueError(f"`critic_warmup_steps` must be a whole number, got {self.critic_warmup_steps}.")
-        check_number(self, "adaptive_lambda_alpha", above=0, optional=True, remedy="Leave it out to go without.")
-        check_number(self, "critic_lambda", at_least=0, at_most=1, optional=True)
         if self.critic_warmup_steps and self.lr_scheduler_type in _RELATIVE_SCHEDULERS:
             raise ValueError(
                 f"`critic_warmup_steps={self.critic_warmup_steps}` holds the policy through its learning rate, which "
@@ -564,7 +554,6 @@ class ConstrainedPPOConfig(GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        check_choice(self, "group_baseline", choices=("mean", "leave_one_out"))
         if self.critic == "none":
             check_without_critic(self)
         elif self.group_baseline != "mean":
@@ -630,19 +619,11 @@ class ConstrainedPPOConfig(GRPOConfig):
                 f"`critic_model_name_or_path={self.critic_model_name_or_path!r}` needs `critic='separate'`: value "
                 "heads on the policy have no backbone of their own."
             )
-        check_choice(self, "critic_head", choices=("linear", "equilibrium"))
+        self.critic_spectral_cap = read_spectral_cap(self.critic_spectral_cap)
         if self.critic_head == "linear":
-            for name, unused in _FEEDBACK.items():
-                if getattr(self, name) != unused:
-                    raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` needs `critic_head='equilibrium'`: linear heads have no "
-                        "feedback weights. Set that, or leave it out."
-                    )
-            return
-        check_value_heads(
-            self.critic_hidden_features, self.critic_feedback, self.critic_feedback_angle,
-            self.critic_homeostasis_coef, prefix="critic_",
-        )  # fmt: skip
+            refuse_value_heads(self, prefix="critic_")
+        else:
+            check_value_heads(self, prefix="critic_")
 
     def _check_search(self) -> None:
         search = self.search_config
@@ -668,7 +649,7 @@ class ConstrainedPPOConfig(GRPOConfig):
                 raise ValueError(
                     f"The constraint {constraint} must have the keys `reward`, one of `threshold`, `quantile` and "
                     "`relative_gain`, and `kind`, and may have `probability`, `per_prompt`, `tolerance` and `spread`; "
-                    f"look at {sorted(unknown | missing)}."
+                    f"look at {sorted(map(str, unknown | missing))}."
                 )
             if self.calibration_samples == 0 and "threshold" not in constraint:
                 raise ValueError(

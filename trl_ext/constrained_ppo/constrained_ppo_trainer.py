@@ -29,8 +29,11 @@ from trl import GRPOTrainer
 from .._upstream import disable_gradient_checkpointing, reference_built_by
 from ..core.companion import CompanionMixin
 from ..core.dropout import disable_dropout
+from ..core.files import warn_of_failure
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
+from ..core.safe_text import known_secrets, redacted
+from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
@@ -52,7 +55,7 @@ from .ensemble import EnsembleMonitor
 from .gold import GoldMetricMixin, gold_dataset
 from .multipliers import LagrangeMultipliers
 from .pretrained_critic import pretrained_critic
-from .prompts import random_rows
+from .prompts import check_prompts, random_rows
 from .reference import check_reference, divergence_warning, reference_builder
 from .report import PAPER, CalibrationCallback, ConstraintDashboardCallback, run_section
 from .retired import refuse_retired
@@ -174,6 +177,8 @@ class ConstrainedPPOTrainer(
         refuse_retired(kwargs, type(self).__name__)
         args = checked_config(args, model, gold_reward, eval_dataset)
         check_reference(ref_model, model, kwargs.get("peft_config"), args.kl_coef)
+        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
+            check_prompts(dataset, name)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if any(isinstance(reward, str) for reward in rewards):
             # TRL loads rewards given by name with an auto class; they may have an equilibrium head
@@ -190,6 +195,7 @@ class ConstrainedPPOTrainer(
                 processing_class=processing_class,
                 **kwargs,
             )
+        check_tokenizer(self.processing_class, self.model)
         self._check_prompts()
         self.eos_token_ids = stop_token_ids(args.generation_kwargs, self.eos_token_ids)
         self._has_own_reference = ref_model is not None
@@ -238,6 +244,9 @@ class ConstrainedPPOTrainer(
         return self.model.training and self.state.global_step < self.args.critic_warmup_steps
 
     def _check_prompts(self) -> None:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            check_prompts(dataset, name, tokenizer)
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         needed = self.args.generation_batch_size // self.num_generations
         if size is not None and size < needed:
@@ -633,25 +642,34 @@ class ConstrainedPPOTrainer(
         return torch.cat(rewards)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.stop_reason = None
         try:
             output = super().train(*args, **kwargs)
         except NonFiniteLossError as error:
             self.end_training(f"{error} No parameter has moved since the step before.")
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-                self._load_best_model()
+            self._write_stop_reason()
             self.callback_handler.on_train_end(self.args, self.state, self.control)
-            output = TrainOutput(self.state.global_step, float("nan"), {})
-        if self.stop_reason is not None and self.args.should_save:
-            best = self.state.best_model_checkpoint
-            record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
-            write_json(Path(self.args.output_dir), STOP_FILE, record)
+            raise
+        self._write_stop_reason()
         return output
+
+    def _write_stop_reason(self) -> None:
+        """Leaves the reason beside the model, or takes away that of a run which has gone on since."""
+        if not self.args.should_save:
+            return
+        folder, best = Path(self.args.output_dir), self.state.best_model_checkpoint
+        if self.stop_reason is None:
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            return
+        record = {"step": self.state.global_step, "reason": self.stop_reason, "best_model_checkpoint": best}
+        with warn_of_failure(f"{STOP_FILE} could not be written"):
+            write_json(folder, STOP_FILE, record)
 
     def end_training(self, reason: str) -> None:
         """Ends training after the step under way; the reason is logged, and written to `stop_reason.json`."""
-        self.stop_reason = reason
+        self.stop_reason = redacted(reason, known_secrets(self.args.hub_token))
         self.control.should_training_stop = True
-        logger.warning(f"Training ends at step {self.state.global_step}. {reason}", main_process_only=True)
+        logger.warning(f"Training ends at step {self.state.global_step}. {self.stop_reason}", main_process_only=True)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

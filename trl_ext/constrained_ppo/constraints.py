@@ -20,11 +20,27 @@ from typing import Any, Literal
 
 import torch
 
+from ..core.checks import Range, check_fields, shown
+
 
 Kind = Literal[">=", "<=", "=="]
 KINDS: tuple[Kind, ...] = (">=", "<=", "==")
 # What names a second constraint on one reward in logs, whose keys TensorBoard strips of other signs
 _SUFFIXES = {">=": "at_least", "<=": "at_most", "==": "equal"}
+
+
+_FREE = "Remove the constraint to leave the reward free."
+RANGES: dict[str, Range] = {
+    "probability": Range(
+        above=0, below=1, remedy="It is the share of responses that may miss the threshold, such as 0.05."
+    ),
+    "quantile": Range(at_least=0, at_most=1),
+    "relative_gain": Range(remedy=_FREE),
+    "reward": Range(at_least=0, empty=False, remedy="Name a reward, or give its index."),
+    "spread": Range(above=0, remedy="Leave it out to measure it."),
+    "threshold": Range(remedy=_FREE),
+    "tolerance": Range(at_least=0),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,8 @@ class Constraint:
     spread: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` of the constraint on {self.reward!r} must be one of {KINDS}, got {self.kind!r}.")
+        about = " of the constraint" + (f" on {shown(self.reward)}" if isinstance(self.reward, (str, int)) else "")
+        check_fields(self, RANGES, label="`{}`" + about.replace("{", "{{").replace("}", "}}"))
         stated = {name: getattr(self, name) for name in ("threshold", "quantile", "relative_gain")}
         stated = {name: value for name, value in stated.items() if value is not None}
         if len(stated) != 1:
@@ -80,32 +96,12 @@ class Constraint:
                 f"The constraint on {self.reward!r} must state exactly one of `threshold`, `quantile` and "
                 f"`relative_gain`, got {stated}."
             )
-        name, value = next(iter(stated.items()))
-        if isinstance(value, str) or not math.isfinite(value):
-            raise ValueError(
-                f"`{name}` of the constraint on {self.reward!r} must be a finite number, got {value!r}. Remove the "
-                "constraint to leave the reward free."
-            )
-        if name == "quantile" and not 0 <= value <= 1:
-            raise ValueError(f"`quantile` of the constraint on {self.reward!r} must lie in [0, 1], got {value}.")
         self._check_signal()
 
     def _check_signal(self) -> None:
         about = f"of the constraint on {self.reward!r}"
-        if self.spread is not None and not (0 < self.spread < math.inf):
-            raise ValueError(
-                f"`spread` {about} must be a positive number, got {self.spread!r}. Leave it out to measure it."
-            )
-        if self.probability is not None:
-            if not 0 < self.probability < 1:
-                raise ValueError(
-                    f"`probability` {about} must lie in (0, 1), got {self.probability!r}. It is the share of "
-                    "responses that may miss the threshold, such as 0.05."
-                )
-            if self.kind == "==":
-                raise ValueError(f"`probability` {about} needs the `kind` '>=' or '<=', got '=='.")
-        if not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"`tolerance` {about} must be a number of at least 0, got {self.tolerance!r}.")
+        if self.probability is not None and self.kind == "==":
+            raise ValueError(f"`probability` {about} needs the `kind` '>=' or '<=', got '=='.")
         if self.tolerance and (not self.per_prompt or self.probability is not None):
             raise ValueError(
                 f"`tolerance={self.tolerance!r}` {about} is how much prompts may fall short on average. It needs "

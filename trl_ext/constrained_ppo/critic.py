@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .._upstream import FusedCausalLMOutput, copy_parameters, gathered_state_dict, is_partitioned
 from ..core.companion import Companion, base_policy
 from ..core.recorder import Forward, last_hidden_states
-from ..equilibrium.value_heads import EPValueHeads
+from ..equilibrium.value_heads import EARLIER_SPECTRAL_CAP, EPValueHeads, without_subspaces
 from .advantages import merged_moments, token_moments
 from .constrained_ppo_config import ConstrainedPPOConfig
 
@@ -175,9 +175,17 @@ class CriticCompanion(Companion):
             found["heads"] = json.dumps(heads.settings())
         return found
 
+    def without_former_tensors(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return without_subspaces(state)
+
     def check_metadata(self, saved: dict[str, str], path: Path) -> None:
+        heads = value_heads_of(self.module)
+        if isinstance(heads, EPValueHeads) and "spectral_cap" not in json.loads(
+            saved.get("heads", '{"spectral_cap": 0}')
+        ):
+            heads.spectral_cap = EARLIER_SPECTRAL_CAP  # the run goes on as it was
         names = json.loads(saved.get("rewards", "null"))
-        if names is not None and len(names) != len(self.reward_names):
+        if names is not None and names != self.reward_names:
             raise ValueError(
                 f"{path} holds value heads for the rewards {names}, and this run has {self.reward_names}. Resume with "
                 "the rewards of the saved run."
@@ -205,8 +213,9 @@ def _value_heads(hidden_size: int, num_heads: int, args: ConstrainedPPOConfig) -
     if args.critic_head == "linear":
         return ValueHeads(hidden_size, num_heads)
     heads = EPValueHeads(
-        hidden_size, num_heads, args.critic_hidden_features, args.critic_feedback, args.critic_feedback_angle
-    )
+        hidden_size, num_heads, args.critic_hidden_features, args.critic_feedback, args.critic_feedback_angle,
+        args.critic_spectral_cap,
+    )  # fmt: skip
     # TRL seeds every process differently, and `fully_shard` would put a weight together from several draws
     heads.reset_parameters(torch.Generator().manual_seed(args.seed))
     return heads

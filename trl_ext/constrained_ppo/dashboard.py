@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..core.figures import COLORS, new_figure, save_figure, tidy
 from ..core.log import LogHistory, best_value, last_value, reward_names, series
+from ..core.safe_text import for_terminal, one_line
 from .constraints import Constraint, constraints_by_reward
 
 
@@ -34,7 +35,7 @@ def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] =
     if constrained:
         columns += ["threshold", "violation", "multi-\nplier", "weight", "satu-\nrated", "oscil-\nlation"]
     table = Table(
-        title=title or None,
+        title=for_terminal(title) or None,
         caption=_caption(log_history),
         title_justify="left",
         caption_justify="left",
@@ -49,7 +50,7 @@ def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] =
     grouped = constraints_by_reward(constraints)
     names = reward_names(log_history)
     for name in names:
-        row = [name, _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
+        row = [for_terminal(name), _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
         for key, constraint in grouped.get(name, []):
             table.add_row(*row, *_constraint_cells(log_history, key, constraint))
             row = ["", "", ""]
@@ -102,6 +103,7 @@ def _shown(value: float | None, sign: str = "") -> str:
 
 
 def _shortened(name: str, length: int) -> str:
+    name = one_line(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
@@ -135,7 +137,12 @@ def draw_dashboard(
     figure = new_figure(4.6 * columns, 2.9 * rows + 0.5, dpi=110)
     steps = [step for _, lines in panels for line in lines for step in line.points[0]]
     figure.suptitle(
-        textwrap.fill(title, 44 * columns), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
+        textwrap.fill(one_line(title), 44 * columns),
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        parse_math=False,
     )
     for index, (heading, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)

@@ -15,10 +15,25 @@ from typing import Any, Literal
 
 import torch
 
+from ..core.checks import Range, check_value
 from .constraints import Constraint, check_constraints, constraint_keys
 
 
 Squash = Literal["sigmoid", "tanh", "softplus", "exp", "none"]
+# Of the settings that are numbers; users know them with the prefix `multiplier_`
+RANGES: dict[str, Range] = {
+    "learning_rate": Range(at_least=0),
+    "momentum": Range(at_least=0, below=1),
+    "proportional": Range(at_least=0),
+    "derivative": Range(at_least=0),
+    "init": Range(),
+    "maximum": Range(above=0, infinite=True, remedy="Give `inf` for no bound."),
+    "delay_steps": Range(at_least=0),
+    "window": Range(at_least=1),
+    "ema": Range(at_least=0, below=1),
+    "drift": Range(at_least=0),
+}
+_PUBLIC = {"maximum": "max"}
 # A weight within this share of its squashing's range of a bound counts as saturated: the squashing is flat there
 _NEAR_BOUND = 0.02
 # Standard deviations between a mean and the prediction of it beyond which the filter does not hold them for noise
@@ -126,7 +141,7 @@ class LagrangeMultipliers:
         self.proportional, self.derivative = proportional, derivative
         self.squash_gradient, self.maximum = squash_gradient, maximum
         self.delay_steps, self.window, self.ema = delay_steps, window, ema
-        self.drift, self.anti_windup = drift, anti_windup
+        self.drift, self.anti_windup, self.init = drift, anti_windup, init
         self._check_settings()
         count = len(self.constraints)
         self._signs = torch.tensor([-1.0 if c.direction == "<=" else 1.0 for c in self.constraints]).double()
@@ -146,24 +161,14 @@ class LagrangeMultipliers:
         self._filtered_variances = torch.full((count,), -1.0, dtype=torch.float64)
 
     def _check_settings(self) -> None:
-        if self.squash not in SQUASHES:
-            raise ValueError(f"`multiplier_squash` must be one of {sorted(SQUASHES)}, got {self.squash!r}.")
-        for name in ("learning_rate", "proportional", "derivative", "drift"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`multiplier_{name}` must not be negative, got {getattr(self, name)}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"`multiplier_momentum` must lie in [0, 1), got {self.momentum}.")
-        if self.maximum is not None and not self.maximum > 0:
-            raise ValueError(f"`multiplier_max` must be positive, got {self.maximum}; `inf` for no bound.")
-        if self.window < 1 or self.delay_steps < 0:
+        hints = {"window": int, "delay_steps": int, "maximum": float | None}
+        for name, within in RANGES.items():
+            check_value(f"multiplier_{_PUBLIC.get(name, name)}", getattr(self, name), hints.get(name, float), within)
+        check_value("multiplier_squash", self.squash, Squash)
+        if self.ema and self.window > 1:
             raise ValueError(
-                f"`multiplier_window` must be at least 1 and `multiplier_delay_steps` at least 0, got {self.window} "
-                f"and {self.delay_steps}."
-            )
-        if not 0 <= self.ema < 1 or (self.ema and self.window > 1):
-            raise ValueError(
-                f"`multiplier_ema` must lie in [0, 1) and excludes `multiplier_window` above 1, got {self.ema} and "
-                f"{self.window}."
+                f"`multiplier_ema={self.ema}` excludes `multiplier_window={self.window}` above 1. Leave out one of "
+                "them."
             )
         if self.drift and (self.ema or self.window > 1):
             raise ValueError(

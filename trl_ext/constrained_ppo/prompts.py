@@ -8,9 +8,34 @@ import torch
 from datasets import IterableDataset
 from transformers import TrainerState
 
+from ..core.dataset_rows import check_rows
+
 
 # Rows of a stream that its shuffle draws from, as many as a reader waits for
 _SHUFFLE_BUFFER = 10_000
+
+
+def check_prompts(dataset: Any, name: str, tokenizer: Any = None) -> None:
+    """
+    Refuses data without prompts, before a model generates from it.
+
+    Args:
+        dataset (`~datasets.Dataset`, `~datasets.IterableDataset`, `dict` of them or `None`):
+            The data; of a stream its first rows are read.
+        name (`str`):
+            Name of the dataset in messages, such as `"train"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer, which says whether it knows unusual roles and takes empty prompts.
+
+    Raises:
+        TypeError: If it is no dataset.
+        ValueError: If it is empty, has no column `prompt`, or a row of it is neither text nor messages.
+    """
+    for key, each in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
+        if each is not None:
+            label = " ".join(filter(None, (name, repr(key) if key else "")))
+            use = "A policy is trained on prompts: rename or add the column `prompt`."
+            check_rows(each, label, required=("prompt",), tokenizer=tokenizer, needs_prompt=True, use=use)
 
 
 def random_rows(dataset: Any, count: int, seed: int) -> list[dict[str, Any]]:

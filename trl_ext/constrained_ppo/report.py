@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from ..core.files import warn_of_failure
 from ..core.log import LogHistory, best_value, last_value, reward_names
 from ..core.model_card import settings_table
+from ..core.safe_text import as_string, for_markdown, for_markdown_code, for_terminal
 from .calibration import Calibration, calibrate, cap_warnings
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .constraints import Constraint, check_constraints, constraints_by_reward
@@ -54,6 +56,7 @@ _OPTIONAL = (
 )  # fmt: skip
 _EQUILIBRIUM = (
     "critic_head", "critic_hidden_features", "critic_feedback", "critic_feedback_angle", "critic_homeostasis_coef",
+    "critic_spectral_cap",
 )  # fmt: skip
 _MULTIPLIERS = ("multiplier_squash", "multiplier_learning_rate", "multiplier_proportional")
 
@@ -109,7 +112,7 @@ def _results(log_history: LogHistory, constraints: Sequence[Constraint]) -> str:
         columns += ["constraint", "violation", "multiplier", "weight"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in names:
-        cells = [f"`{name}`", *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
+        cells = [for_markdown_code(name), *_logged(log_history, f"rewards/{name}/mean", f"average/{name}")]
         if not constraints:
             lines.append(f"| {' | '.join(cells)} |")
             continue
@@ -144,7 +147,7 @@ def _end(log_history: LogHistory, stop_reason: str | None) -> str:
     if gold is not None and best is not None:
         sentences.append(f"Gold metric: {_shown(gold)} at the end, at best {_shown(best[1])} at step {best[0]}.")
     if stop_reason:
-        sentences.append(f"Training stopped early: {stop_reason}")
+        sentences.append(f"Training stopped early: {for_markdown(stop_reason)}")
     elif step:
         sentences.append("Training was not stopped early.")
     return " ".join(sentences)
@@ -155,12 +158,12 @@ def _shown(value: float | None) -> str:
 
 
 def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
-    streams = ", ".join([*(f"`{name}`" for name in names), "the KL"])
+    streams = ", ".join([*map(for_markdown_code, names), "the KL"])
     parts = [
         "The policy is a plain model and loads without `trl_ext`.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```',
+        f"model = AutoModelForCausalLM.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n```",
     ]
     if critic == "none":
         return "\n\n".join(parts)
@@ -180,7 +183,7 @@ def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
         )
         parts.append(
             "```python\nfrom trl_ext import critic_from_pretrained\n\n"
-            f'critic = critic_from_pretrained("{model_id}")\n'
+            f"critic = critic_from_pretrained({as_string(model_id)})\n"
             'inputs = tokenizer("Some text", return_tensors="pt")\n'
             f"values = critic({arguments})  # (batch, tokens, {len(names) + 1})\n```"
         )
@@ -195,7 +198,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
     for row in calibrations:
         numbers = [row.mean, row.spread, *row.quantiles]
         table.add_row(
-            f"{row.reward} {row.stated}",
+            for_terminal(f"{row.reward} {row.stated}"),
             *(f"{number:.3g}" for number in numbers),
             f"{row.rank:.0%}",
             f"{row.deviations:+.2f}",
@@ -205,9 +208,10 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
 
 def _save_calibration(calibrations: Sequence[Calibration], folder: str | Path) -> None:
     """Writes `calibration.json`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     rows = [asdict(calibration) for calibration in calibrations]
-    (Path(folder) / CALIBRATION_FILE).write_text(json.dumps(rows, indent=1))
+    with warn_of_failure(f"{CALIBRATION_FILE} could not be written"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CALIBRATION_FILE).write_text(json.dumps(rows, indent=1))
 
 
 class CalibrationCallback(TrainerCallback):
@@ -321,7 +325,8 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _print(self, state: Any) -> None:
         self._last_shown = self._shown(state)
-        self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+        with warn_of_failure("The dashboard could not be printed"):
+            self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
 
     def _shown(self, state: Any) -> tuple[str, float | None]:
         """What a table shows that may change after the log step."""
@@ -329,9 +334,10 @@ class ConstraintDashboardCallback(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         start = time.monotonic()
-        draw_dashboard(
-            state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
-        )
+        with warn_of_failure(f"{self.path.name} could not be drawn"):
+            draw_dashboard(
+                state.log_history, self.path, self.constraints(), self._title(state), self.trainer.args.kl_ceiling
+            )
         end = time.monotonic()
         self._next_drawing = end + max(self.png_seconds, (end - start) / _DRAWING_SHARE)
 

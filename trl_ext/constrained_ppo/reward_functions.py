@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from .._upstream import is_async_callable
-from ..core.checks import check_choice, check_number
 
 
 logger = logging.getLogger(__name__)
@@ -396,15 +395,7 @@ def token_reward_tensors(values: dict[int, list[list[float]]], mask: torch.Tenso
 
 def check_reward_functions(args: Any) -> None:
     """Refuses settings of reward functions and their ensembles that cannot be used."""
-    check_number(args, "reward_retries", "reward_retry_seconds", at_least=0)
-    if args.reward_retries != int(args.reward_retries):
-        raise ValueError(f"`reward_retries` must be a whole number, got {args.reward_retries}.")
-    check_number(args, "reward_timeout", above=0, optional=True, remedy="Leave it out to go without.")
-    check_number(args, "ensemble_alarm_deviations", above=0)
-    check_choice(args, "ensemble_alarm", choices=("warn", "stop"))
     names = args.token_rewards
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"`token_rewards` must be a list of names of rewards, got {names!r}.")
     if names and (args.use_score_scaling or args.score_clip is not None):
         setting = "use_score_scaling" if args.use_score_scaling else "score_clip"
         raise ValueError(

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from ..core.checks import check_choice, check_number
-
 
 # A spread below this share of the mean's size is rounding: the reward is a constant
 _ROUNDING = 1e-6
@@ -129,14 +127,9 @@ def size_warning(sizes: torch.Tensor, names: Sequence[str], cliprange: float, fa
 
 def check_scores(args: Any) -> None:
     """Refuses settings of scores, and of the units of values and gradients, that contradict each other."""
-    check_number(
-        args, "score_clip", "critic_max_grad_norm", above=0, optional=True,
-        remedy="Leave it out to go without.",
-    )  # fmt: skip
-    check_choice(args, "cliprange_value_unit", choices=("score", "spread"))
     if args.use_score_norm and not args.use_score_scaling:
         raise ValueError("`use_score_norm=True` needs `use_score_scaling=True`. Set both, or leave it out.")
-    if args.critic_max_grad_norm is not None and not args.max_grad_norm > 0:
+    if args.critic_max_grad_norm is not None and not args.max_grad_norm:
         raise ValueError(
             f"`critic_max_grad_norm={args.critic_max_grad_norm}` acts where gradients are clipped, and "
             f"`max_grad_norm={args.max_grad_norm}` clips none. Set that, to a large number for no bound on the "

@@ -60,6 +60,10 @@ class Companion:
         """What the file says beside the tensors. Defaults to nothing."""
         return {}
 
+    def without_former_tensors(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors without those that only earlier versions had. Defaults to all."""
+        return state
+
     def check_metadata(self, saved: dict[str, str], path: Path) -> None:
         """
         Refuses a file of another kind. Defaults to one whose metadata differ.
@@ -139,6 +143,7 @@ class Companion:
             )
         state, saved = read_companion(path)
         self.check_metadata(saved, path)
+        state = self.without_former_tensors(state)
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if expected != found:
             both = expected.keys() | found.keys()

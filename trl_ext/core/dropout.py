@@ -3,6 +3,7 @@ none when it samples is compared with another policy than the one that acted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -22,7 +23,9 @@ def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
     """
     Sets every dropout probability of a model to 0: of dropout modules, adapters' included, of attributes that a
     functional dropout reads (OPT, Bloom, Falcon, GPTBigCode, BioGPT, XGLM, Seed-OSS; layers skipped at random), and of
-    the configurations that modules read in their forward. TRL's `disable_dropout` sees `nn.Dropout` only.
+    the configurations that modules read in their forward. Routers that add noise or draw their experts (`*jitter*`
+    above zero: PhiMoE, and Mixtral, MiniMax and DBRX where so configured) stay in evaluation mode, since such a number
+    may be part of what they compute there. TRL's `disable_dropout` sees `nn.Dropout` only.
 
     Args:
         model (`torch.nn.Module`):
@@ -37,6 +40,9 @@ def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
             module.p = 0.0
         for name in _probabilities(vars(module)):
             setattr(module, name, 0.0)
+        if any("jitter" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            module.eval()
+            module.train = partial(_stay, module)  # type: ignore[method-assign]
         _collect(getattr(module, "config", None), configs)
     found = [
         DroppedProbability(config, name, getattr(config, name))
@@ -46,6 +52,11 @@ def disable_dropout(model: nn.Module) -> list[DroppedProbability]:
     for config, name, _ in found:
         setattr(config, name, 0.0)
     return found
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of a module's `train`: it stays in the mode that it is in."""
+    return module
 
 
 def _collect(config: Any, found: dict[int, PretrainedConfig]) -> None:

@@ -7,16 +7,17 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from .._version import __version__
+from .safe_text import as_string, for_markdown, for_markdown_code, known_secrets, redacted, shown_folder
 
 
 def settings_table(rows: dict[str, object]) -> str:
     """A Markdown table of settings and values."""
-    lines = [f"| `{name}` | {_shown(value)} |" for name, value in rows.items()]
+    lines = [f"| {for_markdown_code(name)} | {_shown(value)} |" for name, value in rows.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
 
 
 def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else for_markdown(value)
 
 
 def finish_model_card(content: str, *, model_id: str, base_model: str | None, method_section: str) -> str:
@@ -43,7 +44,7 @@ def finish_model_card(content: str, *, model_id: str, base_model: str | None, me
         content = content.replace(
             "a fine-tuned version of [None](https://huggingface.co/None)", "fine-tuned from a local base model"
         )
-    content = content.replace('model="None"', f'model="{model_id}"')
+    content = content.replace('model="None"', f"model={as_string(model_id)}")
     card = ModelCard(content)
     metadata = card.data.to_dict()
     metadata.pop("licence", None)
@@ -58,7 +59,7 @@ def finish_model_card(content: str, *, model_id: str, base_model: str | None, me
 
 
 def write_method_card(
-    folder: str | Path, *, model_id: str | None, base_model: str | None, method_section: str
+    folder: str | Path, *, model_id: str | None, base_model: str | None, method_section: str, token: str | None = None
 ) -> None:
     """
     Rewrites the `README.md` that TRL left in a folder (see [`finish_model_card`]).
@@ -72,15 +73,17 @@ def write_method_card(
             Name of the base model, or `None`.
         method_section (`str`):
             Markdown of the method.
+        token (`str`, *optional*):
+            The run's `hub_token`, which must not stand in the card.
     """
     path = Path(folder) / "README.md"
     content = finish_model_card(
         path.read_text(encoding="utf-8"),
-        model_id=model_id or str(folder),
+        model_id=model_id or shown_folder(folder),
         base_model=base_model,
         method_section=method_section,
     )
-    path.write_text(content, encoding="utf-8")
+    path.write_text(redacted(content, known_secrets(token)), encoding="utf-8")
 
 
 class MethodCardMixin(Trainer):
@@ -100,13 +103,14 @@ class MethodCardMixin(Trainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            model_id = self.hub_model_id or str(self.args.output_dir)
+            model_id = self.hub_model_id or shown_folder(self.args.output_dir)
             base_model = self.model.config.name_or_path
             write_method_card(
                 self.args.output_dir,
                 model_id=model_id,
                 base_model=base_model if base_model and not Path(base_model).is_dir() else None,
                 method_section=self._method_section(model_id),
+                token=self.args.hub_token,
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -121,5 +125,6 @@ class MethodCardMixin(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             content = card.read_text(encoding="utf-8")
             if not self.hub_model_id:
-                content = content.replace(f'"{self.args.output_dir}"', f'"{folder}"')
+                own, others = (as_string(shown_folder(each)) for each in (self.args.output_dir, folder))
+                content = content.replace(own, others)
             (folder / "README.md").write_text(content, encoding="utf-8")

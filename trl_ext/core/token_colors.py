@@ -175,7 +175,8 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
     axes.set_xlim(0, LINE_WIDTH)
     axes.set_ylim(line, -0.8)
     axes.axis("off")
-    figure.suptitle(heading, x=0.03, y=1 - 0.14 / height, ha="left", va="top", fontsize=12, fontweight="bold")
+    figure.suptitle(heading, x=0.03, y=1 - 0.14 / height, ha="left", va="top", fontsize=12, fontweight="bold",
+                    parse_math=False)  # fmt: skip
     for column, row, piece, color, is_title in layout:
         if color is not None:
             axes.add_patch(_rectangle(column, row, len(piece), color))

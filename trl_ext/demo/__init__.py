@@ -1,5 +1,5 @@
 """The demo on the playground, where what matters in a response is known: SparsePO against its relatives,
-constrained PPO against plain PPO, and a reward model that learns by equilibrium propagation."""
+GRPO with and without constraints, and a reward model that learns by equilibrium propagation."""
 
 import argparse
 import importlib

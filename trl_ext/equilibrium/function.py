@@ -59,7 +59,8 @@ class RelaxationStatistics:
 class Evaluation:
     """
     What one evaluation of [`equilibrium`] needs besides tensors. `warn_unconverged` gets the name of the phase and the
-    number of rows that did not converge, `before_backward` is called before a gradient is estimated.
+    number of rows that did not converge, `warn_failed` that of rows which oscillate or diverge, and which raise an
+    error without it; `before_backward` is called before a gradient is estimated.
     """
 
     activation: Activation
@@ -70,6 +71,11 @@ class Evaluation:
     warn_unconverged: Callable[[str, int], None]
     before_backward: Callable[[], None] | None
     statistics: RelaxationStatistics = field(default_factory=RelaxationStatistics)
+    warn_failed: Callable[[str, int], None] | None = None
+
+    @property
+    def raises(self) -> bool:
+        return self.warn_failed is None
 
     def unpack(
         self, parameters: tuple[torch.Tensor, ...], dtype: torch.dtype
@@ -86,22 +92,27 @@ class Evaluation:
         unconverged = sum(relaxation.unconverged for relaxation in relaxations)
         setattr(self.statistics, f"{phase}_sweeps", sweeps)
         setattr(self.statistics, f"{phase}_residual", residual)
-        self.statistics.num_unconverged += unconverged
-        if unconverged:
-            self.warn_unconverged(phase, unconverged)
+        failed = sum(int(r.failed.sum().item()) for r in relaxations if r.failed is not None)
+        self.statistics.num_unconverged += max(unconverged, failed)
+        if unconverged > failed:
+            self.warn_unconverged(phase, unconverged - failed)
+        if failed and self.warn_failed is not None:
+            self.warn_failed(phase, failed)
 
 
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: Evaluation, drive: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         biases, network = evaluation.unpack(parameters, drive.dtype)
-        relaxation = free_relaxation(network, drive, biases, evaluation.tolerance, evaluation.max_steps)
+        relaxation = free_relaxation(
+            network, drive, biases, evaluation.tolerance, evaluation.max_steps, evaluation.raises
+        )
         evaluation.report("free", [relaxation])
         activities, membranes = relaxation.activities, []
         if evaluation.activation.needs_membrane:
             drives = [drive, *biases]
             membranes = [network.current(layer, list(activities), drives[layer]) for layer in range(len(activities))]
-        ctx.evaluation = evaluation
+        ctx.evaluation, ctx.failed = evaluation, relaxation.failed
         # The parameters themselves, not their copies: engines that shard free and gather them in place
         ctx.save_for_backward(*parameters, *activities, *membranes)
         return activities[-1]
@@ -112,7 +123,8 @@ class _Equilibrium(torch.autograd.Function):
         if evaluation.before_backward is not None:
             evaluation.before_backward()
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
-            gradients = _gradients(evaluation, ctx.saved_tensors, grad_output, ctx.needs_input_grad[1:])
+            moved = grad_output if ctx.failed is None else grad_output.masked_fill(ctx.failed.unsqueeze(1), 0.0)
+            gradients = _gradients(evaluation, ctx.saved_tensors, moved, ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
             gradients = _RefuseDoubleBackward.apply(grad_output, *gradients)
         return None, *gradients
@@ -159,8 +171,9 @@ def _gradients(
         for activity, membrane in zip(activities, membranes, strict=True)
     ]
     estimate = error_vectors(
-        network, constants, nudge / norm, evaluation.estimator, evaluation.tolerance, evaluation.max_steps
-    )
+        network, constants, nudge / norm, evaluation.estimator, evaluation.tolerance, evaluation.max_steps,
+        evaluation.raises,
+    )  # fmt: skip
     evaluation.report("nudged", estimate.relaxations)
     errors = [error.mul_(norm * size[rows]) for error in estimate.layers]
 

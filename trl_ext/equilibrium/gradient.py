@@ -14,6 +14,7 @@ sets their precision, and a free state that has not quite converged adds no drif
 import cmath
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -132,6 +133,7 @@ class _PointsDynamics(Dynamics):
 
     num_real: int
     mixer: torch.Tensor
+    takes_secants: ClassVar[bool] = False  # real and imaginary part of a row go together
 
     def activate(self, layer: int, current: torch.Tensor, check: bool) -> torch.Tensor:
         activation, constants = self.network.activation, self.constants[layer]
@@ -143,10 +145,9 @@ class _PointsDynamics(Dynamics):
             parts += activation.complex_difference(constants, a, b)
         return torch.cat(parts).flatten(0, 1)
 
-    def change(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        change = old.sub_(new)
-        largest = change.abs().view(-1, self.num_samples, change.shape[-1]).amax(dim=(0, 2))
-        principal = self.mix(change).abs_().amax(dim=-1)
+    def change(self, step: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        largest = step.abs().view(-1, self.num_samples, step.shape[-1]).amax(dim=(0, 2))
+        principal = self.mix(step).abs_().amax(dim=-1)
         size = self.mix(new).abs_().amax(dim=-1)
         return torch.maximum(largest, principal.div_(size.clamp_min_(torch.finfo(size.dtype).tiny)))
 
@@ -194,6 +195,7 @@ def error_vectors(
     estimator: Estimator,
     tolerance: float,
     max_steps: int,
+    raises: bool = True,
 ) -> ErrorVectors:
     """
     Estimates the error vectors of all layers for a linear loss of the last layer's activity.
@@ -211,6 +213,8 @@ def error_vectors(
             Largest change of a response in a sweep, over its largest entry.
         max_steps (`int`):
             Most sweeps.
+        raises (`bool`, *optional*, defaults to `True`):
+            Whether a nudged state that oscillates or diverges raises an error; else its error vector is zero.
 
     Returns:
         [`ErrorVectors`].
@@ -225,25 +229,33 @@ def error_vectors(
         return ErrorVectors([nudge.new_empty(0, layer[0].shape[-1]) for layer in constants], [])
     silent: list[torch.Tensor | None] = [None] * (network.num_layers - 1)
     if estimator.name in ("tangent", "exact"):
-        relaxation = relax(_TangentDynamics(network, [*silent, nudge], num_samples, constants), tolerance, max_steps)
+        tangent = _TangentDynamics(network, [*silent, nudge], num_samples, constants)
+        relaxation = relax(tangent, tolerance, max_steps, raises=raises)
+        relaxation.silence_failed()
         return ErrorVectors(relaxation.activities, [relaxation])
 
     points = estimator.points()
     drive = nudge * estimator.radius
     dynamics = _PrincipalDynamics(network, [*silent, drive], num_samples, constants, points)
-    relaxation = relax(dynamics, tolerance, max_steps)
+    relaxation = relax(dynamics, tolerance, max_steps, raises=raises)
+    relaxation.silence_failed()
     principal, relaxations = relaxation.activities, [relaxation]
     # A single real point has one mode; else the others stay at zero where the curvature of `phi` cannot raise them
     higher_modes = network.activation.max_curvature * torch.stack(dynamics.largest_currents).max().square()
     has_others = len(points) > 1 or points[0][0].imag != 0
     if has_others and not higher_modes <= absolute_tolerance(tolerance, nudge.dtype):
-        completed = _relax_points(dynamics, drive, principal, tolerance, max_steps)
+        completed = _relax_points(dynamics, drive, principal, tolerance, max_steps, raises)
         principal, relaxations = completed.layers, [*relaxations, *completed.relaxations]
     return ErrorVectors([mode / estimator.radius for mode in principal], relaxations)
 
 
 def _relax_points(
-    dynamics: _PrincipalDynamics, drive: torch.Tensor, principal: list[torch.Tensor], tolerance: float, max_steps: int
+    dynamics: _PrincipalDynamics,
+    drive: torch.Tensor,
+    principal: list[torch.Tensor],
+    tolerance: float,
+    max_steps: int,
+    raises: bool,
 ) -> ErrorVectors:
     """Responses at all points, from a state of the principal mode alone; samples at rest there stay as they are."""
     # Block `p` of the rows is `parts[p]` times the mode; the mode is the mean of the blocks weighted with `mixer`
@@ -265,11 +277,11 @@ def _relax_points(
     if len(samples) == 0:
         return ErrorVectors(principal, [])
     chosen = everything.select(samples)
-    relaxation = relax(chosen, tolerance, max_steps, [state[:, samples].flatten(0, 1) for state in start])
-    layers = [
-        mode.index_copy(0, samples, chosen.mix(rows))
-        for mode, rows in zip(principal, relaxation.activities, strict=True)
-    ]
+    relaxation = relax(chosen, tolerance, max_steps, [state[:, samples].flatten(0, 1) for state in start], raises)
+    modes = [chosen.mix(rows) for rows in relaxation.activities]
+    if relaxation.failed is not None:
+        modes = [mode.masked_fill(relaxation.failed.unsqueeze(1), 0.0) for mode in modes]
+    layers = [mode.index_copy(0, samples, moved) for mode, moved in zip(principal, modes, strict=True)]
     return ErrorVectors(layers, [relaxation])
 
 

@@ -5,10 +5,12 @@ One forward: the backbone, [`pooled_states`], [`EPHead.forward`], then the loss 
 transformers' auto classes ([`register_auto_classes`]).
 """
 
+import copy
 import logging
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -25,18 +27,27 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .configuration import EPConfig, PoolingName
+from .configuration import TOKEN_IDS, EPConfig, PoolingName
 from .head import EPHead
-from .settings import SETTINGS
+from .loading import (
+    CONFIG_FIELDS,
+    HEAD_FIELDS,
+    LABEL_FIELDS,
+    backbone_in_memory,
+    find_adapter,
+    label_settings,
+    load_adapter,
+    place_head,
+    save_configuration,
+    saved_configuration,
+    without_unused_pooler,
+)
 
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token",
-                "trust_remote_code")  # fmt: skip
 # What quantized models of transformers carry, which trainers and PEFT ask for
 _QUANTIZATION = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 # How encoders' own classifiers say what they pool
 _CLASSIFIER_POOLING: dict[str, PoolingName] = {"cls": "first", "mean": "mean"}
-_CONFIG_FIELDS = (*SETTINGS, "pooling", "homeostasis_coef", "num_labels", "id2label", "label2id", "problem_type")
 
 
 @dataclass
@@ -90,6 +101,8 @@ class EPModelForSequenceClassification(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["score"]
+    # Of heads that were saved when the cap of each weight had a subspace
+    _keys_to_ignore_on_load_unexpected = [r"_subspace$"]
 
     def __init__(self, config: EPConfig, backbone: PreTrainedModel | None = None):
         if not isinstance(config, EPConfig):
@@ -104,9 +117,9 @@ class EPModelForSequenceClassification(PreTrainedModel):
                 "a decoder-only model."
             )
         self.num_labels = config.num_labels
-        self.model = AutoModel.from_config(config.text_config) if backbone is None else backbone
         self.pooling: PoolingName = config.pooling or default_pooling(config.get_text_config())
-        _remove_unused_pooler(self.model, self.pooling)
+        backbone = AutoModel.from_config(config.text_config) if backbone is None else backbone
+        self.model = without_unused_pooler(backbone, self.pooling)
         hidden_size = config.get_text_config().hidden_size
         self.score = EPHead(hidden_size, out_features=self.num_labels, **config.head_settings())
         self._backward_passes: Counter[str] = Counter()
@@ -117,73 +130,115 @@ class EPModelForSequenceClassification(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: Any,
         *model_args: Any,
-        config: PreTrainedConfig | None = None,
+        config: Any = None,
         **kwargs: Any,
-    ) -> "EPModelForSequenceClassification":
+    ) -> Any:
         """
-        Loads a saved model, or a backbone, which gets a new head.
+        Loads a saved model; an adapter that was trained on one, with its base model; or a backbone, which gets a new
+        head.
 
         Args:
             pretrained_model_name_or_path (`str`):
-                Model id or folder.
-            config (`PreTrainedConfig`, *optional*):
-                Configuration. Defaults to the saved one.
+                Model id or folder of a model, an adapter or a backbone.
+            config (`PreTrainedConfig` or `str`, *optional*):
+                Configuration, or where it is saved: an [`EPConfig`], or that of a backbone, whose labels and
+                `problem_type` are then the model's. Defaults to the saved one.
             model_args (`Any`):
                 Handed on.
             kwargs (`Any`):
                 Those of transformers' `from_pretrained`, and fields of [`EPConfig`].
 
         Returns:
-            [`EPModelForSequenceClassification`]
+            [`EPModelForSequenceClassification`], in evaluation mode; with `output_loading_info=True` a pair of it and
+            a `dict` of missing, unexpected and mismatched keys.
+
+        Raises:
+            ValueError: If an adapter's head, its settings or its base model are saved nowhere.
         """
-        if config is None:
-            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **options)
-        else:
-            found = config
-        if not isinstance(found, EPConfig):
-            return cls.from_backbone(pretrained_model_name_or_path, config=config, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        source = pretrained_model_name_or_path
+        if isinstance(config, (str, PathLike)):
+            config = AutoConfig.from_pretrained(config)
+        adapter = find_adapter(source, kwargs)
+        if adapter is not None:
+            return load_adapter(cls, source, adapter, config, kwargs)
+        own = EPConfig.model_type
+        saved = own if source is None else saved_configuration(source, kwargs).get("model_type")
+        is_own = saved == own if config is None else isinstance(config, EPConfig) and saved in (own, None)
+        if not is_own:
+            return cls.from_backbone(source, config=config, **kwargs)
+        return super().from_pretrained(source, *model_args, config=config, **kwargs)
 
     @classmethod
-    def from_backbone(cls, backbone: str | PreTrainedModel, **kwargs: Any) -> "EPModelForSequenceClassification":
+    def from_backbone(cls, backbone: Any, *, config: PreTrainedConfig | None = None, **kwargs: Any) -> Any:
         """
         Puts a new head on a backbone.
 
         Args:
-            backbone (`str` or [`~transformers.PreTrainedModel`]):
-                Model id or folder, or a model, whose own head is left out.
+            backbone (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
+                Model id or folder, or a model, whose own head is left out. A model in memory stays as it is and keeps
+                its mode, which the new model takes over; the two share the backbone's weights. Of a `PeftModel`, the
+                backbone is a copy with the adapter merged into it.
+            config (`PreTrainedConfig`, *optional*):
+                An [`EPConfig`], whose settings are taken, or with a model id the backbone's configuration.
             kwargs (`Any`):
-                Fields of [`EPConfig`]; with a model id, also those of transformers' `from_pretrained`.
+                Fields of [`EPConfig`]; with a model id, also those of transformers' `from_pretrained`. Labels and
+                `problem_type` default to those of the backbone's configuration.
 
         Returns:
-            [`EPModelForSequenceClassification`], in evaluation mode.
+            [`EPModelForSequenceClassification`], of a model id in evaluation mode; with `output_loading_info=True` as
+            [`~EPModelForSequenceClassification.from_pretrained`].
 
         Raises:
-            ValueError: If a model is given and `kwargs` has something that is no field of [`EPConfig`].
+            ValueError: If a model is given and `kwargs` has something that is no field of [`EPConfig`], or the numbers
+                of labels given differ.
         """
-        settings = {name: kwargs.pop(name) for name in _CONFIG_FIELDS if name in kwargs}
-        if isinstance(backbone, PreTrainedModel):
+        given = {name: kwargs.pop(name) for name in CONFIG_FIELDS if name in kwargs}
+        head = {name: given[name] for name in HEAD_FIELDS if name in given}
+        if isinstance(config, EPConfig):
+            head = {name: getattr(config, name) for name in HEAD_FIELDS} | head
+        info: dict[str, Any] | None = None
+        if isinstance(backbone, nn.Module):
             if kwargs:
-                raise ValueError(f"{sorted(kwargs)} are no fields of `EPConfig`. Its fields are {_CONFIG_FIELDS}.")
-            name, backbone = backbone.config.name_or_path, backbone.base_model
+                raise ValueError(f"{sorted(kwargs)} are no fields of `EPConfig`. Its fields are {CONFIG_FIELDS}.")
+            backbone = backbone_in_memory(backbone)
+            name, text_config = backbone.config.name_or_path, copy.deepcopy(backbone.config)
         else:
-            name, backbone = backbone, AutoModel.from_pretrained(backbone, **kwargs)
+            name = str(backbone)
+            if config is not None:
+                kwargs["config"] = config.text_config if isinstance(config, EPConfig) else config
+            backbone = AutoModel.from_pretrained(backbone, **kwargs)
+            if kwargs.get("output_loading_info"):
+                backbone, info = backbone
+            text_config = backbone.config
+        labels = {name: given[name] for name in LABEL_FIELDS if name in given}
+        labels = label_settings(config if isinstance(config, EPConfig) else backbone.config, labels)
         # Implementations are set for all parts at once when a model is built: keep those that the backbone has
         implementations = {
             name: {"text_config": getattr(backbone.config, f"_{name}")}
             for name in ("attn_implementation", "experts_implementation")
         }
-        config = EPConfig(text_config=backbone.config, dtype=backbone.dtype, **implementations, **settings)
+        own = EPConfig(text_config=text_config, dtype=backbone.dtype, **implementations, **head, **labels)
+        for token in TOKEN_IDS:
+            if token in given:
+                setattr(own, token, given[token])
         # Where trainers look for the tokenizer, and model cards for the name of the base model
-        config.name_or_path = str(name)
-        model = cls(config, backbone=backbone).to(backbone.device).eval()
+        own.name_or_path = name
+        model = cls(own, backbone=backbone)
+        model.training = backbone.training
+        model.score.train(backbone.training)
+        place_head(model, backbone)
         if getattr(backbone, "is_quantized", False):
-            config.quantization_config = backbone.config.quantization_config
+            own.quantization_config = backbone.config.quantization_config
             for name in _QUANTIZATION:
                 if hasattr(backbone, name):
                     setattr(model, name, getattr(backbone, name))
-        return model
+        return model if info is None else (model, _with_head_missing(info, model.score))
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As transformers saves; with an adapter loaded, the configuration is saved beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if getattr(self, "peft_config", None) and kwargs.get("is_main_process", True):
+            save_configuration(self, save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, EPHead):
@@ -247,7 +302,7 @@ class EPModelForSequenceClassification(PreTrainedModel):
             logits=logits,
             past_key_values=getattr(outputs, "past_key_values", None),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),  # a state-space model has none
             homeostasis_loss=homeostasis_loss,
         )
         return output.to_tuple() if return_dict is False else output
@@ -307,16 +362,11 @@ def default_pooling(config: PreTrainedConfig) -> PoolingName:
     return _CLASSIFIER_POOLING.get(getattr(config, "classifier_pooling", None) or "cls", "first")
 
 
-def _remove_unused_pooler(backbone: PreTrainedModel, pooling: PoolingName) -> None:
-    """Takes out a pooler that the head does not read: without a gradient it would stop distributed training."""
-    pooler = getattr(backbone, "pooler", None)
-    if pooling == "pooler" and pooler is None:
-        raise ValueError(
-            f"`pooling='pooler'` needs a backbone with a pooler, which `{type(backbone).__name__}` has not. Use "
-            "'first', whose state a pooler reads, or 'mean'."
-        )
-    if pooling != "pooler" and pooler is not None:
-        backbone.pooler = None
+def _with_head_missing(info: dict[str, Any], head: nn.Module) -> dict[str, Any]:
+    """Loading information of a model whose backbone was loaded, in the model's own names, and whose head is new."""
+    own = {name: {f"model.{key}" for key in info[name]} for name in ("missing_keys",) if name in info}
+    own["missing_keys"] = own.get("missing_keys", set()) | {f"score.{name}" for name in head.state_dict()}
+    return {**info, **own}
 
 
 def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
@@ -326,9 +376,7 @@ def last_token_states(hidden: torch.Tensor, input_ids: torch.Tensor | None, pad_
     """
     rows = torch.arange(len(hidden), device=hidden.device)
     if pad_token_id is None and len(hidden) > 1:
-        raise ValueError(
-            f"A batch of {len(hidden)} rows needs a padding token. Set `model.config.get_text_config().pad_token_id`."
-        )
+        raise ValueError(f"A batch of {len(hidden)} rows needs a padding token. Set `model.config.pad_token_id`.")
     if pad_token_id is None or input_ids is None:
         return hidden[:, -1]
     is_token = (input_ids != pad_token_id).to(hidden.device, torch.int32)

@@ -1,6 +1,7 @@
 """What is shown of an equilibrium head: its part of the model card, and its gradient against the exact one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from transformers import TrainerCallback
 
 from .._upstream import gathered_state_dict
 from ..core.figures import new_axes, save_figure
+from ..core.files import warn_of_failure
 from ..core.model_card import settings_table, write_method_card
+from ..core.safe_text import as_string
 from .configuration import EPConfig
 from .head import EPHead
 from .modeling import active_head, equilibrium_model, pooled_states
@@ -26,12 +29,48 @@ CITATION = """@inproceedings{laborieux2024improving,
 _ESTIMATOR_FIELDS = {"holomorphic": ("num_points", "rotated", "radius"), "symmetric": ("radius",),
                      "one_sided": ("radius",)}  # fmt: skip
 _METRICS = ("ep/", "accuracy")
+_QUICK_START = re.compile(r"(## Quick start\n\n)```python\n.*?```\n", re.DOTALL)
 
 
-def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id: str) -> str:
+def usage(model_id: str, is_reward: bool) -> str:
+    """Python that loads a model or an adapter, of a Hub id or folder, and prints a text's reward or class."""
+    what, raw = ("rewarder", ', function_to_apply="none"') if is_reward else ("classifier", "")
+    shown = '[0]["score"]' if is_reward else "[0]"
+    return (
+        "```python\nfrom transformers import AutoTokenizer, pipeline\n"
+        "from trl_ext import EPModelForSequenceClassification\n\n"
+        f"model = EPModelForSequenceClassification.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n"
+        f'{what} = pipeline("text-classification", model=model, tokenizer=tokenizer{raw})\n'
+        f'print({what}("The capital of France is Paris."){shown})\n```'
+    )
+
+
+def _loading_section(is_adapter: bool) -> str:
+    """What loads the model or the adapter, and what happens to a user without this package."""
+    if is_adapter:
+        return (
+            "This is an adapter: the low-rank weights and the head, which relaxes to a fixed point. Load it with the "
+            "code of this card: `EPModelForSequenceClassification.from_pretrained` reads the head's settings from the "
+            "`config.json` beside the adapter and the base model's name from `adapter_config.json`.\n\n"
+            "**Give trainers and pipelines that model, not the adapter's name on the Hub.** Under its name "
+            "transformers, with `trl_ext` or without, loads the base model with a linear head of random weights, and "
+            "only warns of it. The name of a local folder is enough after "
+            "`trl_ext.equilibrium.register_auto_classes()`, which that code's import has called."
+        )
+    return (
+        "The head relaxes to a fixed point, so the model loads with `trl_ext` only. Without it transformers stops "
+        f'with "model type `{EPConfig.model_type}` but Transformers does not recognize this architecture": install '
+        "`trl_ext`, not a newer transformers.\n\n"
+        "transformers' auto classes and pipelines, and reward models given by name, know it after "
+        "`trl_ext.equilibrium.register_auto_classes()`, which that code's import has called."
+    )
+
+
+def method_section(config: EPConfig, log_history: list[dict[str, Any]], is_adapter: bool = False) -> str:
     """
-    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis and, of the log's last entry
-    that has them, the head's metrics. `model_id` is a Hub id or folder.
+    Markdown of the method's section: estimator, points, radius, asymmetry, homeostasis, of the log's last entry that
+    has them the head's metrics, and how the model, or the adapter, is loaded.
     """
     unused = {name for names in _ESTIMATOR_FIELDS.values() for name in names}
     unused -= set(_ESTIMATOR_FIELDS.get(config.estimator, ()))
@@ -48,28 +87,23 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], model_id
         shown: dict[str, object] = {name: value for name, value in final.items() if name.startswith(_METRICS)}
         table = settings_table(shown).replace("setting", "metric", 1)
         parts += [f"At step {final.get('step', '?')} of training:", table]
-    parts.append(
-        "The head relaxes to a fixed point, so the model loads with `trl_ext` only.\n\n"
-        "```python\nfrom transformers import AutoTokenizer\nfrom trl_ext import EPModelForSequenceClassification\n\n"
-        f'model = EPModelForSequenceClassification.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```\n\n'
-        "transformers' auto classes and pipelines, and reward models given by name, know it after "
-        "`trl_ext.equilibrium.register_auto_classes()`, which that import has called."
-    )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _loading_section(is_adapter)])
 
 
-def write_card(folder: str | Path, model_id: str, base_model: str, section: str) -> None:
+def write_card(
+    folder: str | Path, model_id: str, base_model: str, section: str, is_reward: bool, token: str | None = None
+) -> None:
     """
-    Completes the `README.md` that a trainer left in a folder with [`method_section`], and makes its example register
-    the model with transformers. Where the model came from, `base_model`, is not named if it is a folder.
+    Completes the `README.md` that a trainer left in a folder with [`method_section`] and code that loads the model,
+    in place of that under "Quick start". Where the model came from, `base_model`, is not named if it is a folder;
+    `token`, the run's `hub_token`, never is.
     """
-    path = Path(folder) / "README.md"
-    example, known = "from transformers import pipeline\n", "from trl_ext.equilibrium import register_auto_classes\n"
-    content = path.read_text(encoding="utf-8").replace(example, f"{example}{known}\nregister_auto_classes()\n")
+    path, code = Path(folder) / "README.md", usage(model_id, is_reward)
+    content, replaced = _QUICK_START.subn(lambda found: f"{found[1]}{code}\n", path.read_text(encoding="utf-8"))
     path.write_text(content, encoding="utf-8")
     named = base_model if base_model and not Path(base_model).is_dir() else None
-    write_method_card(folder, model_id=model_id, base_model=named, method_section=section)
+    section = section if replaced else f"{section}\n\n{code}"
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section, token=token)
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:
@@ -124,9 +158,10 @@ class EPAlignmentCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "alignment.json").write_text(json.dumps(self.history, indent=1))
-        draw_alignment({"": self.history}, folder / "alignment.png")
+        with warn_of_failure("The report of the head's alignment could not be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "alignment.json").write_text(json.dumps(self.history, indent=1))
+            draw_alignment({"": self.history}, folder / "alignment.png")
 
     def _measure(self, step: int) -> None:
         if self.history and self.history[-1]["step"] == step:

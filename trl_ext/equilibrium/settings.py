@@ -4,16 +4,33 @@
 constrained PPO some of them with the prefix `critic_`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from numbers import Integral
+from typing import Any, Literal
 
-from ..core.checks import check_choice, check_number
+from ..core.checks import Range, check_number, check_value, shown
+from .input_norm import InputNormName
 
 
 FeedbackName = Literal["symmetric", "asymmetric"]
 ActivationName = Literal["tanh", "dsilu", "sigmoid"]
 EstimatorName = Literal["holomorphic", "symmetric", "one_sided", "tangent", "exact"]
 CorrectionName = Literal["none", "asymep"]
+OscillationName = Literal["raise", "warn"]
+SpectralCap = float | str | None
+AUTO = "auto"
+
+_POSITIVE = Range(above=0, remedy="The default is a good start.")
+RANGES: dict[str, Range] = {
+    "feedback_angle": Range(at_least=0, at_most=180, remedy="It is in degrees."),
+    "homeostasis_coef": Range(at_least=0, remedy="Set it to 0 to go without."),
+    "max_steps": Range(at_least=1),
+    "num_points": Range(at_least=1),
+    "radius": _POSITIVE,
+    "spectral_cap": Range(also=Any),
+    "tolerance": _POSITIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,17 @@ class HeadSettings:
             largest entry.
         max_steps (`int`, *optional*, defaults to `100`):
             Most sweeps of a relaxation. Rows that need more are counted, and the first time warned of.
-        spectral_cap (`float`, *optional*):
+        spectral_cap (`float` or `str`, *optional*, defaults to `"auto"`):
             Bound on the singular values of each recurrent weight: the network runs with the projected weights, see
-            [`cap_singular_values`]. Below 1 for two layers of `tanh` or `sigmoid`, every relaxation converges.
+            [`cap_singular_values`]. `"auto"` is 0.98 times [`contraction_bound`], the largest below which every
+            relaxation converges, from the number of layers and the activation: 0.98 for two layers of `tanh` or
+            `sigmoid`, 0.69 for three, 0.57 for five. A number may be larger; `None` is no bound.
+        input_norm (`str`, *optional*, defaults to `"none"`):
+            `"center"` takes the running mean off each feature of the input, `"standardize"` divides it by the running
+            standard deviation too; see [`update_statistics`].
+        on_oscillation (`str`, *optional*, defaults to `"raise"`):
+            What a row does that oscillates or diverges, as none can under `spectral_cap="auto"`: `"raise"` an error,
+            or `"warn"` once. Its output is then that of its last state, and it has no part in the gradient.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -79,8 +104,15 @@ class HeadSettings:
     )
     tolerance: float = field(default=1e-4, metadata={"help": "Residual of a fixed point."})
     max_steps: int = field(default=100, metadata={"help": "Sweeps at most."})
-    spectral_cap: float | None = field(
-        default=None, metadata={"help": "Bound on the spectral norm of every recurrent block."}
+    spectral_cap: SpectralCap = field(
+        default=AUTO,
+        metadata={"help": "Bound on the spectral norm of every recurrent weight: a number, 'auto' or none."},
+    )
+    input_norm: InputNormName = field(
+        default="none", metadata={"help": "Running statistics on the head's input: 'none', 'center', 'standardize'."}
+    )
+    on_oscillation: OscillationName = field(
+        default="raise", metadata={"help": "Whether a row that oscillates raises an error or a warning."}
     )
 
     def __post_init__(self) -> None:
@@ -98,39 +130,57 @@ def head_settings(owner: Any, prefix: str = "") -> dict[str, Any]:
 def check_head(owner: Any, prefix: str = "") -> None:
     """Refuses those of [`head_settings`] that no head can have; `owner` need not have all of them."""
     found = head_settings(owner, prefix)
+    for item in fields(HeadSettings):
+        if item.name not in found:
+            continue
+        within = RANGES.get(item.name, Range())
+        if item.name == "activation" and found.get("estimator") == "holomorphic":
+            within = Range(remedy="The holomorphic estimator needs a complex-differentiable one.")
+        check_value(f"{prefix}{item.name}", found[item.name], item.type, within, item.default)
     if "hidden_features" in found:
         check_widths(f"{prefix}hidden_features", found["hidden_features"])
-    needs_complex = "The holomorphic estimator needs a complex-differentiable one."
-    for name, choices in (
-        ("activation", ActivationName), ("estimator", EstimatorName), ("correction", CorrectionName),
-    ):  # fmt: skip
-        if name in found:
-            remedy = needs_complex if name == "activation" and found.get("estimator") == "holomorphic" else ""
-            check_choice(owner, prefix + name, choices=get_args(choices), remedy=remedy)
-    for name in ("radius", "tolerance"):
-        if name in found:
-            check_number(owner, prefix + name, above=0, remedy="The default is a good start.")
-    for name in ("num_points", "max_steps"):
-        if name in found:
-            check_number(owner, prefix + name, at_least=1)
-    if found.get("spectral_cap") is not None:
-        check_number(owner, f"{prefix}spectral_cap", above=0, remedy="None is no bound.")
+    if "spectral_cap" in found:
+        check_spectral_cap(owner, f"{prefix}spectral_cap")
     check_feedback(found.get("feedback", "symmetric"), found.get("feedback_angle", 0.0), prefix)
+
+
+def check_spectral_cap(owner: Any, name: str) -> None:
+    """Refuses a field that is no bound on singular values."""
+    if getattr(owner, name) != AUTO:
+        check_number(
+            owner, name, above=0, optional=True,
+            remedy="'auto' is the largest with which relaxation always converges, None no bound.",
+        )  # fmt: skip
+
+
+def read_spectral_cap(value: Any) -> Any:
+    """The bound that a command line, where all is text, or a recipe gives; what is no number stays as it is."""
+    if not isinstance(value, str) or value == AUTO:
+        return value
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def as_widths(widths: Any) -> list[int]:
+    """One size or several, of any kind of whole number, as a list."""
+    return [int(width) for width in ([widths] if isinstance(widths, Integral) else widths)]
 
 
 def check_widths(name: str, widths: Any) -> None:
     """Refuses sizes, one or several, that are no positive integers."""
-    values = [widths] if isinstance(widths, int) else list(widths)
-    if not values or any(not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f"`{name}` must be positive integers, got {values}: a layer needs at least one unit.")
+    values = list(widths) if isinstance(widths, Sequence) and not isinstance(widths, str) else [widths]
+    if not values or any(not isinstance(value, Integral) or isinstance(value, bool) or value < 1 for value in values):
+        raise ValueError(f"`{name}` must be positive integers, got {shown(values)}: a layer needs at least one unit.")
 
 
 def check_feedback(feedback: str, feedback_angle: float, prefix: str = "") -> None:
     """Refuses feedback weights that cannot be built; `prefix` is what the user's names of the two begin with."""
-    if feedback not in get_args(FeedbackName):
-        raise ValueError(f"`{prefix}feedback` must be one of {list(get_args(FeedbackName))}, got {feedback!r}.")
-    if not 0 <= feedback_angle <= 180:
-        raise ValueError(f"`{prefix}feedback_angle` must be from 0 to 180 degrees, got {feedback_angle}.")
+    check_value(f"{prefix}feedback", feedback, FeedbackName)
+    check_value(f"{prefix}feedback_angle", feedback_angle, float, RANGES["feedback_angle"])
     if feedback == "symmetric" and feedback_angle != 0:
         raise ValueError(
             f"`{prefix}feedback_angle` is {feedback_angle} but `{prefix}feedback` is 'symmetric', which has an angle "
@@ -140,11 +190,7 @@ def check_feedback(feedback: str, feedback_angle: float, prefix: str = "") -> No
 
 def check_homeostasis(homeostasis_coef: float, feedback: str, prefix: str = "") -> None:
     """Refuses a weight of the homeostasis objective that cannot be used; `prefix` as in [`check_feedback`]."""
-    if not 0 <= homeostasis_coef < float("inf"):
-        raise ValueError(
-            f"`{prefix}homeostasis_coef` must not be negative and must be finite, got {homeostasis_coef}. Set it to 0 "
-            "to go without."
-        )
+    check_value(f"{prefix}homeostasis_coef", homeostasis_coef, float, RANGES["homeostasis_coef"])
     if homeostasis_coef > 0 and feedback == "symmetric":
         raise ValueError(
             f"`{prefix}homeostasis_coef={homeostasis_coef}` has nothing to do where `{prefix}feedback='symmetric'`. "

@@ -1,7 +1,8 @@
 """Trainers of models with an equilibrium head: transformers' and TRL's own, with the head's metrics, rate and card.
 
-One step: [`EPRewardTrainer.compute_loss`] calls TRL's, whose forward of the model has the homeostasis objective too,
-and adds that to the loss; the head's statistics are taken after each forward, and `log` hands on their means.
+One step: `compute_loss` calls TRL's or transformers', whose forward of the model has the homeostasis objective too,
+and adds that to a loss which is not the model's own; the head's statistics are taken after each forward, and `log`
+hands on their means.
 """
 
 from collections import defaultdict
@@ -10,19 +11,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from ..core.checkpointing import WholeCheckpointsMixin
+from ..core.checks import Range, check_fields
+from ..core.dataset_rows import checked_stream
 from ..core.parameter_groups import move_to_own_groups
+from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken, shown_folder
+from ..core.tokenizer_check import check_tokenizer
+from ..core.training_ranges import COUNT, NOT_NEGATIVE, TRAINING
 from ..optim.install import OwnOptimizerMixin
 from ..optim.names import post_init_with_own_optimizer
+from .loading import save_configuration
 from .modeling import EPModelForSequenceClassification, active_head, equilibrium_model
 from .report import CITATION, gathered_asymmetry, method_section, write_card
 from .settings import check_homeostasis
 
 
+RANGES: dict[str, Range] = {
+    **TRAINING,
+    # Of RewardConfig
+    "center_rewards_coefficient": NOT_NEGATIVE,
+    "dataset_num_proc": COUNT,
+    "max_length": COUNT,
+    "pad_to_multiple_of": COUNT,
+    # Our own
+    "head_learning_rate": Range(above=0, remedy="Leave it out to use `learning_rate`."),
+    "homeostasis_coef": Range(at_least=0, remedy="Set it to 0 to go without."),
+}
+
+
 @dataclass
-class _HeadTrainingArguments:
+class _HeadTrainingArguments(WithoutToken, RunArguments):
     """The two fields that trainers of an equilibrium head add to their arguments."""
 
     homeostasis_coef: float | None = field(
@@ -33,20 +57,14 @@ class _HeadTrainingArguments:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, RANGES)
         post_init_with_own_optimizer(self, super().__post_init__)  # type: ignore[misc]
-        if self.homeostasis_coef is not None:
-            check_homeostasis(self.homeostasis_coef, "asymmetric")
-        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
-            raise ValueError(
-                f"`head_learning_rate` must be positive and finite, got {self.head_learning_rate}. Leave it out to "
-                "use `learning_rate`."
-            )
 
 
 @dataclass
 class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
     r"""
-    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more.
+    Configuration of [`EPTrainer`]: [`~transformers.TrainingArguments`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -61,7 +79,7 @@ class EPTrainingArguments(_HeadTrainingArguments, TrainingArguments):
 @dataclass
 class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     r"""
-    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more.
+    Configuration of [`EPRewardTrainer`]: [`~trl.RewardConfig`] with two fields more and [`RunArguments`]'.
 
     Parameters:
         homeostasis_coef (`float`, *optional*):
@@ -71,16 +89,19 @@ class EPRewardConfig(_HeadTrainingArguments, RewardConfig):
     """
 
 
-class _HeadTrainer(OwnOptimizerMixin, Trainer):
+class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
     """Base of a trainer, before transformers' or TRL's: the head's metrics, learning rate and model card."""
 
-    def __init__(self, model: Any, args: Any, **kwargs: Any):
-        config = equilibrium_model(model).config
-        if args.homeostasis_coef is not None:
-            check_homeostasis(args.homeostasis_coef, config.feedback)
-            config.homeostasis_coef = args.homeostasis_coef
+    def __init__(self, model: Any, args: Any, *positional: Any, **kwargs: Any):
+        if model is not None:
+            _set_homeostasis_coef(model, args.homeostasis_coef)
         self._head_metrics: dict[str, list[float]] = defaultdict(list)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        _set_homeostasis_coef(model, self.args.homeostasis_coef)
+        return model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -102,7 +123,24 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
             self._head_metrics[name].append(value)
         if outputs.homeostasis_loss is not None:
             self._head_metrics["ep/homeostasis_loss"].append(outputs.homeostasis_loss.detach().mean().item())
+            if outputs.loss is None:
+                # A loss of the logits: of preferences, with smoothed labels, or the user's own
+                loss = loss + self._homeostasis_weight() * outputs.homeostasis_loss.mean()
         return (loss, outputs) if return_outputs else loss
+
+    def _homeostasis_weight(self) -> float:
+        """The coefficient, over the number of accumulated batches where the trainer takes the loss to be so."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.compute_loss_func is not None
+        weight = equilibrium_model(self.model).config.homeostasis_coef
+        return weight / self.current_gradient_accumulation_steps if scaled else weight
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and is_peft_model(model):
+            save_configuration(equilibrium_model(model), output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self._pop_head_metrics()
@@ -124,24 +162,36 @@ class _HeadTrainer(OwnOptimizerMixin, Trainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            model, model_id = equilibrium_model(self.model), self.hub_model_id or str(self.args.output_dir)
-            section = method_section(model.config, self.state.log_history, model_id)
-            write_card(self.args.output_dir, model_id, model.config.name_or_path, section)
+            model, model_id = equilibrium_model(self.model), self.hub_model_id or shown_folder(self.args.output_dir)
+            section = method_section(model.config, self.state.log_history, is_peft_model(self.model))
+            is_reward = isinstance(self, RewardTrainer)
+            write_card(
+                self.args.output_dir, model_id, model.config.name_or_path, section, is_reward, self.args.hub_token
+            )
+
+
+def _set_homeostasis_coef(model: Any, homeostasis_coef: float | None) -> None:
+    """Gives a model the weight that the trainer's arguments have, if any; refuses one without a head."""
+    config = equilibrium_model(model).config
+    if homeostasis_coef is not None:
+        check_homeostasis(homeostasis_coef, config.feedback)
+        config.homeostasis_coef = homeostasis_coef
 
 
 class EPTrainer(_HeadTrainer, Trainer):
     """
     [`~transformers.Trainer`] for classifiers with an equilibrium-propagation head
     (https://huggingface.co/papers/2309.02214): the head's metrics in the log and its settings in the model card. The
-    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too.
+    homeostasis objective is part of the model's own loss, so transformers' trainer, unmodified, minimises it too, but
+    not under `label_smoothing_factor` or `compute_loss_func`: this trainer adds it there.
 
     Args:
-        model ([`EPModelForSequenceClassification`] or `PeftModel` on one):
-            Model.
-        args ([`EPTrainingArguments`]):
-            Configuration.
-        kwargs (`Any`):
-            The other arguments of [`~transformers.Trainer`], by name.
+        model ([`EPModelForSequenceClassification`] or `PeftModel` on one, *optional*):
+            Model. Without one, `model_init` builds it.
+        args ([`EPTrainingArguments`], *optional*):
+            Configuration. Defaults to one with the output folder `tmp_trainer`, as the parent's.
+        positional, kwargs (`Any`):
+            The other arguments of [`~transformers.Trainer`].
 
     Raises:
         TypeError: If `args` is not an [`EPTrainingArguments`], or the model has no equilibrium head.
@@ -149,10 +199,12 @@ class EPTrainer(_HeadTrainer, Trainer):
 
     args: EPTrainingArguments
 
-    def __init__(self, model: Any, args: EPTrainingArguments, **kwargs: Any):
+    def __init__(self, model: Any = None, args: EPTrainingArguments | None = None, *positional: Any, **kwargs: Any):
+        if args is None:
+            args = EPTrainingArguments("tmp_trainer")
         if not isinstance(args, EPTrainingArguments):
             raise TypeError(f"`args` must be an `EPTrainingArguments`, got `{type(args).__name__}`.")
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
 
     def create_model_card(self, **kwargs: Any) -> None:
         kwargs["tags"] = [*(kwargs.get("tags") or ()), "trl_ext", "equilibrium-propagation"]
@@ -173,8 +225,8 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             gets a new head; `args.model_init_kwargs` may then hold fields of [`EPConfig`].
         args ([`EPRewardConfig`], *optional*):
             Configuration.
-        kwargs (`Any`):
-            The other arguments of [`~trl.RewardTrainer`], by name.
+        positional, kwargs (`Any`):
+            The other arguments of [`~trl.RewardTrainer`].
 
     Raises:
         TypeError: If `args` is not an [`EPRewardConfig`], or the model has no equilibrium head.
@@ -204,23 +256,35 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
 
     args: EPRewardConfig
 
-    def __init__(self, model: Any, args: EPRewardConfig | None = None, **kwargs: Any):
+    def __init__(self, model: Any, args: EPRewardConfig | None = None, *positional: Any, **kwargs: Any):
         if args is None:
             args = EPRewardConfig("EPReward")
         if not isinstance(args, EPRewardConfig):
             raise TypeError(f"`args` must be an `EPRewardConfig`, got `{type(args).__name__}`.")
         if isinstance(model, str):
             options: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
+            # As TRL does: the head's first weights are part of what the seed decides
+            set_seed(args.seed)
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
+        check_tokenizer(self.processing_class, self.model)
         # TRL casts all that trains on a quantized backbone to bf16
         head = active_head(self.model)
         if head.input_weight.dtype in (torch.float16, torch.bfloat16):
             head.float()
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if outputs.homeostasis_loss is not None:
-            loss = loss + equilibrium_model(self.model).config.homeostasis_coef * outputs.homeostasis_loss.mean()
-        return (loss, outputs) if return_outputs else loss
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if not {"chosen_ids", "chosen_input_ids"} & set(getattr(dataset, "column_names", None) or ()):
+            use = "A reward model trains on preference pairs: rename or add the columns `chosen` and `rejected`."
+            dataset = checked_stream(
+                dataset, dataset_name, required=("chosen", "rejected"), optional=("prompt",),
+                tokenizer=processing_class, use=use,
+            )  # fmt: skip
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(prepared, Dataset) and len(prepared) == 0:
+            raise ValueError(
+                f"Every pair of the {dataset_name} dataset is longer than `max_length={args.max_length}` tokens, and "
+                "was dropped. Raise it."
+            )
+        return prepared

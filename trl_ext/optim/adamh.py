@@ -154,9 +154,11 @@ class AdamH(RadialOptimizer):
         group = local.group
         if level is not None and not local.step > 1 and not values[0].any():
             raise _no_sphere(local.shards[0].name, local.shards[0].shape)
+        param, grad, exp_avg, exp_avg_sq = values
         adamh_(
-            *values, local.step, lr=group["lr"], adam_ratio=group["adam_ratio"], beta1=group["betas"][0],
-            beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], level=level,
+            param, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], adam_ratio=group["adam_ratio"],
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
+            level=level,
         )  # fmt: skip
 
 

@@ -163,10 +163,11 @@ class AdamO(RadialOptimizer):
         return 1 + lr * radial, torch.ones_like(update) * lr
 
     def _reference(self, local: LocalTensor, values: Sequence[torch.Tensor], level: str | None) -> None:
-        group = local.group
+        group, (param, grad, exp_avg, exp_avg_sq) = local.group, values
         adamo_(
-            *values, local.step, lr=group["lr"], radial_ratio=group["radial_ratio"], beta1=group["betas"][0],
-            beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"], level=level,
+            param, grad, exp_avg, exp_avg_sq, local.step, lr=group["lr"], radial_ratio=group["radial_ratio"],
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
+            level=level,
         )  # fmt: skip
 
 

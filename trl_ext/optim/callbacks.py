@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from .. import _upstream
+from ..core.files import warn_of_failure
 from .names import named_optimizer
 from .step import ProjectedOptimizer
 
@@ -136,8 +137,9 @@ class OptimizerReportCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         report = self._report(optimizer)  # All processes call it, since sharded weights need an exchange
         if report and state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+            with warn_of_failure(f"{REPORT_FILE} could not be written"):
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
 
     def _report(self, optimizer: Any) -> dict[str, dict[str, Any]]:
         bottom = None if optimizer is None else bottom_optimizer(optimizer)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from .. import _upstream
+from ..core.checks import check_value, shown
 from ..core.parameter_groups import decay_groups
 from .adamh import AdamH
 from .adamo import AdamO
@@ -199,6 +200,12 @@ def post_init_with_own_optimizer(args: Any, super_post_init: Callable[[], None])
         ValueError: As the parent and [`check_optim_args`] do.
     """
     name = _name_of(args.optim)
+    known = [*_upstream.optimizer_names(), *_OPTIMIZERS]
+    if not isinstance(name, str) or name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"The optimizers are {', '.join(sorted(set(known)))}."
+        raise ValueError(f"`optim={shown(name)}` is no optimizer; {remedy}")
+    check_value("optim_args", args.optim_args, str | None)
     is_own = name in _OPTIMIZERS and name not in _added
     if is_own:
         args.optim = TrainingArguments.default_optim

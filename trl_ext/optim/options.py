@@ -1,13 +1,14 @@
 """Options of a group and what an optimizer is handed: checks, and which weights `projection` names."""
 
-import math
 import re
+import sys
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..core.checks import check_value, shown
 from .weights import is_backed, is_plain, local_tensor
 
 
@@ -15,6 +16,17 @@ from .weights import is_backed, is_plain, local_tensor
 NUMBERS = (
     "lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening", "adam_ratio", "radial_ratio",
 )  # fmt: skip
+_FLAGS: dict[str, Any] = {
+    "capturable": bool,
+    "differentiable": bool,
+    "foreach": bool | None,
+    "fused": bool | None,
+    "maximize": bool,
+    "nesterov": bool,
+    "on_unknown_shards": Literal["raise", "adamw"],
+    "project_momentum": bool,
+    "stochastic_rounding": bool,
+}
 # What running averages can be kept in
 STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Values of `projection`, and of its patterns
@@ -61,32 +73,31 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         RuntimeError: If two execution options exclude each other.
     """
     lr = options["lr"]
+    for option, hint in _FLAGS.items():
+        if option in options:
+            check_value(option, options[option], hint, label=f"{name}: `{{}}`")
     _check_numbers(name, options)
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"{name}: a tensor `lr` must have one element, got shape {tuple(lr.shape)}.")
     for option in ("lr", "eps", "weight_decay", "delta", "wd_ratio", "adam_ratio", "radial_ratio"):
         value = options.get(option, 0.0)
         on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"
-        if not on_device and not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: `{option}` must be finite and at least 0, got {value}.")
+        if not on_device and not 0.0 <= value <= sys.float_info.max:
+            raise ValueError(f"{name}: `{option}` must be finite and at least 0, got {shown(value)}.")
     if "momentum" in options and not 0.0 <= options["momentum"] < 1.0:
-        raise ValueError(f"{name}: `momentum` must lie in [0, 1), got {options['momentum']}.")
+        raise ValueError(f"{name}: `momentum` must lie in [0, 1), got {shown(options['momentum'])}.")
     if "dampening" in options and not 0.0 <= options["dampening"] <= 1.0:
-        raise ValueError(f"{name}: `dampening` must lie in [0, 1], got {options['dampening']}.")
+        raise ValueError(f"{name}: `dampening` must lie in [0, 1], got {shown(options['dampening'])}.")
     if "betas" in options:
         if len(options["betas"]) != 2:
-            raise ValueError(f"{name}: `betas` must be two numbers, got {options['betas']}.")
+            raise ValueError(f"{name}: `betas` must be two numbers, got {shown(options['betas'])}.")
         for index, beta in enumerate(options["betas"]):
             if not 0.0 <= beta < 1.0:
-                raise ValueError(f"{name}: `betas[{index}]` must lie in [0, 1), got {beta}.")
-    if options.get("on_unknown_shards", "raise") not in ("raise", "adamw"):
-        raise ValueError(
-            f'{name}: `on_unknown_shards` must be "raise" or "adamw", got {options["on_unknown_shards"]!r}.'
-        )
+                raise ValueError(f"{name}: `betas[{index}]` must lie in [0, 1), got {shown(beta)}.")
     dtype = options.get("state_dtype")
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(
-            f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {dtype!r}."
+            f"{name}: `state_dtype` must be a floating-point dtype such as `torch.float32`, got {shown(dtype)}."
         )
     if dtype is not None and dtype not in STATE_DTYPES:
         raise ValueError(
@@ -102,12 +113,12 @@ def _check_numbers(name: str, options: dict[str, Any]) -> None:
     values = {option: options[option] for option in NUMBERS if option in options}
     betas = options.get("betas", ())
     if isinstance(betas, str) or not isinstance(betas, Sequence):
-        raise ValueError(f"{name}: `betas` must be two numbers, got {betas!r}.")
+        raise ValueError(f"{name}: `betas` must be two numbers, got {shown(betas)}.")
     values |= {f"betas[{index}]": beta for index, beta in enumerate(betas)}
     for option, value in values.items():
         is_number = isinstance(value, Real | torch.Tensor) and not isinstance(value, bool)
         if not is_number:
-            raise ValueError(f"{name}: `{option}` must be a number, got {value!r} ({type(value).__name__}).")
+            raise ValueError(f"{name}: `{option}` must be a number, got {shown(value)} ({type(value).__name__}).")
 
 
 def _check_projection(name: str, projection: Any) -> None:
@@ -115,13 +126,15 @@ def _check_projection(name: str, projection: Any) -> None:
         return
     if not isinstance(projection, dict):
         raise ValueError(
-            f'{name}: `projection` must be one of {PROJECTIONS}, "head/N" or a dict of patterns, got {projection!r}.'
+            f'{name}: `projection` must be one of {PROJECTIONS}, "head/N" or a dict of patterns, got '
+            f"{shown(projection)}."
         )
     for pattern, level in projection.items():
+        check_value("projection", pattern, str, label=f"{name}: a pattern of `{{}}`")
         if not _is_projection(level):
             raise ValueError(
                 f'{name}: `projection[{pattern!r}]` must be one of {PROJECTIONS} or "head/N" with the head dimension '
-                f"N, got {level!r}."
+                f"N, got {shown(level)}."
             )
         try:
             re.compile(pattern)

@@ -369,7 +369,7 @@ def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
     """FSDP2 and tensor parallelism, alone or one over the other: each mesh dimension cuts one of the tensor's."""
     shape, mesh, local = tuple(param.shape), param.device_mesh, param.to_local()
     placements = [(dim, placement) for dim, placement in enumerate(param.placements) if mesh.size(dim) > 1]
-    cuts = [(dim, placement) for dim, placement in placements if not isinstance(placement, Replicate)]
+    cuts: list[tuple[int, Any]] = [(dim, cut) for dim, cut in placements if not isinstance(cut, Replicate)]
     if not cuts:
         return Shard(place, shape, 0, 0, param.numel())
     if len(shape) < 2 and (len(cuts) > 1 or type(cuts[0][1]) is not ShardPlacement):
@@ -388,7 +388,7 @@ def _distributed_tensor_shard(param: DTensor, place: int) -> Shard:
         )  # fmt: skip
     groups = tuple(mesh.get_group(dim) for dim, _ in cuts)
     process_group = groups[0] if len(groups) == 1 else groups
-    if all(placement.dim == 0 for _, placement in cuts):
+    if all(getattr(placement, "dim", None) == 0 for _, placement in cuts):
         row_size = math.prod(shape[1:])
         inner = tuple(sorted(border * row_size for border in borders if 0 < border < shape[0])) if row_size else ()
         return Shard(place, shape, 0, region[0].start * row_size, local.numel(), inner, process_group)

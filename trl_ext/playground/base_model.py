@@ -6,10 +6,13 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import getsource
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
@@ -113,12 +116,27 @@ def base_model_path(
         if not (folder / "config.json").is_file():
             partial = Path(tempfile.mkdtemp(dir=root))
             try:
-                _train(settings, show_progress).save_pretrained(partial)
+                with _alone():
+                    _train(settings, show_progress).save_pretrained(partial)
                 build_tokenizer().save_pretrained(partial)
                 partial.replace(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread, on which sums depend, and the process's random numbers as they were."""
+    threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def build_model(settings: BaseModelSettings) -> LlamaForCausalLM:

@@ -11,9 +11,12 @@ python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/playg
 python -m trl_ext.scripts.constrained_ppo --config recipes/constrained_ppo/ppo.yaml
 """
 
-import importlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..core.checks import Range, check_fields, check_value
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 if TYPE_CHECKING:
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ConstrainedPPOScriptArguments:
+class ConstrainedPPOScriptArguments(TokenizerArguments):
     """
     Arguments of the script beyond TRL's.
 
     Args:
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         reward_funcs (`list[str]`):
             Rewards: reward functions by dotted path, such as `trl_ext.playground.sentiment_reward`, or sequence
             classifiers by model id or folder.
@@ -40,26 +45,24 @@ class ConstrainedPPOScriptArguments:
         default=None, metadata={"help": "Metric that the rewards stand in for, a function by dotted path."}
     )
 
+    def __post_init__(self) -> None:
+        check_fields(self, {"gold_reward": Range(empty=False), **TOKENIZER_RANGES})
+        for name in self.reward_funcs:
+            check_value("reward_funcs", name, str, Range(empty=False), label="an entry of `{}`")
 
-def load_reward(name: str) -> Any:
+
+def load_reward(name: str, key: str = "reward_funcs") -> Any:
     """
     A reward as [`~trl.GRPOTrainer`] takes it: the function of a dotted path, or else the name itself, of a model.
 
     Raises:
-        RecipeError: If a module has no such function.
+        RecipeError: If there is no such function, or its module cannot be imported.
     """
-    from .recipe.strict_parser import RecipeError
+    from .recipe.named_code import is_dotted_path, load_function
 
-    module_name, _, function_name = name.rpartition(".")
-    if not module_name or "/" in name:
+    if not is_dotted_path(name) or Path(name).exists():
         return name
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError:
-        return name
-    if not callable(getattr(module, function_name, None)):
-        raise RecipeError(f"`reward_funcs: {name}`: the module {module_name} has no function {function_name!r}.")
-    return getattr(module, function_name)
+    return load_function(name, key)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, reward_args: Any) -> None:
@@ -78,29 +81,35 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         train_and_save,
     )
     from .recipe.strict_parser import RecipeError
+    from .recipe.tokenizer import load_tokenizer
 
     if not reward_args.reward_funcs:
         raise RecipeError("`reward_funcs` is missing. Name at least one reward function or reward model.")
     require_model_and_data(model_args, script_args, dataset_args)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
-    gold_reward = load_reward(reward_args.gold_reward) if reward_args.gold_reward else None
+    gold_reward = load_reward(reward_args.gold_reward, "gold_reward") if reward_args.gold_reward else None
     if isinstance(gold_reward, str):
-        raise RecipeError(
-            f"`gold_reward: {gold_reward}` must be a function by dotted path, and no such module exists."
-        )
+        raise RecipeError(f"`gold_reward: {gold_reward}` must be a function by dotted path, such as `mymetric.score`.")
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    model = resolve_model(model_args.model_name_or_path)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no" or gold_reward is not None
+    train_dataset = split_of(dataset, "dataset_train_split", script_args)
+    eval_dataset = split_of(dataset, "dataset_test_split", script_args) if evaluate else None
+    tokenizer = load_tokenizer(
+        model, model_args, training_args, reward_args, truncation_side="left", padding_side="left"
+    )
     without_critic = isinstance(training_args, ConstrainedGRPOConfig)
     trainer_class = ConstrainedGRPOTrainer if without_critic else ConstrainedPPOTrainer
     trainer = trainer_class(
-        model=resolve_model(model_args.model_name_or_path),
+        model=model,
         reward_funcs=rewards,
         args=training_args,
-        train_dataset=split_of(dataset, "dataset_train_split", script_args),
-        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         gold_reward=gold_reward,
+        processing_class=tokenizer if reward_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

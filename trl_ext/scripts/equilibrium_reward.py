@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, head_args: Any) -> None:
     """Trains, evaluates and saves as the parsed arguments say."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config
 
     from ..equilibrium.report import EPAlignmentCallback
@@ -31,6 +30,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         split_of,
         train_and_save,
     )
+    from .recipe.tokenizer import load_tokenizer
 
     require_model_and_data(model_args, script_args, dataset_args)
     check_head_arguments(head_args, training_args.homeostasis_coef)
@@ -39,9 +39,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     evaluate = training_args.eval_strategy != "no"
     train_dataset = split_of(dataset, "dataset_train_split", script_args)
     eval_dataset = split_of(dataset, "dataset_test_split", script_args) if evaluate else None
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_model(model_args.model_name_or_path), revision=model_args.model_revision
-    )
+    tokenizer = load_tokenizer(resolve_model(model_args.model_name_or_path), model_args, training_args, head_args)
     model = load_model(model_args, training_args, head_args, num_labels=1)
     training_args.model_init_kwargs = None
     trainer = EPRewardTrainer(

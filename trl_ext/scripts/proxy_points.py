@@ -23,6 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..core.safe_text import for_terminal
+
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit status."""
@@ -160,7 +162,7 @@ def _block(report: dict[str, Any], names: list[str], kind: str | None) -> str:
 
 def table_of(report: dict[str, Any]) -> Table:
     """The proxy points of every reward, joint beside independent."""
-    table = Table(title=f"Proxy points of {report['gold_key']} ({report['num_runs']} runs)")
+    table = Table(title=for_terminal(f"Proxy points of {report['gold_key']} ({report['num_runs']} runs)"))
     for column in ("reward", "measured", "independent", "interval", "joint", "interval", "edge"):
         table.add_column(column, justify="left" if column == "reward" else "right")
     joint = report["joint"]
@@ -168,7 +170,7 @@ def table_of(report: dict[str, Any]) -> Table:
         measured = report["own"][name].rewards[:, index]
         edges = [label for label, one in (("independent", peak), ("joint", joint)) if one is not None and one.at_edge]
         table.add_row(
-            name,
+            for_terminal(name),
             _interval(np.array([measured.min(), measured.max()])),
             f"{peak.point[0]:.4g}",
             _interval(peak.interval[:, 0]),

@@ -15,17 +15,22 @@ accelerate launch --config_file trl_ext/accelerate_configs/zero3.yaml -m trl_ext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..core.checks import Range, check_fields
+from .recipe.tokenizer import TOKENIZER_RANGES, TokenizerArguments
+
 
 if TYPE_CHECKING:
     from .recipe.strict_parser import StrictParser
 
 
 @dataclass
-class SparsePOScriptArguments:
+class SparsePOScriptArguments(TokenizerArguments):
     """
     Arguments of the script beyond TRL's.
 
     Args:
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         show_token_masks (`int`, *optional*, defaults to `0`):
             Number of evaluation pairs whose tokens are shown coloured by weight, in the terminal, as HTML and as PNG.
     """
@@ -34,6 +39,9 @@ class SparsePOScriptArguments:
         default=0,
         metadata={"help": "Number of evaluation pairs whose tokens are shown coloured by weight (0 shows none)."},
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"show_token_masks": Range(at_least=0), **TOKENIZER_RANGES})
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, mask_args: Any) -> None:
@@ -52,17 +60,23 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         split_of,
         train_and_save,
     )
+    from .recipe.tokenizer import load_tokenizer
 
     require_model_and_data(model_args, script_args, dataset_args)
     checkpoint = last_checkpoint(training_args)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    model = resolve_model(model_args.model_name_or_path)
     dataset = load_datasets(script_args, dataset_args)
     evaluate = training_args.eval_strategy != "no"
+    train_dataset = split_of(dataset, "dataset_train_split", script_args)
+    eval_dataset = split_of(dataset, "dataset_test_split", script_args) if evaluate else None
+    tokenizer = load_tokenizer(model, model_args, training_args, mask_args)
     trainer = SparsePOTrainer(
-        model=resolve_model(model_args.model_name_or_path),
+        model=model,
         args=training_args,
-        train_dataset=split_of(dataset, "dataset_train_split", script_args),
-        eval_dataset=split_of(dataset, "dataset_test_split", script_args) if evaluate else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer if mask_args.tokenizer_name_or_path else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -23,6 +23,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from ..core.checks import shown
+
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit status, of a failed run its own."""
@@ -68,12 +70,15 @@ def _weights(text: str) -> tuple[float, ...]:
 
 def _recipe(config: str, passed_on: Sequence[str]) -> dict[str, Any]:
     """The recipe with what the command line changes of the settings that a sweep looks at."""
-    from .recipe.strict_parser import load_recipe, take_option
+    from .recipe.overrides import take_option
+    from .recipe.strict_parser import load_recipe
 
     recipe, rest = dict(load_recipe(config)), list(passed_on)
     for name in ("method", "gold_reward", "eval_strategy"):
         value = take_option(rest, f"--{name}")
         recipe |= {} if value is None else {name: yaml.safe_load(value)}
+    if not isinstance(recipe.get("reward_funcs", []), list):
+        raise ValueError(f"`reward_funcs` in {config} must be a list, got {shown(recipe['reward_funcs'])}.")
     if recipe.get("method") != "ppo" or recipe.get("constraints"):
         raise ValueError(
             f"`sweep` trains with fixed weights, and {config} has `method: {recipe.get('method')}`. Give a recipe "

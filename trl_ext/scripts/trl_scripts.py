@@ -1,16 +1,26 @@
 """TRL's own training scripts with this package's optimizers and strict recipes."""
 
 import importlib
-from collections.abc import Callable
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..core.checks import check_fields
+
 
 if TYPE_CHECKING:
     from .recipe.strict_parser import StrictParser
+
+
+# Class of `trl` that each script trains with
+_TRAINERS = {
+    "sft": "SFTTrainer", "dpo": "DPOTrainer", "grpo": "GRPOTrainer", "kto": "KTOTrainer", "reward": "RewardTrainer",
+    "rloo": "RLOOTrainer",
+}  # fmt: skip
 
 
 @dataclass
@@ -26,6 +36,9 @@ class OptimizerScriptArguments:
     log_optimizer_report: bool = field(
         default=False, metadata={"help": "Log what the projection of AdamP or SGDP does, and write it to a file."}
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, {})
 
 
 def trl_script(name: str, module_name: str) -> tuple[Callable[..., None], "Callable[..., StrictParser]"]:
@@ -52,28 +65,58 @@ def _of_trl(name: str) -> ModuleType:
     return importlib.import_module(f"trl.scripts.{name}")
 
 
+@contextmanager
+def _whole_checkpoints(name: str, run_args: Any) -> Iterator[None]:
+    """Lets TRL's script, which takes its trainer from `trl`, find it with [`WholeCheckpointsMixin`]."""
+    import trl
+
+    from ..core.checkpointing import WholeCheckpointsMixin
+    from ..core.run_arguments import RunArguments
+
+    trainer = _TRAINERS[name]
+    plain = getattr(trl, trainer)
+    # Under TRL's own name, which goes into cards and manifests
+    whole = type(trainer, (WholeCheckpointsMixin, plain), {"run_arguments": run_args or RunArguments()})
+    setattr(trl, trainer, whole)
+    try:
+        yield
+    finally:
+        setattr(trl, trainer, plain)
+
+
 def make_parser(name: str, prog: str | None = None) -> "StrictParser":
     """The strict parser of a TRL script's arguments, with our optimizers among the choices of `optim`."""
+    from ..core.run_arguments import RunArguments
     from ..optim import register
     from .recipe.strict_parser import StrictParser
 
     register()
-    return StrictParser((*_of_trl(name).make_parser().dataclass_types, OptimizerScriptArguments), prog=prog)
+    types = (*_of_trl(name).make_parser().dataclass_types, OptimizerScriptArguments, RunArguments)
+    return StrictParser(types, prog=prog)
 
 
 def main(
-    name: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, optimizer_args: Any
+    name: str,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    optimizer_args: Any,
+    run_args: Any = None,
 ) -> None:
-    """Runs a TRL script on parsed arguments, resuming as our own scripts do."""
+    """Runs a TRL script on parsed arguments, with checkpoints and resumption as in our own scripts."""
     from ..optim.callbacks import OptimizerReportCallback, default_callback
     from ..optim.names import check_optim_args
     from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
+    if training_args.hub_token is not None:  # TRL's configurations would write it into `training_args.bin`
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     require_model_and_data(model_args, script_args, dataset_args)
     model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
     training_args.resume_from_checkpoint = last_checkpoint(training_args)
     with ExitStack() as stack:
+        stack.enter_context(_whole_checkpoints(name, run_args))
         if optimizer_args.log_optimizer_report:
             stack.enter_context(default_callback(OptimizerReportCallback()))
         _of_trl(name).main(script_args, training_args, model_args, dataset_args)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .._upstream import observe_attention
 from .lm_head.paired_log_probs import gathered_head, logit_transform
+from .shared_prompts import PackedPairs
 
 
 logger = logging.get_logger(__name__)
@@ -45,10 +46,18 @@ class ActivationObserver:
             Its decoder layers.
         predicted (`torch.Tensor` of shape `(2B, T-1)`, bool):
             Positions that predict a response token.
+        packed ([`PackedPairs`], *optional*):
+            The pairs, where the model runs on rows that share prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, predicted: torch.Tensor):
-        self.model, self.layers, self.predicted = model, list(layers), predicted
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: nn.ModuleList,
+        predicted: torch.Tensor,
+        packed: PackedPairs | None = None,
+    ):
+        self.model, self.layers, self.predicted, self.packed = model, list(layers), predicted, packed
         self.maps: dict[str, list[torch.Tensor]] = {group: [] for group in GROUPS}
         self.sources: dict[str, set[str]] = {group: set() for group in GROUPS}
         self._stack = ExitStack()
@@ -89,7 +98,11 @@ class ActivationObserver:
     def _add(self, group: str, source: str, values: torch.Tensor) -> None:
         rows, length = self.predicted.shape
         # A mixture of experts flattens its tokens, (2B * T, F)
-        reduced = mean_above_rounding(values.detach()).reshape(rows, length + 1)
+        reduced = mean_above_rounding(values.detach())
+        if self.packed is None:
+            reduced = reduced.reshape(rows, length + 1)
+        else:
+            reduced = self.packed.unpack(reduced.reshape(self.packed.input_ids.shape))
         self.maps[group].append(reduced[:, :-1].to(self.predicted.device))
         self.sources[group].add(source)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,7 +222,7 @@ def mask_weights(
         the completion. Column `t` weights token `t + 1`.
     """
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    model_inputs: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with _evaluating(ref_model):
         states = read_reference(ref_model, masks.mask_type, labels, **model_inputs, use_cache=False)
     return masks(states, inputs["completion_mask"][:, 1:].bool())

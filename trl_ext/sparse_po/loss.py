@@ -140,6 +140,24 @@ def mask_l1_penalty(
     return scale * (l1_reward * reward_mask.abs().sum() + l1_divergence * divergence_mask.abs().sum())
 
 
+def sft_loss(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Mean negative log-likelihood of the chosen responses' tokens, unmasked: the SFT term of RPO
+    (https://huggingface.co/papers/2404.19733) and MPO (https://huggingface.co/papers/2411.10442).
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(2B, T-1)`, float32):
+            Log-probabilities under the policy in nats, chosen rows first.
+        completion_mask (`torch.Tensor` of shape `(2B, T-1)`, bool):
+            Response tokens.
+
+    Returns:
+        `torch.Tensor` of shape `()`: mean over all tokens of the batch's chosen responses.
+    """
+    chosen, _ = log_probs.chunk(2)
+    return -chosen[completion_mask.chunk(2)[0]].mean()
+
+
 def length_desensitized_weights(completion_mask: torch.Tensor, alpha: float) -> torch.Tensor:
     """
     Weights of tokens in LD-DPO (https://huggingface.co/papers/2409.06411), as TRL's `ld_alpha` has them: one up to the

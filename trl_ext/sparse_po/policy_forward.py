@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._upstream import FusedCausalLMOutput
 from .lm_head.paired_log_probs import head_parameters, logit_transform, paired_log_probs
 from .loss import sparse_po_terms
 from .mask_kinds import TokenInputs
 from .masks import TOKEN_MASKS, scatter_tokens
-from .reference_pass import ReferenceStates, backbone_inputs
+from .reference_pass import ReferenceStates, backbone_inputs, predicting_states, run_backbone
+from .router_loss import router_loss
+from .shared_prompts import pack_pairs
 
 
 @dataclass
@@ -30,7 +31,7 @@ class MaskedCausalLMOutput(FusedCausalLMOutput):
         log_probs (`torch.Tensor`):
             The terms of [`sparse_po_terms`], not log-probabilities: TRL sums them as it sums log-probabilities.
         policy_log_probs (`torch.Tensor`):
-            Log-probabilities of the labels under the policy, without gradient.
+            Log-probabilities of the labels under the policy, with gradient.
         reference_log_probs (`torch.Tensor`):
             Log-probabilities of the labels under the reference model.
         divergences (`torch.Tensor`):
@@ -74,6 +75,7 @@ def policy_forward(
     model: PreTrainedModel,
     divergence_coef: float,
     detach_chosen_divergence: bool,
+    share_prompt: bool,
     forward: Callable[..., Any],
     *args: Any,
     reference: ReferenceInput | None = None,
@@ -89,10 +91,12 @@ def policy_forward(
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
+    packed = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"]) if share_prompt else None
+    backbone = run_backbone(model, packed, *args, **kwargs)
     labels = labels[:, 1:].to(model.get_output_embeddings().weight.device)
     predicted = labels != -100
-    hidden = backbone.last_hidden_state[:, :-1].to(labels.device)[predicted]  # (N, H): the N response tokens only
+    # (N, H): the N response tokens only
+    hidden = predicting_states(backbone.last_hidden_state.to(labels.device), predicted, packed)
     log_probs, ref_log_probs, divergences, entropy, mean_logits, is_top1 = (
         scatter_tokens(values, predicted) for values in _head_outputs(model, hidden, labels[predicted], reference)
     )
@@ -111,16 +115,17 @@ def policy_forward(
     )
     aux_loss = None
     if kwargs.get("output_router_logits"):
-        aux_loss = load_balancing_loss_func(
-            backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-        )
+        # Of a shared prompt's tokens each row of the pair counts its own
+        router_logits = getattr(backbone, "router_logits", None) or ()
+        router_logits = router_logits if packed is None else packed.unpack_flat(router_logits)
+        aux_loss = router_loss(model, router_logits, kwargs.get("attention_mask"))
     return MaskedCausalLMOutput(
         log_probs=terms,
         entropy=entropy,
         mean_logits=mean_logits,
         is_top1=is_top1,
         aux_loss=aux_loss,
-        policy_log_probs=log_probs.detach(),
+        policy_log_probs=log_probs,
         reference_log_probs=ref_log_probs,
         divergences=divergences.detach(),
         reward_mask=reward_mask,

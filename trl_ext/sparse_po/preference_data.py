@@ -7,6 +7,8 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
+from ..core.dataset_rows import checked_stream
+
 
 logger = get_logger(__name__)
 
@@ -15,36 +17,32 @@ _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REMEDY = "Filter the dataset, or set `strict_pairs=False`, which leaves such pairs out."
 
 
-def check_preference_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
+def check_preference_dataset(dataset: Any, name: str, tokenizer: Any = None) -> Any:
     """
     Refuses data that is no preference data.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference data as TRL takes it, plain or conversational. Of an iterable dataset only the first example is
-            read.
+            Preference data as TRL takes it, plain or conversational.
         name (`str`):
             Name of the dataset in messages, such as `"train"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer, which says whether it knows unusual roles and takes empty prompts.
+
+    Returns:
+        The dataset; a stream checks each row as it is read.
 
     Raises:
-        ValueError: If it is empty, or lacks `chosen` or `rejected` altogether or in a row.
+        TypeError: If it is no dataset.
+        ValueError: If it is empty, lacks `chosen` or `rejected`, or a row holds neither text nor messages.
     """
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty. Give at least one pair with `chosen` and `rejected`.")
-    if "chosen_ids" in first:
-        return
-    missing = [column for column in ("chosen", "rejected") if column not in first]
-    if missing:
-        raise ValueError(
-            f"The {name} dataset has no column {' and '.join(map(repr, missing))}; its columns are {sorted(first)}. "
-            "SparsePO trains on preference pairs: rename or add the columns `prompt`, `chosen` and `rejected`."
-        )
-    for column in ("prompt", "chosen", "rejected"):
-        if isinstance(dataset, Dataset) and column in first and dataset.data.column(column).null_count:
-            row = next((row for row, value in enumerate(dataset[column]) if value is None), None)
-            if row is not None:
-                raise ValueError(f"Row {row} of the {name} dataset has no `{column}`. Fill it in, or filter the row.")
+    if isinstance(dataset, (Dataset, IterableDataset)) and "chosen_ids" in (dataset.column_names or ()):
+        return dataset
+    use = "SparsePO trains on preference pairs: rename or add the columns `prompt`, `chosen` and `rejected`."
+    return checked_stream(
+        dataset, name, required=("chosen", "rejected"), optional=("prompt",), tokenizer=tokenizer, needs_prompt=True,
+        use=use,
+    )  # fmt: skip
 
 
 def pair_fault(
@@ -159,7 +157,7 @@ def drop_pairs_without_signal(
     counts = ", ".join(f"in {count} {fault}" for fault, count in Counter(faults.values()).items())
     if len(faults) == len(prepared):
         raise ValueError(
-            f"No pair of the {name} dataset says anything: {counts}. Check the columns and the chat template."
+            f"No pair of the {name} dataset says anything: {counts}. Check columns, tokenizer and chat template."
         )
     logger.warning(
         f"{len(faults)} of {len(prepared)} pairs of the {name} dataset say nothing ({counts}) and are left out. "

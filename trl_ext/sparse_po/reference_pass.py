@@ -18,6 +18,7 @@ from transformers.utils import is_peft_available
 from .._upstream import FusedCausalLMOutput
 from .activations import ActivationObserver
 from .lm_head.paired_log_probs import head_parameters
+from .shared_prompts import PackedPairs, branches_apart, pack_pairs
 
 
 # The adapter of a PEFT policy that TRL keeps as the reference, where a trained adapter is trained further
@@ -53,11 +54,14 @@ class ReferenceCollector:
     Args:
         mask_type (`str`):
             `"learned"`, `"activation"` or `"ones"`: what the states are for.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the backbone runs on pairs that share their prompt (see [`pack_pairs`]).
         states ([`ReferenceStates`], *optional*):
             What the last run left.
     """
 
     mask_type: str
+    share_prompt: bool = False
     states: ReferenceStates | None = None
 
 
@@ -75,13 +79,15 @@ def reference_forward(
     if reference_collector is None:
         return forward(*args, **kwargs)
     labels, kwargs = backbone_inputs(kwargs)
-    states = read_reference(model, reference_collector.mask_type, labels, *args, **kwargs)
+    states = read_reference(
+        model, reference_collector.mask_type, labels, *args, share_prompt=reference_collector.share_prompt, **kwargs
+    )
     reference_collector.states = states
     return FusedCausalLMOutput(loss=states.hidden.new_zeros(()))
 
 
 def read_reference(
-    model: PreTrainedModel, mask_type: str, labels: torch.Tensor, *args: Any, **kwargs: Any
+    model: PreTrainedModel, mask_type: str, labels: torch.Tensor, *args: Any, share_prompt: bool = False, **kwargs: Any
 ) -> ReferenceStates:
     """
     Runs a reference model's backbone and keeps what the masks read.
@@ -95,6 +101,8 @@ def read_reference(
             Token ids, `-100` outside the completion.
         args (`Any`):
             Passed to `model.base_model`.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the backbone runs on pairs that share their prompt.
         kwargs (`Any`):
             Passed to `model.base_model`.
 
@@ -102,27 +110,32 @@ def read_reference(
         [`ReferenceStates`]
     """
     predicted = labels[:, 1:] != -100
+    packed = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"]) if share_prompt else None
     if mask_type == "learned":
-        return _read_layers(model, predicted, *args, **kwargs)
+        return _read_layers(model, predicted, packed, *args, **kwargs)
     if mask_type == "activation":
-        with ActivationObserver(model, decoder_layers(model), predicted) as observer:
-            last_hidden = model.base_model(*args, **kwargs).last_hidden_state
+        with ActivationObserver(model, decoder_layers(model), predicted, packed) as observer:
+            last_hidden = run_backbone(model, packed, *args, **kwargs).last_hidden_state
         maps = observer.finish(last_hidden)
-        return ReferenceStates(_predicting(last_hidden, predicted), activation_maps=maps)
-    return ReferenceStates(_predicting(model.base_model(*args, **kwargs).last_hidden_state, predicted))
+        return ReferenceStates(predicting_states(last_hidden, predicted, packed), activation_maps=maps)
+    last_hidden = run_backbone(model, packed, *args, **kwargs).last_hidden_state
+    return ReferenceStates(predicting_states(last_hidden, predicted, packed))
 
 
-def _read_layers(model: PreTrainedModel, predicted: torch.Tensor, *args: Any, **kwargs: Any) -> ReferenceStates:
+def _read_layers(
+    model: PreTrainedModel, predicted: torch.Tensor, packed: PackedPairs | None, *args: Any, **kwargs: Any
+) -> ReferenceStates:
     states: list[torch.Tensor] = []
 
     def append(_module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        states.append(standardize(_predicting(hidden, predicted)))
+        states.append(standardize(predicting_states(hidden, predicted, packed)))
 
     with ExitStack() as hooks:
         for layer in decoder_layers(model):
             hooks.callback(layer.register_forward_hook(append).remove)
-        hidden = _predicting(model.base_model(*args, **kwargs).last_hidden_state, predicted)
+        last_hidden = run_backbone(model, packed, *args, **kwargs).last_hidden_state
+        hidden = predicting_states(last_hidden, predicted, packed)
     # The last layer's state is taken after the final norm, as `hidden_states[-1]` is, unless a projection follows too
     if hidden.size(-1) == states[-1].size(-1):
         states[-1] = standardize(hidden)
@@ -134,8 +147,48 @@ def _read_layers(model: PreTrainedModel, predicted: torch.Tensor, *args: Any, **
     return ReferenceStates(hidden, layer_states=torch.stack([state.to(hidden.device) for state in states]))
 
 
-def _predicting(hidden: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """`(2B, T, H)` at the positions that predict a response token, `(N, H)`."""
+def run_backbone(model: PreTrainedModel, packed: PackedPairs | None, *args: Any, **kwargs: Any) -> Any:
+    """
+    Runs a causal language model's backbone, on a batch or on its packed pairs.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        packed ([`PackedPairs`] or `None`):
+            The batch's pairs, which take the place of its inputs.
+        args (`Any`):
+            Passed to `model.base_model`.
+        kwargs (`Any`):
+            Passed to `model.base_model`.
+
+    Returns:
+        Output of the backbone; its states have shape `(2B, T, H)`, or `(B, S, H)` of packed pairs.
+    """
+    if packed is None:
+        return model.base_model(*args, **kwargs)
+    with branches_apart(model, packed):
+        return model.base_model(*args, **{**kwargs, **packed.inputs()})
+
+
+def predicting_states(
+    hidden: torch.Tensor, predicted: torch.Tensor, packed: PackedPairs | None = None
+) -> torch.Tensor:
+    """
+    Hidden states at the positions that predict a response token.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(2B, T, H)`, or `(B, S, H)` of packed pairs):
+            States of a batch.
+        predicted (`torch.Tensor` of shape `(2B, T-1)`, bool):
+            Those positions.
+        packed ([`PackedPairs`], *optional*):
+            The pairs that were packed.
+
+    Returns:
+        `torch.Tensor` of shape `(N, H)`, in row-major order of the batch.
+    """
+    if packed is not None:
+        return packed.predicting(hidden, predicted)
     return hidden[:, :-1][predicted.to(hidden.device)]
 
 

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
+from ..core.files import warn_of_failure
 from ..core.model_card import settings_table
+from ..core.safe_text import as_string
 from .masks import TOKEN_MASKS_FILE
 from .sparse_po_config import SparsePOConfig
 
@@ -62,8 +64,8 @@ def _loading(config: SparsePOConfig, model_id: str) -> str:
     return (
         f"The masks act in training only, so the model loads without `trl_ext`.{masks}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```'
+        f"model = AutoModelForCausalLM.from_pretrained({as_string(model_id)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({as_string(model_id)})\n```"
     )
 
 
@@ -120,10 +122,11 @@ class TokenMaskCallback(TrainerCallback):
             return
         heading = f"SparsePO token masks at step {step}"
         texts = [text for pair in pairs for text in pair]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / f"step_{step}.html").write_text(to_html(texts, heading), encoding="utf-8")
-        save_png(texts, heading, self.output_dir / f"step_{step}.png")
-        self._print(texts, heading)
+        with warn_of_failure("The token masks could not be shown"):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / f"step_{step}.html").write_text(to_html(texts, heading), encoding="utf-8")
+            save_png(texts, heading, self.output_dir / f"step_{step}.png")
+            self._print(texts, heading)
 
     def _print(self, texts: "list[WeightedText]", heading: str) -> None:
         from ..core.token_colors import highest_weight, shortened, to_rich

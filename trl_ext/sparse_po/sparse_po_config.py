@@ -5,24 +5,52 @@ from typing import Literal
 
 from trl import DPOConfig
 
-from ..core.checks import check_choice, check_number
+from ..core.checks import Range, check_choice, check_fields
+from ..core.run_arguments import RunArguments
+from ..core.safe_text import WithoutToken
+from ..core.training_ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SHARE, TRAINING
 from ..optim.names import post_init_with_own_optimizer
 from .mask_kinds import MASK_KINDS
 
 
+_OFF_AT_ZERO = Range(at_least=0, remedy="Use 0 to switch it off.")
+RANGES: dict[str, Range] = {
+    **TRAINING,
+    # Of DPOConfig
+    "beta": _OFF_AT_ZERO,
+    "dataset_num_proc": COUNT,
+    "discopop_tau": POSITIVE,
+    "label_smoothing": DECAY,
+    "ld_alpha": SHARE,
+    "loss_type": Range(empty=False, also=str),
+    "loss_weights": Range(empty=False),
+    "max_length": COUNT,
+    "pad_to_multiple_of": COUNT,
+    "precompute_ref_batch_size": COUNT,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": COUNT,
+    "router_aux_loss_coef": NOT_NEGATIVE,
+    "truncation_mode": Range(choices=("keep_start", "keep_end")),
+    # Our own
+    "divergence_coef": _OFF_AT_ZERO,
+    "mask_l1_divergence": _OFF_AT_ZERO,
+    "mask_l1_reward": _OFF_AT_ZERO,
+    "mask_learning_rate": Range(at_least=0, remedy="Leave it out to use `learning_rate`."),
+    "mask_weight_decay": _OFF_AT_ZERO,
+}
 UNSUPPORTED_LOSS_TYPES = {
-    "sft": "it reads the log-probabilities that the masks weight",
     "aot": "it sorts policy and reference sums apart, and a masked divergence belongs to neither",
 }
 
 
 @dataclass
-class SparsePOConfig(DPOConfig):
+class SparsePOConfig(WithoutToken, RunArguments, DPOConfig):
     r"""
     Configuration of [`SparsePOTrainer`].
 
     All fields of [`~trl.DPOConfig`] keep their meaning; those that the method cannot honour are refused with a
     `ValueError`. The defaults are the paper's common learned mask (https://huggingface.co/papers/2410.05102).
+    `overwrite`, `full_disk` and `save_on_signal` are [`RunArguments`]'.
 
     Parameters:
         > Parameters that control the masks
@@ -58,6 +86,13 @@ class SparsePOConfig(DPOConfig):
         detach_chosen_divergence (`bool`, *optional*, defaults to `False`):
             Whether to stop the gradient through the chosen divergence. With `mask_type="ones"` and
             `divergence_coef=alpha` this is TDPO2.
+
+        > Parameters that control speed
+
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether both models run once on prompt, chosen and rejected answer in one row, instead of on two rows with
+            the prompt in each. Losses and gradients are the same up to rounding. Needs attention that takes a mask
+            (`"sdpa"` or `"eager"`) in every layer; other models are refused at construction.
 
         > Parameters that control the data
 
@@ -110,6 +145,13 @@ class SparsePOConfig(DPOConfig):
         default=False,
         metadata={"help": "Stop the gradient through the chosen divergence, as TDPO2 does."},
     )
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Run both models once on prompt, chosen and rejected answer in one row, instead of on two rows "
+            "with the prompt in each. Same results up to rounding; needs 'sdpa' or 'eager' attention.",
+        },
+    )
     strict_pairs: bool = field(
         default=False,
         metadata={"help": "Refuse pairs whose completions are equal or have no token, instead of leaving them out."},
@@ -120,18 +162,13 @@ class SparsePOConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        check_fields(self, RANGES)
         post_init_with_own_optimizer(self, super().__post_init__)
         self._check_masks()
         self._check_inherited_fields()
 
     def _check_masks(self) -> None:
         check_choice(self, "mask_type", choices=("learned", "ones", *MASK_KINDS))
-        check_choice(self, "mask_init", choices=("positive", "paper"))
-        weights = ("beta", "mask_weight_decay", "mask_l1_reward", "mask_l1_divergence", "divergence_coef")
-        check_number(self, *weights, at_least=0, remedy="Use 0 to switch it off.")
-        check_number(
-            self, "mask_learning_rate", at_least=0, optional=True, remedy="Leave it out to use `learning_rate`."
-        )
         if self.mask_type != "learned":
             for name in ("independent_masks", "mask_l1_reward", "mask_l1_divergence", "mask_learning_rate"):
                 if getattr(self, name):
@@ -156,6 +193,11 @@ class SparsePOConfig(DPOConfig):
                     f"`loss_type={loss_type!r}` is not supported: {UNSUPPORTED_LOSS_TYPES[loss_type]}. Use "
                     "`loss_type='sigmoid'`, the paper's loss, or `trl.DPOTrainer`."
                 )
+        if set(self.loss_type) == {"sft"}:
+            raise ValueError(
+                "`loss_type=['sft']` alone has no term of the pairs, and nothing that masks weight. Add one, as in "
+                "`loss_type=['sigmoid', 'sft']`, or use `trl.SFTTrainer`."
+            )
         refusals = {
             "precompute_ref_log_probs": (
                 "it stores one sum for each sequence, while the masks and the token-level divergence need the "
@@ -172,8 +214,10 @@ class SparsePOConfig(DPOConfig):
         for name, reason in refusals.items():
             if getattr(self, name):
                 raise ValueError(f"`{name}=True` is not supported by SparsePO: {reason}.")
-        if self.f_divergence_type != "reverse_kl":
+        if self.f_divergence_type != "reverse_kl" and (self.mask_type != "ones" or self.divergence_coef):
             raise ValueError(
-                f"`f_divergence_type={self.f_divergence_type!r}` is not supported: SparsePO is derived for the KL. "
-                "Set `f_divergence_type='reverse_kl'`."
+                f"`f_divergence_type={self.f_divergence_type!r}` is defined for the log-ratio of a whole response, "
+                f"and `mask_type={self.mask_type!r}` with `divergence_coef={self.divergence_coef}` has weighted sums "
+                "over tokens in its place. Set `f_divergence_type='reverse_kl'`, or `mask_type='ones'` and "
+                "`divergence_coef=0`, which is DPO."
             )

@@ -6,7 +6,7 @@ SparsePOTrainer._compute_loss, in DPOTrainer.training_step
         lm_head.paired_log_probs: log-probabilities of both models and KL(reference || policy), tile by tile
         masks.TokenMasks.forward: one weight for each response token in each of the two terms
         loss.sparse_po_terms: what TRL's code sums over a response and takes its loss of
-    loss.mask_l1_penalty and token_metrics: from the output of the same forward
+    loss.mask_l1_penalty, loss.sft_loss and token_metrics: from the output of the same forward
 """
 
 from collections.abc import Callable
@@ -31,12 +31,14 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
 from .._upstream import disable_gradient_checkpointing, use_adapter
+from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.companion import CompanionMixin, extend_forward
 from ..core.dropout import DroppedProbability, disable_dropout, stated_probabilities
 from ..core.model_card import MethodCardMixin
+from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
-from .loss import length_desensitized_weights, mask_l1_penalty
+from .loss import length_desensitized_weights, mask_l1_penalty, sft_loss
 from .mask_kinds import MASK_KINDS
 from .masks import TokenMaskCompanion, TokenMasks
 from .model_check import check_head, check_vocabularies, evaluating, probe_inputs, vocabulary_size
@@ -50,11 +52,14 @@ from .preference_data import (
 from .reference_pass import (
     REFERENCE_ADAPTER,
     ReferenceCollector,
+    ReferenceStates,
     decoder_layers,
+    read_reference,
     reference_forward,
     reference_head,
 )
 from .report import CITATION, method_section
+from .shared_prompts import check_shared_prompts, probe_pairs
 from .sparse_po_config import SparsePOConfig
 
 
@@ -68,7 +73,7 @@ logger = get_logger(__name__)
 REFERENCE_ONLY = ("learned", "activation", "ones")
 
 
-class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
+class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTrainer):
     """
     Trainer for SparsePO (https://huggingface.co/papers/2410.05102): DPO whose token-level rewards and divergences are
     weighted by masks computed from the reference model.
@@ -130,6 +135,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         "id": "2410.05102",
         "citation": CITATION,
     }
+    _fixed_settings = ("optim", "mask_type", "independent_masks", "mask_reward", "mask_divergence")
 
     args: SparsePOConfig
     companion: TokenMaskCompanion
@@ -169,10 +175,17 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        # TRL would take the SFT term of what the forward hands it, which is masked
+        terms: list[tuple[str, float]] = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self._sft_weight = sum(weight for loss_type, weight in terms if loss_type == "sft")
+        self.loss_weights: list[float] = [weight for loss_type, weight in terms if loss_type != "sft"]
+        self.loss_types: list[str] = [loss_type for loss_type, _ in terms if loss_type != "sft"]
         self._warned_of_dead_masks = False
+        self._compared_shared_prompts = not args.share_prompt
         self._reference: PreTrainedModel = (
             self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         )
+        check_tokenizer(self.processing_class, self.policy)
         check_vocabularies(
             (vocabulary_size(self.policy), vocabulary_size(self._reference)),
             None if ref_model is not None else self.policy.config.name_or_path,
@@ -205,13 +218,17 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         )
         self.attach_companion(
             TokenMaskCompanion(masks, args.mask_learning_rate, args.mask_weight_decay),
-            partial(policy_forward, self.policy, args.divergence_coef, args.detach_chosen_divergence),
+            partial(
+                policy_forward, self.policy, args.divergence_coef, args.detach_chosen_divergence, args.share_prompt
+            ),
         )
 
     def _check_forward(self) -> None:
         """Runs reference, and policy where it is another model, on a few tokens: what fails, fails here."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        models = [self._reference] if type(self._reference) is type(self.policy) else [self._reference, self.policy]
+        models = [self._reference]
+        if _family(self._reference) != _family(self.policy):
+            models.append(self.policy)
         for model in models:
             owned = model is not self.policy and sharded  # an engine that runs already has the parameters
             partitioned = any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
@@ -225,10 +242,22 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
                 check_head(model, self.ref_model, self._reference_backbone)
             else:
                 check_head(model)
+            if self.args.share_prompt:
+                inputs = probe_pairs(model, vocabulary_size(model))
+                with evaluating(model):
+                    check_shared_prompts(model, partial(self._last_states, inputs, model if not owned else None))
         # A mask that reads the policy waits for the engine that will have its parameters
         if self.args.mask_type in REFERENCE_ONLY or not (sharded or self.args.mask_type == "given"):
             with evaluating(self.model, self._reference):
                 self._mask_weights(probe_inputs(self._reference), None)
+
+    def _last_states(self, inputs: dict[str, Any], model: PreTrainedModel | None, share_prompt: bool) -> torch.Tensor:
+        """Final states of some pairs' response tokens, of a model, or of the reference as training runs it."""
+        if model is None:
+            return self._run_reference(inputs, ReferenceCollector("ones", share_prompt))[0].hidden
+        labels, kwargs = _labels(inputs), _model_inputs(inputs)
+        with self.accelerator.autocast():
+            return read_reference(model, "ones", labels, share_prompt=share_prompt, use_cache=False, **kwargs).hidden
 
     def _reference_backbone(self, input_ids: torch.Tensor, **inputs: Any) -> None:
         """Runs the reference model's backbone alone, through the engine that has its parameters."""
@@ -240,7 +269,7 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         return self.companion.module
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        check_preference_dataset(dataset, dataset_name)
+        dataset = check_preference_dataset(dataset, dataset_name, self._tokenizer)
         # Messages name rows of the user's data, and TRL drops some
         if (args.strict_pairs or args.mask_type == "given") and isinstance(dataset, Dataset):
             dataset = dataset.map(lambda _pair, row: {ROW: row}, with_indices=True)
@@ -255,9 +284,12 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _reference_input(self, inputs: dict[str, Any]) -> ReferenceInput:
         kind = MASK_KINDS.get(self.args.mask_type)
-        collector = ReferenceCollector(self.args.mask_type if kind is None else kind.reads)
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        mask_type = self.args.mask_type if kind is None else kind.reads
+        states, head = self._run_reference(inputs, ReferenceCollector(mask_type, self.args.share_prompt))
+        return ReferenceInput(states, self._reference, head)
+
+    def _run_reference(self, inputs: dict[str, Any], collector: ReferenceCollector) -> tuple[ReferenceStates, Any]:
+        """The reference's states on a batch, and its head."""
         if self.ref_model is None:
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
@@ -271,13 +303,18 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
             # accelerate's own lies below the reference's wider forward, and the policy's runs in it as a whole
             self.accelerator.autocast(),
         ):
-            model(**model_inputs, labels=labels, reference_collector=collector)
+            model(**_model_inputs(inputs), labels=_labels(inputs), reference_collector=collector)
             head = reference_head(self._reference)
         assert collector.states is not None
-        return ReferenceInput(collector.states, self._reference, head)
+        return collector.states, head
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs, given = _without_given_weights(inputs)
+        if not self._compared_shared_prompts:
+            # Once more on pairs of real length, for windows and blocks that a short sequence does not fill
+            self._compared_shared_prompts = True
+            with evaluating(self.model, self._reference):
+                check_shared_prompts(self._reference, partial(self._last_states, inputs, None))
         num_pairs = inputs["input_ids"].size(0) // 2
         zeros = torch.zeros(num_pairs, device=inputs["input_ids"].device)
         masked_inputs = {
@@ -305,7 +342,10 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
                 self.args.mask_l1_divergence if self.masks.masks_divergence else 0.0,
                 self.masks.is_common,
             )
-        self._record_token_metrics(outputs, inputs["completion_mask"][:, 1:].bool())
+        completion_mask = inputs["completion_mask"][:, 1:].bool()
+        if self._sft_weight:
+            loss = loss + self._sft_weight * sft_loss(outputs.policy_log_probs, completion_mask)
+        self._record_token_metrics(outputs, completion_mask)
         self._check_finite(loss)
         return (loss, *rest) if return_outputs else loss
 
@@ -355,10 +395,10 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
         reference = replace(self._reference_input(inputs), given=given)
         if self.args.mask_type in REFERENCE_ONLY:
             return self.masks(reference.states, inputs["completion_mask"][:, 1:].bool())
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
-            output = self.model(**model_inputs, labels=labels, fused_lm_head=True, reference=reference)
+            output = self.model(
+                **_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True, reference=reference
+            )
         return output.reward_mask, output.divergence_mask
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -367,6 +407,21 @@ class SparsePOTrainer(CompanionMixin, MethodCardMixin, OwnOptimizerMixin, DPOTra
 
     def _method_section(self, model_id: str) -> str:
         return method_section(self.args, self.state.log_history, model_id)
+
+
+def _family(model: PreTrainedModel) -> tuple[type, str | None]:
+    """What decides whether a check of one model holds for another: its class, and its attention."""
+    return type(model), model.config.get_text_config()._attn_implementation
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model's backbone is given of a batch."""
+    return {key: inputs[key] for key in ("input_ids", "attention_mask")}
+
+
+def _labels(inputs: dict[str, Any]) -> torch.Tensor:
+    """Token ids of a batch, -100 outside the completion."""
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
 
 
 def _without_given_weights(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]:
@@ -407,7 +462,7 @@ def token_metrics(
     lengths = completion_mask.sum(dim=1).clamp_min(1)
     positions = length_desensitized_weights(completion_mask, 1.0 if ld_alpha is None else ld_alpha)
     per_sequence = {
-        "logps": (outputs.policy_log_probs * positions).sum(dim=1),
+        "logps": (outputs.policy_log_probs.detach() * positions).sum(dim=1),
         "kl": outputs.divergences.sum(dim=1),
     }
     dead = torch.zeros_like(lengths, dtype=torch.bool)
@@ -460,7 +515,8 @@ def _check_arguments(
             "the masks are defined on text tokens. Pass a tokenizer and a dataset without `image` or `images`."
         )
     _check_adapters(model, peft_config)
-    if isinstance(train_dataset, Dataset) and not len(train_dataset):
+    # TRL looks at the first row before it prepares the data
+    if isinstance(train_dataset, Dataset | IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("The train dataset is empty. Give at least one pair with `chosen` and `rejected`.")
     alone = isinstance(model, PreTrainedModel) and peft_config is None and ref_model is None
     if alone and not config.name_or_path:

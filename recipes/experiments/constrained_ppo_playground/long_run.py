@@ -2,13 +2,15 @@
 Which method keeps what it has gained: 128 updates of every method, four times as many as reach the best gold.
 
 Every method is tuned with the same number of trials, on one seed that is not used again, by its mean gold on
-validation prompts; then it runs on the seeds of the comparison. Finished runs are kept in `runs.jsonl`, so an
-interrupted experiment goes on where it stopped.
+validation prompts up to each of two horizons; then it runs on the seeds of the comparison, for each horizon with what
+was best for that. Finished runs are kept in `runs.jsonl`, so an interrupted experiment goes on where it stopped.
 
 python -m recipes.experiments.constrained_ppo_playground.long_run \
     --config recipes/experiments/constrained_ppo_playground/long_run.yaml
 """
 
+import itertools
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from trl_ext.sparse_po.evaluation import reward_and_divergence
 
 from ..method_comparison import Task
 from ..runner import FinishedRuns
-from .arms import ARMS
+from .arms import ARMS, CONTROLLERS
 from .long_run_report import write_report
 from .run import OveroptimizationArguments, playground_task
 
@@ -36,6 +38,9 @@ SHARED = (
     "logging_steps", "save_strategy", "report_to", "disable_tqdm",
 )  # fmt: skip
 CRITIC = ("gamma", "gae_lambda", "critic_learning_rate", "critic_detach")
+KNOWN = {**ARMS, **CONTROLLERS}
+# What is kept of a trainer's log, by the beginning of its name
+LOGGED = ("rewards/", "kl", "weight/", "multiplier/", "threshold/", "spread/", "completions/mean_length", "grad_norm")
 
 
 @dataclass
@@ -45,11 +50,13 @@ class LongRunArguments(OveroptimizationArguments):
 
     Args:
         arms (`list[str]`):
-            Methods, of `ARMS`.
+            Methods, of `ARMS` or `CONTROLLERS`.
         tuning_seed (`int`):
             Seed of the trials.
         num_trials (`int`):
             Trials of every method that has something to choose, the first ones of `ARMS`; with 1 nothing is tuned.
+        horizons (`list[int]`):
+            Updates for which every method is tuned; the longest is `max_steps`.
         measure_every (`int`):
             Updates between two measurements of the gold metric.
         group_size (`int`):
@@ -59,6 +66,9 @@ class LongRunArguments(OveroptimizationArguments):
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Methods."})
     tuning_seed: int = field(default=100, metadata={"help": "Seed of the trials."})
     num_trials: int = field(default=4, metadata={"help": "Trials of every method that has something to choose."})
+    horizons: list[int] = field(
+        default_factory=lambda: [32, 128], metadata={"help": "Updates for which every method is tuned."}
+    )
     measure_every: int = field(default=16, metadata={"help": "Updates between two measurements."})
     group_size: int = field(default=8, metadata={"help": "Completions of a prompt where there is no critic."})
 
@@ -110,24 +120,41 @@ class GoldCurve(TrainerCallback):
         self.points.append(point)
 
 
-def train(task: Task, config: Any, arguments: LongRunArguments, name: str, seed: int, trial: int) -> dict[str, Any]:
-    """Trains once; returns `name`, `seed`, `trial`, `settings`, `curve` and `cpu_seconds`."""
-    arm = ARMS[name]
+def train(
+    task: Task, config: Any, arguments: LongRunArguments, name: str, seed: int, trial: int, steps: int
+) -> dict[str, Any]:
+    """Trains once; returns `name`, `seed`, `trial`, `steps`, `settings`, `curve`, `log` and `cpu_seconds`."""
+    arm = KNOWN[name]
     settings = arm.trials[trial]
     curve = GoldCurve(task, arguments.measure_every, config.max_completion_length)
+    folder = Path(config.output_dir) / "policy"
+    shutil.rmtree(folder, ignore_errors=True)
+    # Only a search sees the gold metric while it trains
+    judged = {"eval_dataset": task.validation, "gold_reward": task.gold} if "search" in settings else {}
+    own = {**settings, "output_dir": str(folder), "max_steps": steps}
     start = time.process_time()
     trainer = arm.trainer(
         model=task.model,
-        reward_funcs=list(task.rewards),
-        args=configured(arm.config, config, seed, settings, arguments.group_size),
+        reward_funcs=list(task.rewards) if arm.rewards is None else arm.rewards(),
+        args=configured(arm.config, config, seed, own, arguments.group_size),
         train_dataset=task.train,
         callbacks=[curve],
+        **judged,
     )
     trainer.train()
     return {
-        "name": name, "seed": seed, "trial": trial, "settings": settings, "curve": curve.points,
-        "cpu_seconds": time.process_time() - start,
+        "name": name, "seed": seed, "trial": trial, "steps": steps, "settings": settings, "curve": curve.points,
+        "log": kept_log(trainer.state.log_history), "cpu_seconds": time.process_time() - start,
     }  # fmt: skip
+
+
+def kept_log(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Rewards, KL, weights and multipliers of a trainer's log, to five digits."""
+    entries = [
+        {name: float(f"{value:.5g}") for name, value in entry.items() if name == "step" or name.startswith(LOGGED)}
+        for entry in history
+    ]
+    return [entry for entry in entries if len(entry) > 1]
 
 
 def configured(config_class: type, config: Any, seed: int, settings: dict[str, Any], group_size: int) -> Any:
@@ -143,31 +170,37 @@ def configured(config_class: type, config: Any, seed: int, settings: dict[str, A
 
 def trials_of(name: str, arguments: LongRunArguments) -> list[tuple[str, int, int]]:
     """The tuning of a method as `(name, seed, trial)`; none where there is nothing to choose."""
-    number = min(arguments.num_trials, len(ARMS[name].trials))
+    number = min(arguments.num_trials, len(KNOWN[name].trials))
     return [(name, arguments.tuning_seed, trial) for trial in range(number)] if number > 1 else []
 
 
-def chosen_trial(results: list[dict[str, Any]], name: str, tuning_seed: int) -> int:
-    """The trial with the highest mean gold on validation prompts after the start; 0 where nothing was tuned."""
+def mean_gold(result: dict[str, Any], horizon: int) -> float:
+    """What a trial is judged by: mean gold on validation prompts over all measurements up to a horizon."""
+    return float(np.mean([point["validation/gold"] for point in result["curve"][1:] if point["step"] <= horizon]))
+
+
+def chosen_trial(results: list[dict[str, Any]], name: str, tuning_seed: int, horizon: int) -> int:
+    """The trial with the highest [`mean_gold`]; 0 where nothing was tuned."""
     own = [result for result in results if result["name"] == name and result["seed"] == tuning_seed]
-    if not own:
-        return 0
-    return int(max(own, key=lambda result: np.mean([p["validation/gold"] for p in result["curve"][1:]]))["trial"])
+    return int(max(own, key=lambda result: mean_gold(result, horizon))["trial"]) if own else 0
 
 
 def run_missing(task: Task, config: Any, arguments: LongRunArguments, folder: Path) -> list[dict[str, Any]]:
-    """Trains what is missing: first the trials of a method, then its runs on every seed."""
+    """Trains what is missing: first the trials of all methods, then their runs on every seed, longest first."""
     finished = FinishedRuns(folder)
 
-    def complete(runs: list[tuple[str, int, int]]) -> None:
-        for name, seed, trial in runs:
-            if not finished.has(name=name, seed=seed, trial=trial):
-                finished.add(train(task, config, arguments, name, seed, trial))
+    def complete(name: str, seed: int, trial: int, steps: int) -> None:
+        # A longer run with the same settings begins with the shorter
+        lengths = [horizon for horizon in arguments.horizons if horizon >= steps]
+        if not any(finished.has(name=name, seed=seed, trial=trial, steps=length) for length in lengths):
+            finished.add(train(task, config, arguments, name, seed, trial, steps))
 
     for name in arguments.arms:
-        complete(trials_of(name, arguments))
-    for seed in arguments.seeds:
-        complete([(name, seed, chosen_trial(finished.rows, name, arguments.tuning_seed)) for name in arguments.arms])
+        for run in trials_of(name, arguments):
+            complete(*run, max(arguments.horizons))
+    for seed, name in itertools.product(arguments.seeds, arguments.arms):
+        for horizon in sorted(arguments.horizons, reverse=True):
+            complete(name, seed, chosen_trial(finished.rows, name, arguments.tuning_seed, horizon), horizon)
     return finished.rows
 
 
@@ -177,8 +210,13 @@ def main(training_args: ConstrainedPPOConfig, arguments: LongRunArguments) -> No
     folder = Path(training_args.output_dir)
     results = run_missing(playground_task(arguments), training_args, arguments, folder)
     trials = [result for result in results if result["seed"] == arguments.tuning_seed]
-    chosen = {name: chosen_trial(results, name, arguments.tuning_seed) for name in ARMS}
-    write_report([result for result in results if result not in trials], trials, chosen.__getitem__, folder)
+    chosen = {
+        (name, horizon): chosen_trial(results, name, arguments.tuning_seed, horizon)
+        for name in KNOWN
+        for horizon in arguments.horizons
+    }
+    runs = [result for result in results if result["seed"] in arguments.seeds]
+    write_report(runs, trials, chosen, arguments.horizons, folder, mean_gold)
 
 
 def make_parser() -> StrictParser:

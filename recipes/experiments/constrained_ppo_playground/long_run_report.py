@@ -1,6 +1,6 @@
 """Tables and picture of the long comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from ..runner import markdown_table
 
 
 Results = Sequence[dict[str, Any]]
-TUNED = "ppo, tuned weights"
-KEPT = ", best policy kept"
-EARLY, LATE = 32, 128
+# The trial that was chosen for a method and a number of updates
+Chosen = Mapping[tuple[str, int], int]
 # The gold metric over the second half says whether a method keeps what it has gained
 TAIL = (64, 128)
-LINES = ("-", "--", "-.", ":")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 3)))
+PER_PANEL = 5
 
 
 def at(curve: Sequence[dict[str, float]], step: int, key: str = "test/gold") -> float:
@@ -31,34 +31,40 @@ def tail(curve: Sequence[dict[str, float]], key: str = "test/gold") -> list[floa
     return [point[key] for point in curve if TAIL[0] <= point["step"] <= TAIL[1]]
 
 
-def stopped_early(result: dict[str, Any]) -> dict[str, Any]:
-    """A run that keeps, from each step on, the policy with the best gold on validation prompts so far."""
-    kept: list[dict[str, float]] = []
-    for point in result["curve"]:
-        best = point if not kept or point["validation/gold"] > kept[-1]["validation/gold"] else kept[-1]
-        kept.append({**best, "step": point["step"]})
-    return {**result, "name": result["name"] + KEPT, "curve": kept}
+def best_kept(curve: Sequence[dict[str, float]], key: str = "test/gold") -> float:
+    """What the policy with the best gold on validation prompts has, which stopping early would keep."""
+    return max(curve, key=lambda point: point["validation/gold"])[key]
 
 
-def summary_table(results: Results) -> str:
+def runs_for(results: Results, name: str, horizon: int, chosen: Chosen) -> list[dict[str, Any]]:
+    """The runs of a method with what was chosen for a number of updates, one for each seed, cut there."""
+    own = [r for r in results if r["name"] == name and r["trial"] == chosen[name, horizon] and r["steps"] >= horizon]
+    by_seed = {r["seed"]: {**r, "curve": [p for p in r["curve"] if p["step"] <= horizon]} for r in own}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def summary_table(results: Results, chosen: Chosen, horizons: Sequence[int]) -> str:
     """Gold on test prompts of every method, Markdown: mean and standard error over seeds, and the least of all."""
+    early, late = min(horizons), max(horizons)
     columns = [
-        "method", "gold at 32", "gold at 128", "64 to 128: mean", "64 to 128: least of all seeds", "share",
-        "similarity", "KL", "seeds",
+        "method", f"gold at {early}", f"gold at {late}", f"{TAIL[0]} to {TAIL[1]}: mean", "least of all seeds",
+        "best policy kept", "share", "similarity", "KL", "seeds",
     ]  # fmt: skip
     rows = []
     for name in dict.fromkeys(result["name"] for result in results):
-        curves = [result["curve"] for result in results if result["name"] == name]
+        short = [run["curve"] for run in runs_for(results, name, early, chosen)]
+        curves = [run["curve"] for run in runs_for(results, name, late, chosen)]
         final = [curve[-1] for curve in curves]
         rows.append(
             [
                 name,
-                _cell([at(curve, EARLY) for curve in curves]),
-                _cell([at(curve, LATE) for curve in curves]),
+                _cell([at(curve, early) for curve in short]),
+                _cell([at(curve, late) for curve in curves]),
                 _cell([float(np.mean(tail(curve))) for curve in curves]),
                 f"{min(min(tail(curve)) for curve in curves):.3f}",
+                _cell([best_kept(curve) for curve in curves]),
                 _cell([point["test/positive_word_share"] for point in final]),
-                _cell([point["test/reference_similarity"] for point in final]),
+                _cell([point["test/reference_similarity"] for point in final], 2),
                 _cell([point["test/kl"] for point in final], 1),
                 str(len(curves)),
             ]
@@ -71,31 +77,38 @@ def _cell(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f}" if np.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
-def tuning_table(results: Results, chosen: Callable[[str], int]) -> str:
-    """Every trial of the tuning, Markdown, with its mean gold on validation prompts; what was chosen is bold."""
+def tuning_table(
+    trials: Results, chosen: Chosen, horizons: Sequence[int], judge: Callable[[dict[str, Any], int], float]
+) -> str:
+    """Every trial of the tuning, Markdown, with its mean gold up to each horizon; what was chosen is bold."""
     rows = []
-    for result in results:
-        value = np.mean([point["validation/gold"] for point in result["curve"][1:]])
-        marks = "**" if chosen(result["name"]) == result["trial"] else ""
-        rows.append([result["name"], f"`{_shown(result['settings'])}`", f"{marks}{value:.3f}{marks}"])
-    return markdown_table(["method", "settings", "mean gold on validation prompts"], rows)
+    for result in trials:
+        cells = []
+        for horizon in horizons:
+            marks = "**" if chosen[result["name"], horizon] == result["trial"] else ""
+            cells.append(f"{marks}{judge(result, horizon):.3f}{marks}")
+        rows.append([result["name"], f"`{_shown(result['settings'])}`", *cells])
+    return markdown_table(["method", "settings", *(f"up to {horizon}" for horizon in horizons)], rows)
 
 
 def _shown(settings: dict[str, Any]) -> str:
-    shown = {name: value for name, value in settings.items() if name not in ("method", "constraints")}
-    if "constraints" in settings:
+    hidden = ("method", "constraints", "eval_strategy", "eval_steps", "save_strategy", "save_total_limit")
+    shown = {name: value for name, value in settings.items() if name not in (*hidden, "per_device_eval_batch_size")}
+    if "search" in shown:
+        shown["search"] = list(shown["search"]["initial_range"].values())
+    elif "constraints" in settings:
         shown = {"thresholds": [constraint["threshold"] for constraint in settings["constraints"]], **shown}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def draw(results: Results, path: Path) -> None:
-    """The gold metric against updates, mean over seeds and, thin, its least; one panel for four methods."""
+def draw(results: Results, chosen: Chosen, horizon: int, path: Path) -> None:
+    """The gold metric against updates, mean over seeds and, thin, its least; one panel for five methods."""
     names = list(dict.fromkeys(result["name"] for result in results))
-    groups = [names[start : start + 4] for start in range(0, len(names), 4)]
-    figure, panels = new_axes(1, len(groups), width=4.6, height=4.2, sharey=True)
+    groups = [names[start : start + PER_PANEL] for start in range(0, len(names), PER_PANEL)]
+    figure, panels = new_axes(1, len(groups), width=4.6, height=4.4, sharey=True)
     for axes, group in zip(panels, groups, strict=True):
         for position, name in enumerate(group):
-            curves = [result["curve"] for result in results if result["name"] == name]
+            curves = [run["curve"] for run in runs_for(results, name, horizon, chosen)]
             steps = [point["step"] for point in curves[0]]
             values = np.array([[point["test/gold"] for point in curve] for curve in curves])
             style: dict[str, Any] = {
@@ -111,14 +124,19 @@ def draw(results: Results, path: Path) -> None:
     save_figure(figure, path)
 
 
-def write_report(results: Results, trials: Results, chosen: Callable[[str], int], folder: Path) -> str:
+def write_report(
+    results: Results,
+    trials: Results,
+    chosen: Chosen,
+    horizons: Sequence[int],
+    folder: Path,
+    judge: Callable[[dict[str, Any], int], float],
+) -> str:
     """Writes `long_run.png` and `results.md`, the text of which it returns."""
-    order = list(dict.fromkeys(result["name"] for result in results))
-    results = [*results, *(stopped_early(result) for result in results if result["name"] == TUNED)]
-    results.sort(key=lambda result: order.index(result["name"].removesuffix(KEPT)))
-    draw(results, folder / "long_run.png")
-    seconds = np.mean([result["cpu_seconds"] for result in (*results, *trials)])
-    cost = f"{len(trials)} runs of the tuning; {seconds:.0f} s of one core for a run."
-    text = "\n\n".join([summary_table(results), tuning_table(trials, chosen), cost])
+    draw(results, chosen, max(horizons), folder / "long_run.png")
+    long = [result["cpu_seconds"] for result in (*results, *trials) if result["steps"] == max(horizons)]
+    cost = f"{len(trials)} runs of the tuning; {np.mean(long):.0f} s of one core for a run of {max(horizons)} updates."
+    tuning = tuning_table(trials, chosen, horizons, judge)
+    text = "\n\n".join([summary_table(results, chosen, horizons), tuning, cost])
     (folder / "results.md").write_text(text + "\n")
     return text

@@ -96,9 +96,12 @@ def _constrained(**settings: Any) -> dict[str, Any]:
     return {"method": "xi", "beta": 0.04, "calibration_samples": 0, "dashboard": False, **settings}
 
 
-_HELD = [{"reward": name, "threshold": value} for name, value in zip(REWARDS, THRESHOLDS, strict=True)]
-# The rewards move by a spread and more in one update here, twenty times what the filter of the default expects
-_FAST = {"constraints": [_HELD[0], {**_HELD[1], "kind": ">="}], "multiplier_drift": 0.5}
+# The share of words that are no repetitions is wanted high, and not at a value: the constraint is a lower bound
+_HELD = [
+    {"reward": REWARDS[0], "threshold": THRESHOLDS[0]},
+    {"reward": REWARDS[1], "threshold": THRESHOLDS[1], "kind": ">="},
+]
+_EQUAL = [{**constraint, "kind": "=="} for constraint in _HELD]
 # Trainer, configuration and settings of each method
 ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "GRPO": (ObservedGRPOTrainer, GRPOConfig, {}),
@@ -108,12 +111,14 @@ ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
         ConstrainedGRPOConfig,
         _constrained(constraints=_HELD),
     ),
-    "constrained GRPO (xi), fast filter": (
+    "constrained GRPO (xi), both equalities": (
         ObservedConstrainedGRPOTrainer,
         ConstrainedGRPOConfig,
-        _constrained(**_FAST),
+        _constrained(constraints=_EQUAL),
     ),
 }
+# What keeps the trainer's log of a constrained run readable
+_WEIGHTS = ("weight/", "multiplier/", "filtered_violation/", "spread/")
 
 
 def review_openings(imdb_dir: str, words: int) -> Dataset:
@@ -155,7 +160,9 @@ def train(arm: str, seed: int, config: Any, arguments: SmolArguments, folder: Pa
         }
         for entry in logged
     ]
-    return {"arm": arm, "seed": seed, "curve": curve, "observed": frame.to_dict("records"), **seconds}
+    log = [{name: round(value, 4) for name, value in e.items() if name.startswith(_WEIGHTS)} for e in logged]
+    kept = {"curve": curve, "log": log, "observed": frame.to_dict("records")}
+    return {"arm": arm, "seed": seed, "steps": len(curve), **kept, **seconds}
 
 
 def kl_of_response(entry: dict[str, float]) -> float:

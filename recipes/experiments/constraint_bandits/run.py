@@ -170,8 +170,9 @@ def play(
         sampled = bandits.sample(policy, episodes, generator).movedim(-1, 0).flatten(1)
         errors = standard_errors(sampled, spreads.flatten())
         weights[active] = multipliers.update(sampled.mean(dim=0)[active], errors[active])
-        for index, watch, is_exhausted in zip(active, watches, multipliers.exhausted(), strict=True):
-            if watch.check("", is_exhausted):
+        seen = zip(active, watches, multipliers.exhausted(), multipliers.violations().abs().tolist(), strict=True)
+        for index, watch, is_exhausted, violation in seen:
+            if watch.check("", is_exhausted, violation):
                 named.add(index)
         advantages = _mixed(bandits, policy, weights.view_as(spreads), spreads, whitening, mix)
         # An arm stays drawable, whose log-ratio would else become infinite

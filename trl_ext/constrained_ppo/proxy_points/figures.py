@@ -26,8 +26,8 @@ def draw_curve(
     axes.axvspan(*peak.interval[:, 0], color=RED, alpha=0.1, linewidth=0)
     edge = " (at the edge of the data)" if peak.at_edge else ""
     axes.axvline(float(peak.point[0]), color=RED, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
-    axes.set_xlabel(label)
-    axes.set_ylabel(gold_label)
+    axes.set_xlabel(label, parse_math=False)
+    axes.set_ylabel(gold_label, parse_math=False)
     axes.legend(loc="lower center", frameon=False, fontsize=9)  # below the peak
     save_figure(figure, path)
 
@@ -44,15 +44,15 @@ def draw_joint(
     figure, panels = new_axes(1, len(pairs))
     for axes, (i, j) in zip(panels, pairs, strict=True):
         surface = axes.pcolormesh(*_upper_surface(peak, i, j), cmap="viridis", shading="nearest", rasterized=True)
-        figure.colorbar(surface, ax=axes, label=f"fitted {gold_label}")
+        figure.colorbar(surface, ax=axes).set_label(f"fitted {gold_label}", parse_math=False)
         axes.plot(
             *measurements.rewards[:, [i, j]].T, ".", color="white", markeredgecolor=GREY, markersize=5, alpha=0.7
         )
         axes.plot(peak.point[i], peak.point[j], "*", color=RED, markeredgecolor="white", markersize=16, label="joint")
         axes.plot(independent[i], independent[j], "X", color=BLUE, markeredgecolor="white", markersize=10,
                   label="independent")  # fmt: skip
-        axes.set_xlabel(names[i])
-        axes.set_ylabel(names[j])
+        axes.set_xlabel(names[i], parse_math=False)
+        axes.set_ylabel(names[j], parse_math=False)
         axes.legend(loc="lower left", fontsize=9)  # the best place takes seconds to find among so many cells
     save_figure(figure, path)
 

@@ -8,6 +8,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from ...core.files import warn_of_failure
 from ..checkpoint import MULTIPLIERS_FILE, read_json, write_json
 from .config import ThresholdSearchConfig
 from .search import ThresholdSearch, Trial
@@ -155,7 +156,8 @@ class ThresholdSearchCallback(TrainerCallback):
 
     def _write_report(self, state: Any) -> None:
         if state.is_world_process_zero:
-            self.save(self.trainer.args.output_dir)
+            with warn_of_failure(f"{SEARCH_FILE} could not be written"):
+                self.save(self.trainer.args.output_dir)
 
     def _refuse_to_overwrite(self, folder: Path) -> None:
         checkpoints = sorted(path.parent.name for path in folder.glob(f"checkpoint-*/{SEARCH_FILE}"))

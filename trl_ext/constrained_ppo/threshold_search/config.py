@@ -9,6 +9,27 @@ from typing import Any, Literal
 
 from transformers.trainer_utils import SaveStrategy
 
+from ...core.checks import ANY_NUMBER, Range, check_fields, fits, shown
+
+
+_BY_REWARD = Range(also=Any)  # mappings of rewards, which `_check_thresholds` knows more of
+RANGES: dict[str, Range] = {
+    "cache_lifetime": Range(at_least=1),
+    "cache_tolerance": Range(at_least=0, below=1),
+    "gold_metric": Range(empty=False),
+    "initial": _BY_REWARD,
+    "initial_range": _BY_REWARD,
+    "lower": _BY_REWARD,
+    "max_gold_evaluations": Range(at_least=1),
+    "reevaluate_every": Range(at_least=0),
+    "rollout_window": Range(at_least=1),
+    "seed": Range(at_least=0),
+    "smoothing": Range(at_least=0, below=1),
+    "steps_per_threshold": Range(above=0),
+    "tolerance": Range(at_least=0, below=1),
+    "upper": _BY_REWARD,
+}
+
 
 @dataclass(frozen=True)
 class ThresholdSearchConfig:
@@ -100,9 +121,11 @@ class ThresholdSearchConfig:
             try:
                 settings = json.loads(settings)
             except json.JSONDecodeError as error:
-                raise ValueError(f"`search` must be a mapping of settings or JSON, got {settings!r}.") from error
+                raise ValueError(f"`search` must be a mapping of settings or JSON, got {shown(settings)}.") from error
         if not isinstance(settings, Mapping):
-            raise ValueError(f"`search` must be a mapping of settings, got {settings!r}. `{{}}` takes the defaults.")
+            raise ValueError(
+                f"`search` must be a mapping of settings, got {shown(settings)}. `{{}}` takes the defaults."
+            )
         names = [f.name for f in fields(cls)]
         for key in settings:
             if key not in names:
@@ -112,34 +135,15 @@ class ThresholdSearchConfig:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        lowest = {
-            "max_gold_evaluations": 1,
-            "cache_lifetime": 1,
-            "reevaluate_every": 0,
-            "rollout_window": 1,
-            "seed": 0,
-        }
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`search.{name}` must be a whole number of at least {least}, got {value!r}.")
-        for name in ("tolerance", "cache_tolerance", "smoothing"):
-            if not 0 <= _number(name, getattr(self, name)) < 1:
-                raise ValueError(f"`search.{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        steps = _number("steps_per_threshold", self.steps_per_threshold)
+        for name in ("tolerance", "cache_tolerance", "smoothing", "steps_per_threshold"):
+            _number(name, getattr(self, name))
+        check_fields(self, RANGES, label="`search.{}`")
+        steps = self.steps_per_threshold
         if steps <= 0 or (steps > 1 and steps != int(steps)):
             raise ValueError(
                 "`search.steps_per_threshold` must be a whole number of steps, or a fraction of all steps below 1, "
                 f"got {steps}."
             )
-        for name, allowed in (
-            ("sampler", ("nelder-mead", "tpe")),
-            ("on_convergence", ("restart", "stop")),
-            ("tolerance_scale", ("threshold", "range")),
-            ("after_search", ("stop", "train")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`search.{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
@@ -150,7 +154,7 @@ class ThresholdSearchConfig:
         )
         _check_mapping("initial_range", ranges)
         if any(value <= 0 for value in ranges.values()):
-            raise ValueError(f"`search.initial_range` must be positive, got {self.initial_range}.")
+            raise ValueError(f"`search.initial_range` must be positive, got {shown(self.initial_range)}.")
         for reward in set(self.lower) & set(self.upper):
             if self.lower[reward] >= self.upper[reward]:
                 raise ValueError(
@@ -160,7 +164,7 @@ class ThresholdSearchConfig:
         if self.initial is None:
             return
         if not isinstance(self.initial, list) or not self.initial:
-            raise ValueError(f"`search.initial` must be a list of vertices, got {self.initial!r}.")
+            raise ValueError(f"`search.initial` must be a list of vertices, got {shown(self.initial)}.")
         for vertex in self.initial:
             _check_mapping("initial", vertex)
 
@@ -214,9 +218,9 @@ class ThresholdSearchConfig:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not fits(value, float) or not ANY_NUMBER.holds(value):
         hint = f" YAML reads {value} as text; write {value.replace('e', '.0e', 1)}." if _needs_point(value) else ""
-        raise ValueError(f"`search.{name}` must be a finite number, got {value!r}.{hint}")
+        raise ValueError(f"`search.{name}` must be a finite number, got {shown(value)}.{hint}")
     return float(value)
 
 
@@ -229,6 +233,6 @@ def _needs_point(value: Any) -> bool:
 
 def _check_mapping(name: str, mapping: Any) -> None:
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"`search.{name}` must map reward names to numbers, got {mapping!r}.")
+        raise ValueError(f"`search.{name}` must map reward names to numbers, got {shown(mapping)}.")
     for reward, value in mapping.items():
         _number(f"{name}[{reward!r}]", value)

@@ -3,11 +3,22 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
-from ...equilibrium.settings import HeadSettings, check_head, check_homeostasis, head_settings
-from .strict_parser import RecipeError
+from ...core.checks import Range, check_fields
+from ...equilibrium.settings import (
+    RANGES,
+    HeadSettings,
+    check_head,
+    check_homeostasis,
+    check_spectral_cap,
+    head_settings,
+    read_spectral_cap,
+)
+from .reading import RecipeError
+from .tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
 PREFIX = "head_"
+_SCRIPT_RANGES = {"show_alignment": Range(at_least=0), **TOKENIZER_RANGES}
 
 
 def _argument(item: Any) -> tuple[str, Any, Any]:
@@ -23,13 +34,15 @@ _PrefixedHeadSettings: Any = make_dataclass(
 
 
 @dataclass
-class EPHeadArguments(_PrefixedHeadSettings):
+class EPHeadArguments(TokenizerArguments, _PrefixedHeadSettings):
     """
     The head, and whether the backbone trains.
 
     Args:
         head_* (`Any`, *optional*):
             Every field of [`HeadSettings`](../../equilibrium/settings.py), with the prefix.
+        tokenizer_name_or_path (`str`, *optional*):
+            Name or folder of the tokenizer. Defaults to the model's own.
         pooling (`str`, *optional*):
             State that the head reads: `"last"`, `"first"`, `"mean"` or `"pooler"`. Defaults to the last token's for
             decoders and, for encoders, to what their configuration says or the first token's.
@@ -47,6 +60,12 @@ class EPHeadArguments(_PrefixedHeadSettings):
     show_alignment: int = field(
         default=0, metadata={"help": "Evaluation examples on which the gradient is compared with the exact one."}
     )
+
+    def __post_init__(self) -> None:
+        self.head_spectral_cap: Any = read_spectral_cap(self.head_spectral_cap)
+        own = {f"{PREFIX}{name}": within for name, within in RANGES.items()}
+        check_fields(self, {**own, f"{PREFIX}hidden_features": Range(at_least=1, empty=False), **_SCRIPT_RANGES})
+        check_spectral_cap(self, f"{PREFIX}spectral_cap")
 
     def head_settings(self) -> dict[str, Any]:
         """The head's settings under the names of [`~trl_ext.EPConfig`]."""
@@ -76,7 +95,7 @@ def check_head_arguments(head_args: EPHeadArguments, homeostasis_coef: float | N
 
 def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, **settings: Any) -> Any:
     """
-    The model that parsed arguments describe.
+    The model that parsed arguments describe. What is new in it, the head, is drawn with the training's seed.
 
     Args:
         model_args ([`~trl.ModelConfig`]):
@@ -91,6 +110,7 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
     Returns:
         [`~trl_ext.EPModelForSequenceClassification`]
     """
+    from transformers import set_seed
     from trl import get_quantization_config
 
     from ...equilibrium.modeling import EPModelForSequenceClassification
@@ -105,8 +125,10 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
         **({} if quantization is None else {"quantization_config": quantization}),
         **(getattr(training_args, "model_init_kwargs", None) or {}),
     }
+    path = resolve_model(model_args.model_name_or_path)
+    set_seed(training_args.seed)
     model = EPModelForSequenceClassification.from_pretrained(
-        resolve_model(model_args.model_name_or_path),
+        path,
         **options,
         **head_args.head_settings(),
         **settings,

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import get_last_checkpoint
 
+from ...core.checkpoint import checkpoints
 from .strict_parser import RecipeError
 
 
@@ -95,10 +95,10 @@ def ignore_boolean_buffers(model: Any) -> None:
     ]
 
 
-def last_checkpoint(training_args: Any) -> str | None:
+def last_checkpoint(training_args: Any) -> str | bool | None:
     """
-    The checkpoint to resume from: `resume_from_checkpoint` as a path, or, where it is `true`, the last one of the
-    output folder.
+    What to resume from, as `Trainer.train` takes it: `resume_from_checkpoint` as a path, or `True` for the newest
+    whole checkpoint of the output folder; `None` where that has no checkpoint yet.
 
     Raises:
         RecipeError: If it names no folder.
@@ -107,8 +107,7 @@ def last_checkpoint(training_args: Any) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        folder = training_args.output_dir
-        return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        return True if checkpoints(training_args.output_dir) else None
     if not Path(wanted).is_dir():
         raise RecipeError(
             f"`resume_from_checkpoint: {wanted}` is not a folder. Give a `checkpoint-<step>` folder, or `true` for "
@@ -117,7 +116,7 @@ def last_checkpoint(training_args: Any) -> str | None:
     return str(wanted)
 
 
-def train_and_save(trainer: Any, checkpoint: str | None, what: str, dataset_name: str | None) -> None:
+def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, dataset_name: str | None) -> None:
     """Trains from a checkpoint or anew, saves `what`, says where, and pushes it where the arguments ask for that."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -38,7 +38,7 @@ def find_packaged(name: str | Path) -> Path | None:
 
 def title_of(path: Path) -> str:
     """The first line of a recipe, which says what it is."""
-    return path.read_text().split("\n", 1)[0].removeprefix("#").strip()
+    return path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].removeprefix("#").strip()
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:

@@ -2,24 +2,35 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from datetime import date
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from .packaged import find_packaged
+from ...core.checks import described, fits, shown
+from ...core.files import is_lack_of_space
+from ...core.status import RunError
+from ...launcher import end_with_parent
+from .environment import PRECISION, checked_environment, environment_kept_on_success, stated_precision
+from .named_code import check_trust, named_code
+from .overrides import apply_overrides, take_option
+from .reading import Lines, RecipeError, read_recipe
 
 
-class RecipeError(ValueError):
-    """A recipe or command line that cannot be run as written."""
+__all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly"]
+# Unknown names that one error lists
+_LISTED = 20
+# Lists that TRL's configurations take one text for
+_ONE_IS_A_LIST = ("loss_type", "lora_target_modules")
 
 
 class StrictParser(TrlParser):
@@ -59,8 +70,13 @@ class StrictParser(TrlParser):
         if return_remaining_strings or separate_remaining_strings or not fail_with_unknown_args:
             raise ValueError("`StrictParser` refuses unknown arguments; leave `fail_with_unknown_args=True`.")
         remaining, environment = self._check(sys.argv[1:] if args is None else args)
-        with _environment_kept_on_success(environment):
-            return self.parse_args_into_dataclasses(args=remaining, look_for_args_file=False)
+        with environment_kept_on_success(environment):
+            try:
+                return self.parse_args_into_dataclasses(args=remaining, look_for_args_file=False)
+            except RecipeError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise RecipeError(str(error)) from error
 
     def check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> dict[str, str]:
         """
@@ -84,72 +100,108 @@ class StrictParser(TrlParser):
     def _check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
         remaining = list(args)
         path = take_option(remaining, "--config")
-        recipe = {} if path is None else load_recipe(path)
-        environment = recipe.pop("env", None) or {}
-        if not isinstance(environment, dict):
-            raise RecipeError(f"`env` in {path} must map names to values, got {environment!r}.")
-        self._refuse_unknown(recipe, path, remaining, other_options)
-        self.set_defaults_with_config(**{key: self._checked(key, value, path) for key, value in recipe.items()})
+        trusted = _take_flag(remaining, "--trust_recipe_code")
+        recipe, lines = ({}, {}) if path is None else read_recipe(path)
+        check_trust(recipe, lines, path, trusted)
+        path = path or "(command line)"
+        apply_overrides(recipe, remaining, self._field_types())
+        environment = checked_environment(recipe.pop("env", None), path, lines)
+        self._refuse_unknown(recipe, path, lines, remaining, other_options)
+        checked = {key: self._checked(key, value, path, lines) for key, value in recipe.items()}
+        self.set_defaults_with_config(**checked)
         self.error = _refuse  # type: ignore[method-assign, assignment]
-        self.parse_args(remaining)
-        return remaining, {str(name): str(value) for name, value in environment.items()}
+        parsed = self.parse_args(remaining)
+        # What this run is about to import, for the command to say
+        self.named_code = named_code(vars(parsed))
+        self.parsed = parsed
+        precision = stated_precision(self._stated(checked, remaining, parsed))
+        if precision is not None and os.environ.get(PRECISION, precision) != precision:
+            environment[PRECISION] = precision
+        return remaining, environment
+
+    @staticmethod
+    def _stated(recipe: dict[str, Any], args: list[str], parsed: Any) -> dict[str, Any]:
+        """`bf16` and `fp16`, as far as recipe or command line state them."""
+        words = {argument.split("=", 1)[0].lstrip("-").removeprefix("no_") for argument in args}
+        names = [name for name in ("bf16", "fp16") if name in recipe or name in words]
+        return {name: getattr(parsed, name, None) for name in names}
 
     def _refuse_unknown(
-        self, recipe: dict[str, Any], path: str | None, args: list[str], other_options: Iterable[str]
+        self, recipe: dict[str, Any], path: str, lines: Lines, args: list[str], other_options: Iterable[str]
     ) -> None:
         fields = self._field_types()
-        unknown = [(key, set(fields) | {"env"}, f"the recipe {path}") for key in recipe if key not in fields]
+        known = set(fields) | {"env"}
+        unknown = [(key, known, f"the recipe {path}{_line(lines, key)}") for key in recipe if key not in fields]
         for key, value in recipe.items():
             nested = _nested_dataclass(fields.get(key))
             if nested is None or not isinstance(value, list):
                 continue
             names = {field.name for field in dataclasses.fields(nested)}
             for position, entry in enumerate(value):
+                place = f"`{key}[{position}]`"
                 if not isinstance(entry, dict):
-                    raise RecipeError(f"`{key}[{position}]` in the recipe {path} must be a mapping, got {entry!r}.")
+                    line = _line(lines, key, position)
+                    raise RecipeError(f"{place} in the recipe {path}{line} must be a mapping, got {shown(entry)}.")
                 unknown += [
-                    (name, names, f"`{key}[{position}]` of the recipe {path}") for name in entry if name not in names
+                    (name, names, f"{place} of the recipe {path}{_line(lines, key, position, name)}")
+                    for name in entry
+                    if name not in names
                 ]
         options = set(self._option_string_actions)
         suggested = {option[2:] for option in options if option[:2] == "--"} | set(other_options) | {"config"}
+        suggested.add("trust_recipe_code")
         for argument in args:
             option = argument.split("=")[0]
             if option.startswith("--") and option not in options:
                 unknown.append((option[2:], suggested, "the command line"))
         if unknown:
-            lines = [f"`{key}` in {source}{_suggestion(str(key), valid)}" for key, valid, source in unknown]
-            raise RecipeError("Unknown arguments:\n  " + "\n  ".join(lines) + "\nRename or remove them.")
+            listed = [
+                f"`{_cut(key)}` in {source}{_suggestion(key, valid)}" for key, valid, source in unknown[:_LISTED]
+            ]
+            listed += [f"and {len(unknown) - _LISTED} more"] if len(unknown) > _LISTED else []
+            raise RecipeError("Unknown arguments:\n  " + "\n  ".join(listed) + "\nRename or remove them.")
 
-    def _checked(self, key: str, value: Any, path: str | None) -> Any:
+    def _checked(self, key: str, value: Any, path: str, lines: Lines) -> Any:
         hint = self._field_types()[key]
         action = self._option_string_actions[f"--{key}"]
         if value is None and action.default is None:
             return None
-        where = f"`{key}: {value!r}` in the recipe {path}"
+        stated = "..." if key == "hub_token" else shown(value)
+        where = f"`{key}: {stated}` in the recipe {path}{_line(lines, key)}"
+        if key in _ONE_IS_A_LIST and isinstance(value, str):
+            value = [value]
         try:
             value = convert(value, hint)
-        except (ArgumentTypeError, TypeError, ValueError):
-            expected = getattr(hint, "__name__", None) if isinstance(hint, type) else hint
-            raise RecipeError(f"{where} must be of type {expected}.") from None
+        except (ArgumentTypeError, TypeError, ValueError, OverflowError):
+            remedy = f" Write `{key}: [{value}]`." if isinstance(value, str) and _is_list(hint) else ""
+            raise RecipeError(f"{where} must be of type {_type_name(hint)}: {described(hint)}.{remedy}") from None
         if action.choices is not None and value is not None and value not in action.choices:
             quote = " YAML reads an unquoted no, off, yes or on as a boolean: quote it." * isinstance(value, bool)
             raise RecipeError(f"{where} must be one of {list(action.choices)}.{quote}")
         nested = _nested_dataclass(hint)
-        for entry in value if nested is not None and isinstance(value, list) else ():
+        for position, entry in enumerate(value) if nested is not None and isinstance(value, list) else ():
             missing = _required(nested) - set(entry)
             if missing:
-                raise RecipeError(f"An entry of `{key}` in the recipe {path} lacks {sorted(missing)}: {entry!r}.")
+                line = _line(lines, key, position)
+                raise RecipeError(
+                    f"An entry of `{key}` in the recipe {path}{line} lacks {sorted(missing)}: {shown(entry)}."
+                )
         return value
 
     def _field_types(self) -> dict[str, Any]:
         """Name and type of every field that a recipe may set."""
-        return {
-            field.name: hints[field.name]
-            for dataclass in self.dataclass_types
-            for hints in [get_type_hints(dataclass)]
-            for field in dataclasses.fields(dataclass)
-            if field.init
-        }
+        return _types_of(tuple(self.dataclass_types))
+
+
+@functools.cache
+def _types_of(dataclass_types: tuple[Any, ...]) -> dict[str, Any]:
+    return {
+        field.name: hints[field.name]
+        for dataclass in dataclass_types
+        for hints in [get_type_hints(dataclass)]
+        for field in dataclasses.fields(dataclass)
+        if field.init
+    }
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -175,10 +227,21 @@ def convert(value: Any, hint: Any) -> Any:
         if len(kinds) == len(members):
             raise TypeError("None")
         return None
-    if len(kinds) != 1 or kinds[0] not in (bool, int, float, str):
+    if len(kinds) != 1:
+        if not fits(value, hint) and not _has_choices(kinds):
+            raise TypeError("none of several types")
         return value
     kind = kinds[0]
-    if isinstance(value, (list, dict)):
+    if get_origin(kind) is list or kind is list:
+        if not isinstance(value, list):
+            raise TypeError("no list")
+        inner = get_args(kind)[0] if get_args(kind) else Any
+        return [_converted_entry(entry, inner) for entry in value]
+    if kind not in (bool, int, float, str):
+        if not fits(value, kind) and not _has_choices(kinds):
+            raise TypeError("another type")
+        return value
+    if not isinstance(value, (bool, int, float, str, date)):
         raise TypeError("not a single value")
     if kind is str:
         return str(value)
@@ -189,34 +252,21 @@ def convert(value: Any, hint: Any) -> Any:
     return value if kind is float and isinstance(value, int) else kind(value)
 
 
-def take_option(args: list[str], name: str) -> str | None:
-    """
-    Takes `--name value` or `--name=value` out of a list of arguments.
+def _converted_entry(entry: Any, inner: Any) -> Any:
+    """An entry of a list, converted; of a mapping that stands for a dataclass, each of its values."""
+    if not dataclasses.is_dataclass(inner):
+        return convert(entry, inner)
+    hints = get_type_hints(inner)
+    return {name: convert(value, hints[name]) for name, value in entry.items()}
 
-    Args:
-        args (`list[str]`):
-            Arguments, shortened in place.
-        name (`str`):
-            The option, with its `--`.
 
-    Returns:
-        `str` or `None`: its value, or `None` where it is not given.
+def _is_list(hint: Any) -> bool:
+    return any(get_origin(member) is list for member in (hint, *get_args(hint)))
 
-    Raises:
-        RecipeError: If it has no value or is given twice.
-    """
-    positions = [index for index, argument in enumerate(args) if argument.split("=", 1)[0] == name]
-    if not positions:
-        return None
-    if len(positions) > 1:
-        raise RecipeError(f"`{name}` is given twice. Keep one.")
-    position = positions[0]
-    argument = args.pop(position)
-    if "=" in argument:
-        return argument.split("=", 1)[1]
-    if position == len(args):
-        raise RecipeError(f"`{name}` needs a value.")
-    return args.pop(position)
+
+def _has_choices(kinds: list[Any]) -> bool:
+    """Whether argparse knows the choices, whose error lists them."""
+    return any(get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)) for kind in kinds)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -231,33 +281,43 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         `dict[str, Any]`
 
     Raises:
-        RecipeError: If it is no file, no YAML mapping, or has a key twice.
+        RecipeError: As [`read_recipe`] does.
     """
-    file = Path(path) if Path(path).is_file() else find_packaged(path)
-    if file is None:
-        raise RecipeError(f"`--config {path}` is not a file. `trl-ext recipes` lists the recipes.")
-    try:
-        recipe = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"The recipe {path} must be a mapping of arguments to values, got {type(recipe).__name__}.")
-    # A packaged recipe names a packaged DeepSpeed config
-    return {key: _packaged_file(value) if key == "deepspeed" else value for key, value in recipe.items()}
+    return read_recipe(path)[0]
 
 
-def _packaged_file(value: Any) -> Any:
-    if not isinstance(value, str) or Path(value).is_file():
-        return value
-    return str(find_packaged(value) or value)
+def _take_flag(args: list[str], name: str) -> bool:
+    """Takes a flag, alone or with `true` or `false`, out of a list of arguments."""
+    found = False
+    for position in reversed([index for index, argument in enumerate(args) if argument.split("=", 1)[0] == name]):
+        argument = args.pop(position)
+        value = argument.partition("=")[2]
+        if not value and position < len(args) and args[position].lower() in ("true", "false"):
+            value = args.pop(position)
+        found = value.lower() != "false"
+    return found
+
+
+def _line(lines: Lines, *place: Any) -> str:
+    line = lines.get(tuple(part if isinstance(part, int) else str(part) for part in place))
+    return f", line {line}" if line else ""
+
+
+def _cut(key: Any) -> str:
+    return str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}..."
+
+
+def _type_name(hint: Any) -> Any:
+    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else hint
 
 
 def _refuse(message: str) -> None:
     raise RecipeError(f"{message}. Run with --help for the arguments and their types.")
 
 
-def _suggestion(key: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.5)
+def _suggestion(key: Any, valid: Iterable[str]) -> str:
+    name = str(key).split(".")[0]
+    close = difflib.get_close_matches(name[:80], sorted(valid), n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
@@ -275,35 +335,17 @@ def _required(dataclass: Any) -> set[str]:
     }
 
 
-@contextmanager
-def _environment_kept_on_success(environment: dict[str, str]) -> Iterator[None]:
-    previous = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    except BaseException:
-        for name, value in previous.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        raise
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = {key for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.YAMLError(
-                f"{sorted(map(str, repeated))} given twice, line {node.start_mark.line + 1} and below"
-            )
-        return super().construct_mapping(node, deep)
-
-
 def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
     """Parses the process's arguments and runs `main` on them; a refused recipe ends the process with its message."""
+    end_with_parent()
     try:
         main(*parser.parse_args_and_config())
-    except RecipeError as error:
+    except (RecipeError, RunError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except Exception as error:
+        if not is_lack_of_space(error):
+            raise
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: The disk is full ({error}). Make room, and go on with "
+            "`resume_from_checkpoint: true`."
+        ) from None

@@ -6,7 +6,8 @@ For a token with the models' logits `z` and `z_ref` over the vocabulary, label `
     KL(ref || policy) = sum_v softmax(z_ref)[v] * (z_ref[v] - z[v]) - lse(z_ref) + lse(z)
 
 The logits exist only as tiles of a few tokens by a few vocabulary entries, in the forward and, recomputed, in the
-backward pass. [`_PairedLogProbs`] is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes.
+backward pass, which leaves out the tokens that no gradient reaches: those whose weights are zero. [`_PairedLogProbs`]
+is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes.
 """
 
 from collections.abc import Iterator
@@ -372,11 +373,16 @@ class _PairedLogProbs(torch.autograd.Function):
         dtype = normalizers[0].dtype
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(normalizers[0])
-        gradients = _Gradients(ctx.needs_input_grad[:3], policy_hidden, dtype)
+        alive = _alive_tokens(grad_log_probs, grad_kl)
+        per_token = (policy_hidden, ref_hidden, labels, *normalizers, grad_log_probs, grad_kl)
+        if alive is not None:
+            per_token = tuple(None if values is None else values[alive] for values in per_token)
+        live_hidden, live_ref_hidden, live_labels, *live_normalizers, grad_log_probs, grad_kl = per_token
+        gradients = _Gradients(ctx.needs_input_grad[:3], live_hidden, dtype)
         device = policy_hidden.device
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
-            policy, ref = _heads(policy_hidden, ref_hidden, parameters, ctx.options, ctx.projection_dtype)
+            policy, ref = _heads(live_hidden, live_ref_hidden, parameters, ctx.options, ctx.projection_dtype)
             gradients.allocate_head(policy_weight, policy_bias)
             walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, 3 if policy.transform.softcap else 2)
             for columns, rows, buffers, weight_tiles in walk:
@@ -386,12 +392,19 @@ class _PairedLogProbs(torch.autograd.Function):
                     capped = buffers[2][: logits.numel()].view_as(logits).copy_(logits)
                 ref_logits = None if grad_kl is None else ref.logits(buffers[1], rows, columns, weight_tiles[1])
                 gradient = _logit_gradient_(
-                    logits, ref_logits, [normalizer[rows] for normalizer in normalizers], grad_log_probs[rows],
-                    None if grad_kl is None else grad_kl[rows], labels[rows] - columns.start,
+                    logits, ref_logits, [normalizer[rows] for normalizer in live_normalizers], grad_log_probs[rows],
+                    None if grad_kl is None else grad_kl[rows], live_labels[rows] - columns.start,
                 )  # fmt: skip
                 policy.transform.chain_(gradient, capped)
                 gradients.add(gradient, policy.hidden[rows], weight_tiles[0], rows, columns)
-        return (*gradients.finish(policy_hidden, policy_weight, policy_bias), *(None,) * 5)
+        return (*gradients.finish(policy_hidden, policy_weight, policy_bias, alive), *(None,) * 5)
+
+
+def _alive_tokens(grad_log_probs: torch.Tensor, grad_kl: torch.Tensor | None) -> torch.Tensor | None:
+    """Indices of the tokens that either gradient reaches, `None` where it reaches all. A NaN counts as reached."""
+    reached = grad_log_probs != 0 if grad_kl is None else (grad_log_probs != 0) | (grad_kl != 0)
+    alive = reached.nonzero().view(-1)
+    return None if alive.numel() == reached.numel() else alive
 
 
 def _walk(
@@ -451,7 +464,11 @@ class _Gradients:
         if self.weight is not None:
             _add_product_(self.weight[columns], rounded.t(), hidden)
 
-    def finish(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, Any, Any]:
+    def finish(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, alive: torch.Tensor | None
+    ) -> tuple[Any, Any, Any]:
+        if self.hidden is not None and alive is not None:
+            self.hidden = self.hidden.new_zeros(hidden.shape).index_copy_(0, alive, self.hidden)
         totals = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
         return tuple(None if total is None else total.to(like.dtype) for total, like in totals)  # type: ignore
 

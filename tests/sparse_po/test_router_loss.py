@@ -1,0 +1,38 @@
+"""The router's loss is the one that each family's own forward gives, by whatever names its configuration has."""
+
+import pytest
+import torch
+
+from tests.sparse_po.families import tiny_family_model
+from trl_ext.sparse_po.router_loss import router_loss
+
+
+MASK = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+
+
+def outputs(name):
+    model = tiny_family_model(name)
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        return model, model(input_ids=ids, attention_mask=MASK, output_router_logits=True, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "phimoe", "gpt_oss", "deepseek_v4", "jetmoe"])
+def test_equals_the_models_own(name):
+    model, output = outputs(name)
+    found = router_loss(model, output.router_logits, MASK)
+    assert output.aux_loss > 0.5 and torch.equal(found, output.aux_loss)
+    assert not torch.equal(found, router_loss(model, output.router_logits))  # padding is not counted
+
+
+def test_a_family_without_one():
+    model, output = outputs("llama4_text")
+    assert getattr(output, "aux_loss", None) is None
+    assert router_loss(model, output.router_logits, MASK) == 0
+    assert router_loss(tiny_family_model("mixtral"), (), MASK) == 0
+
+
+def test_a_loss_of_another_form_is_refused():
+    model = tiny_family_model("doge")
+    with pytest.raises(NotImplementedError, match=r"DogeForCausalLM \(doge\).*num_keys.*router_aux_loss_coef=0"):
+        router_loss(model, (torch.zeros(24, 4),), MASK)
