@@ -510,7 +510,9 @@ class Plan:
 
         names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
         found = dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True))
-        found |= {"ADAM": self.is_adam, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+        # Random rounding takes a third more registers, so it is compiled in only where a group has it
+        rounds = any(group["stochastic_rounding"] for group in self.groups)
+        found |= {"ADAM": self.is_adam, "ROUNDS": rounds, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
         return {**found, "maxnreg": MAX_REGISTERS} if MAX_REGISTERS and self.device.type == "cuda" else found
 
 

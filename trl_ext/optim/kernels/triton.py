@@ -60,9 +60,9 @@ def _options(item, group_options, num_ahead, ADAM: tl.constexpr):
 
 
 @triton.jit
-def _store_weight(to, value, place, mask, settings, W: tl.constexpr):
+def _store_weight(to, value, place, mask, settings, W: tl.constexpr, ROUNDS: tl.constexpr):
     """Stores a tile, rounded to the nearest or at random; `place` in the item numbers the random numbers."""
-    if W == tl.bfloat16:  # noqa: SIM102, SIM300
+    if ROUNDS and W == tl.bfloat16:  # noqa: SIM102, SIM300
         if settings[12]:
             # bfloat16 is the upper half of float32: a number added to the lower half carries over with the right odds
             bits = value.to(tl.uint32, bitcast=True) + (tl.randint(settings[13], place.to(tl.uint32)) & 0xFFFF)
@@ -83,7 +83,18 @@ def _update(g, first, second, settings, ADAM: tl.constexpr):
 
 
 @triton.jit
-def _advance(at, start, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr):
+def _advance(
+    at,
+    start,
+    place,
+    valid,
+    moves,
+    settings,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    ADAM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     """Updates the moments of a tile, and weights where it `moves`. Returns old weight, gradient and update."""
     weight, grad, exp_avg, exp_avg_sq = at
     lr, decay, _, beta1, rest1, beta2, rest2, _, sign, _, _, _, _, _ = settings
@@ -101,7 +112,7 @@ def _advance(at, start, place, valid, moves, settings, W: tl.constexpr, M: tl.co
         tl.store(exp_avg_sq + place, second, mask=valid)
         second = second.to(tl.float32)
     u = tl.where(valid, _update(g, first, second, settings, ADAM), 0.0)
-    _store_weight(weight + place, w - (decay * w + lr * u), start + place, moves, settings, W)
+    _store_weight(weight + place, w - (decay * w + lr * u), start + place, moves, settings, W, ROUNDS)
     return w, g, u
 
 
@@ -147,7 +158,7 @@ def _moved(at, start, ALIGNED: tl.constexpr):
 @triton.jit
 def _measure_rows(
     at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W: tl.constexpr, M: tl.constexpr,
-    ADAM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows one after the other, or a part of one. Returns four dot products and how many whole rows fail."""
     at, eps = _moved(at, start, ALIGNED), settings[7]
@@ -161,7 +172,7 @@ def _measure_rows(
         for column in range(0, row_size, BLOCK):
             columns = column + tl.arange(0, BLOCK)
             place = row * row_size + columns
-            w, g, u = _advance(at, start, place, columns < row_size, columns < limit, settings, W, M, ADAM)
+            w, g, u = _advance(at, start, place, columns < row_size, columns < limit, settings, W, M, ADAM, ROUNDS)
             gw += g * w
             gg += g * g
             ww += w * w
@@ -181,7 +192,7 @@ def _measure_rows(
 @triton.jit
 def _measure_narrow_rows(
     at, start, num_rows, row_size, out, at_once, settings, delta, W: tl.constexpr, M: tl.constexpr,
-    ADAM: tl.constexpr, BLOCK: tl.constexpr, WIDTH_OF_ROW: tl.constexpr,
+    ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, WIDTH_OF_ROW: tl.constexpr,
 ):  # fmt: skip
     """As [`_measure_rows`], with whole rows of at most `WIDTH_OF_ROW` elements side by side."""
     at, eps = _moved(at, start, False), settings[7]
@@ -195,7 +206,7 @@ def _measure_narrow_rows(
         rows = first_row + tl.arange(0, HEIGHT)
         is_row = rows < num_rows
         valid, moves = is_row[:, None] & (columns < row_size), is_row[:, None] & (columns < limit)
-        w, g, u = _advance(at, start, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM)
+        w, g, u = _advance(at, start, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM, ROUNDS)
         gw, gg = tl.sum(g * w, axis=1), tl.sum(g * g, axis=1)
         ww, uw = tl.sum(w * w, axis=1), tl.sum(u * w, axis=1)
         total_gw += gw
@@ -231,7 +242,7 @@ def _waits(item, was_projected, decay, rounds):
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def measure_kernel(
     items, group_options, chunks, was_projected, row_values, sums, is_anything_left, first_chunk, last_chunk,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Moments, dot products, and the step of what is not expected to be projected."""
     if tl.program_id(0) == 0:
@@ -253,28 +264,29 @@ def measure_kernel(
             if width == 0:
                 if _is_aligned(at, start, row_size, W, G, M):
                     _store_sums(to, _measure_rows(
-                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, BLOCK, True
+                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, ROUNDS,
+                        BLOCK, True,
                     ))  # fmt: skip
                 else:
                     _store_sums(to, _measure_rows(
-                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, BLOCK,
-                        False,
+                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, ROUNDS,
+                        BLOCK, False,
                     ))  # fmt: skip
             elif width == 4:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 4
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 4
                 ))  # fmt: skip
             elif width == 16:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 16
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 16
                 ))  # fmt: skip
             elif width == 64:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 64
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 64
                 ))  # fmt: skip
             else:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 256
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 256
                 ))  # fmt: skip
 
 
@@ -425,7 +437,7 @@ def decide_kernel(
 @triton.jit
 def _apply_chunk(
     at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W: tl.constexpr,
-    M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     weight, grad, exp_avg, exp_avg_sq = _moved(at, start, ALIGNED)
     lr, decay, ratio, _, _, _, _, _, sign, nesterov, _, _, _, _ = settings
@@ -451,7 +463,9 @@ def _apply_chunk(
         w = tl.where((mode & WAITS) != 0, w, before)
         radial = tl.load(values + place // row_size, mask=place < value_end, other=0.0)
         radial = tl.where(is_layer, layer_value, radial)
-        _store_weight(weight + place, w - (less * w + lr * (u - radial * w)), start + place, valid, settings, W)
+        _store_weight(
+            weight + place, w - (less * w + lr * (u - radial * w)), start + place, valid, settings, W, ROUNDS
+        )
         if not ADAM:
             tl.store(exp_avg + place, (first - radial * w).to(M), mask=place < momentum_end)
 
@@ -459,7 +473,7 @@ def _apply_chunk(
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def apply_kernel(
     items, group_options, chunks, modes, layer_values, row_values, is_anything_left, first_chunk, last_chunk,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decay and update of the items that the decision left something to do for."""
     if tl.load(is_anything_left) != 0:
@@ -479,10 +493,10 @@ def apply_kernel(
                 if _is_aligned(at, start, size, W, G, M):
                     _apply_chunk(
                         at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W, M, ADAM,
-                        BLOCK, True,
+                        ROUNDS, BLOCK, True,
                     )  # fmt: skip
                 else:
                     _apply_chunk(
                         at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W, M, ADAM,
-                        BLOCK, False,
+                        ROUNDS, BLOCK, False,
                     )  # fmt: skip
