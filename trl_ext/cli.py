@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -49,8 +50,10 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
-  recipes     List the recipes of the package, or those below a folder: trl-ext recipes [FOLDER]
-              Copy one of the package: trl-ext recipes copy NAME [FOLDER]; `--config NAME` finds it too
+  recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
+              trl-ext recipes [FOLDER]
+              Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
+              `--config NAME` finds it too
 
 --accelerate_config takes the path of a file, or one of: {configs}.
 A recipe outside the working folder that names code to import needs --trust_recipe_code."""
@@ -194,7 +197,7 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _recipes(arguments: list[str]) -> int:
-    from .scripts.recipe.packaged import copy_recipe, packaged_recipes, title_of
+    from .scripts.recipe.packaged import copy_recipe, header_of, packaged_recipes, read_packaged
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if arguments[:1] == ["copy"]:
@@ -203,12 +206,20 @@ def _recipes(arguments: list[str]) -> int:
         for path in copy_recipe(arguments[1], Path(*arguments[2:])):
             console.print(f"Written: {path}")
         return 0
+    if arguments[:1] == ["show"]:
+        if len(arguments) != 2:
+            raise ValueError("`recipes show` takes the name of a recipe.")
+        console.print(read_packaged(arguments[1]), end="")
+        return 0
     folder = Path(*arguments)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds your recipes.")
     listed = {str(path): path for path in sorted(folder.rglob("*.yaml"))} if arguments else packaged_recipes()
     for name, path in listed.items():
-        console.print(f"{name}  {title_of(path)}")
+        header = header_of(path)
+        console.print(name)
+        for line in (header.title, ", ".join(filter(None, (header.command, header.hardware)))):
+            console.print(textwrap.fill(line, 80, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 
