@@ -1,8 +1,8 @@
 """Packages and the description of a package page, which pyproject.toml cannot state.
 
 `recipes/` is the package `trl_ext.recipes`: the wheel carries it, and there is one copy. The README's links into the
-repository lead nowhere on a package page: they become absolute where `project.urls` has a `Source`, and plain text where
-it has none.
+repository lead nowhere on a package page: they become absolute where `project.urls` has a `Source`, and plain text
+where it has none.
 """
 
 import re
