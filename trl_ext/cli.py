@@ -50,6 +50,7 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
+  doctor      Check versions, devices, compilers, memory and caches of this installation
   recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
               trl-ext recipes [FOLDER]
               Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = arguments
     commands: dict[str, Callable[[list[str]], int]] = {
         "demo": _demo,
+        "doctor": _doctor,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
         "sweep": _sweep,
@@ -217,6 +219,12 @@ def _processes(command: list[str]) -> tuple[str, int]:
 
 def _demo(arguments: list[str]) -> int:
     from .demo import main
+
+    return main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from .doctor import main
 
     return main(arguments)
 
