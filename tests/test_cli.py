@@ -174,7 +174,7 @@ def test_launcher_gets_the_environment_and_passes_on_the_status(tmp_path, monkey
         return 7
 
     monkeypatch.setattr(cli, "run_launcher", run)
-    recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1)
+    recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1, model_name_or_path="x", dataset_name="x")
     assert cli.main(["sparse-po", "--config", recipe]) == 7
     assert calls[0][1]["TRL_EXT_TEST"] == "3" and "TRL_EXT_TEST" not in os.environ
     assert calls.pop()[2] == 10.0

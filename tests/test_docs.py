@@ -31,6 +31,9 @@ def check_command(words, capsys):
         assert words[1] in TARGETS
     elif words[:1] == ["trl-ext"] and words[1] in cli.TRAINING_COMMANDS:
         module = cli.TRAINING_COMMANDS[words[1]]
+        if {"--print_config", "--dry_run"} & set(words):
+            assert cli.main(words[1:]) == 0
+            return
         command = cli.launch_command(module, words[2:])
         importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
     elif words[:2] == ["trl-ext", "proxy-points"] or words[2:3] == ["trl_ext.scripts.proxy_points"]:

@@ -7,24 +7,12 @@ import torch
 from accelerate.logging import get_logger
 
 from ...core.checkpoint import checkpoints
+from .required import require_model_and_data as require_model_and_data
 from .strict_parser import RecipeError
 
 
 logger = get_logger(__name__)
 PLAYGROUND = "playground"
-
-
-def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
-    """
-    Refuses arguments that name no model or no data, before either is loaded.
-
-    Raises:
-        RecipeError: If one is missing.
-    """
-    if not model_args.model_name_or_path:
-        raise RecipeError("`model_name_or_path` is missing. Name a model or a folder, or `playground`.")
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise RecipeError("No data: set `dataset_name`, or `datasets` with a `path` for each.")
 
 
 def resolve_model(name: str) -> str:
