@@ -50,6 +50,7 @@ from .checkpoint_settings import (
     without_places,
 )
 from .files import is_lack_of_space, warn_of_failure
+from .peers import naming_lost_peers
 from .run_arguments import RunArguments
 from .run_folder import RunLock, prepare_folder
 from .safe_text import known_secrets
@@ -114,6 +115,7 @@ class WholeCheckpointsMixin(Trainer):
         with ExitStack() as stack:
             stack.enter_context(self._folder_locked())
             stack.callback(self._wait_for_publishing)
+            stack.enter_context(naming_lost_peers(self.args.ddp_timeout))
             checkpoint = self._prepare_resume(resume_from_checkpoint)
             if self._run_settings.save_on_signal:
                 callback = RequeueCallback(self.accelerator)
