@@ -62,7 +62,8 @@ class Bench:
         return self.folder / f"{command}.yaml"
 
     def start(self, command: str, output: Path, *overrides: str, log: Path | None = None) -> "Run":
-        arguments = ["--config", str(self.recipe(command)), "--output_dir", str(output), *overrides]
+        arguments = ["--config", str(self.recipe(command)), "--output_dir", str(output), "--trust_recipe_code"]
+        arguments += overrides
         module = f"trl_ext.scripts.{command.replace('-', '_')}"
         return Run(module, arguments, log or output.with_name(f"{output.name}.log"))
 
