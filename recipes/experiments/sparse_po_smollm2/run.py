@@ -368,7 +368,8 @@ def main(training_args: SparsePOConfig, model_args: ModelConfig, arguments: Smol
             break
         finished.add(train(run, training_args, model, arguments, pairs, classifier, cache))
         console.print({name: value for name, value in finished.rows[-1].items() if name != "example"})
-        write_report(finished.rows, facts, arguments.task, folder)
+        if not run.tuning:
+            write_report(finished.rows, facts, arguments.task, folder)
 
 
 def make_parser() -> StrictParser:
