@@ -51,6 +51,7 @@ SLOW = (
     "experiments/test_adamp.py",
     "experiments/test_method_comparison.py",
     "experiments/test_smollm2.py",
+    "experiments/test_sparse_po_smollm2.py",
     "faults/test_faults.py",
     "fuzz/test_fuzz.py",
     "gpu/test_dry.py",

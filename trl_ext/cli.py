@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
-from .launcher import PATIENCE, run_launcher
+from .launcher import PATIENCE, accelerate_configs, run_launcher
 
 
 TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
@@ -99,12 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         errors.print(f"trl-ext {command}: {error}")
         return 2
-
-
-def accelerate_configs() -> list[str]:
-    """Names of the accelerate configs in the package."""
-    folder = files("trl_ext") / "accelerate_configs"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def accelerate_config_path(name: str) -> str:

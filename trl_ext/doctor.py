@@ -173,7 +173,7 @@ def check_launching() -> Iterator[Finding]:
     """What `accelerate launch` and DeepSpeed find."""
     from accelerate.commands.config.config_args import default_config_file
 
-    from .cli import accelerate_configs
+    from .launcher import accelerate_configs
 
     yield Finding(OK, "accelerate", f"{len(accelerate_configs())} packaged configs: {', '.join(accelerate_configs())}")
     if Path(default_config_file).is_file():

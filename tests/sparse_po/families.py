@@ -54,10 +54,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _LOGIT_MULTIPLIERS,
     "granitemoeshared": _LOGIT_MULTIPLIERS,
     "hyperclovax": {**_LOGIT_MULTIPLIERS, "logits_scaling": 0.5},
+    # Of few heads all may score zero, and the length of a row then decides which tokens an indexer keeps
+    "axk2": {"index_n_heads": 16},
+    "deepseek_v32": {"index_n_heads": 16},
     "bert": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 16}},
+    "flint": {"mlp_only_layers": [0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -71,6 +75,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # One family more than once, by shape
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "doge, experts": ("doge", {"is_moe": True}),
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False}),
     "mixtral, router loss": ("mixtral", {"output_router_logits": True}),
