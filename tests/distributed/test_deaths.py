@@ -33,6 +33,16 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path):
     assert not (output / SAVING).exists()
 
 
+def test_a_process_that_is_silent_is_waited_for_as_long_as_was_said(tmp_path):
+    argv = [LINE, "--output", tmp_path / "out", "--silent_rank", "1", "--settings", '{"ddp_timeout": 2}']
+    status, (first, second) = end_of(argv, tmp_path / "logs")
+    assert (
+        status != 0 and "RunError: Rank 0 got no answer from the others, and waits at most `ddp_timeout` = 2" in first
+    )
+    assert "Look at rank 1 (process " in first and "RunError: rank 0 (process " in second
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_process_with_fewer_rows_ends_with_the_others(tmp_path):
     # Of 5 rows in pairs, one process has two batches and the other one
     found = run("ddp", LINE, "none", tmp_path, "--rows", "5", "--settings", '{"max_steps": 5}')

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--resume")
     parser.add_argument("--full_disk_of_rank", type=int)
     parser.add_argument("--killed_rank", type=int, help="which is killed while it saves step 3")
+    parser.add_argument("--silent_rank", type=int, help="which sleeps for five seconds there")
     parser.add_argument("--rows", type=int, default=len(DATA))
     parser.add_argument("--settings", default="{}")
     options = parser.parse_args()
@@ -33,6 +35,8 @@ def main() -> None:
     def refusing(state, path, *args, **kwargs):
         if rank == options.full_disk_of_rank and trainer.state.global_step == 2 and "rng_state" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
+        if rank == options.silent_rank and trainer.state.global_step == 3:
+            time.sleep(5)
         if rank == options.killed_rank and trainer.state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, path, *args, **kwargs)
@@ -42,7 +46,7 @@ def main() -> None:
     try:
         trainer.train(resume_from_checkpoint={"true": True}.get(options.resume, options.resume))
     except ValueError as found:
-        if options.killed_rank is not None:  # nothing can be gathered any more
+        if (options.killed_rank, options.silent_rank) != (None, None):  # nothing can be gathered any more
             raise
         error = str(found)
     weights = trainer.accelerator.unwrap_model(trainer.model).line.weight.flatten().tolist()

@@ -46,8 +46,8 @@ def main() -> int:
     return int(bool(bad) or not ledger.found)
 
 
-def try_all(options: argparse.Namespace, folder: Path, ledger: Ledger) -> None:
-    """Tries each kind of fault on each command, and prints its counts as it goes."""
+def import_libraries() -> None:
+    """What the commands import, so that a process that is forked has it already."""
     import trl.trainer.dpo_trainer
     import trl.trainer.grpo_trainer
     import trl.trainer.reward_trainer
@@ -56,6 +56,11 @@ def try_all(options: argparse.Namespace, folder: Path, ledger: Ledger) -> None:
     import trl_ext.constrained_ppo.constrained_ppo_trainer
     import trl_ext.equilibrium.training
     import trl_ext.sparse_po.sparse_po_trainer  # noqa: F401
+
+
+def try_all(options: argparse.Namespace, folder: Path, ledger: Ledger) -> None:
+    """Tries each kind of fault on each command, and prints its counts as it goes."""
+    import_libraries()
     from tests.faults import cases
     from tests.faults.commands import COMMANDS, Bench
 

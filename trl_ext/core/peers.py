@@ -12,6 +12,7 @@ import psutil
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from .._upstream import set_exchange_timeout
 from .run_folder import runs
 from .status import RunError
 
@@ -45,7 +46,7 @@ class Peer(NamedTuple):
 @contextmanager
 def naming_lost_peers(timeout: float) -> Iterator[None]:
     """
-    Lets an exchange that fails because another process has ended, or does not answer, say which.
+    Lets an exchange that fails because another process has ended, or does not answer in time, say which.
 
     Args:
         timeout (`float`):
@@ -59,6 +60,7 @@ def naming_lost_peers(timeout: float) -> Iterator[None]:
         yield
         return
     own = Peer(state.process_index, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    set_exchange_timeout(timeout)
     others = [peer for peer in (Peer(*one) for one in gather_object([tuple(own)])) if peer.rank != own.rank]
     try:
         yield
