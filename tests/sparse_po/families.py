@@ -19,6 +19,7 @@ from tests.sparse_po.families_page import LEFT_OUT
 SIZES = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
     "max_position_embeddings": 64, "n_inner": 64, "rotary_dim": 4, "ffn_dim": 64, "word_embed_proj_dim": 32,
+    "n_embd": 32, "n_head": 4, "d_model": 32, "attention_heads": 4, "n_heads": 4,
     "sliding_window": 6, "window_size": 6, "attention_chunk_size": 6, "embedding_size": 32, "d_inner": 64, "dff": 64,
     # Mixtures of experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
