@@ -12,7 +12,7 @@ import trl_ext
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.scripts import sparse_po
-from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint
+from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint, saved_text
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser
 
 
@@ -214,6 +214,16 @@ def test_boolean_buffers_can_be_left_out_of_ddp():
     assert model._ddp_params_and_buffers_to_ignore == ["mask"]
 
 
+def test_the_end_of_a_run_names_what_lies_in_its_folder(tmp_path):
+    (tmp_path / "README.md").touch()
+    (tmp_path / "token_masks").mkdir()
+    lines = saved_text("Model", tmp_path).splitlines()
+    assert lines[0] == f"Model saved to {tmp_path}."
+    assert [line.split() for line in lines[1:]] == [
+        ["model", "card", str(tmp_path / "README.md")], ["token", "masks", str(tmp_path / "token_masks")],
+    ]  # fmt: skip
+
+
 def test_lenient_parsing_is_refused():
     with pytest.raises(ValueError, match="fail_with_unknown_args"):
         sparse_po.make_parser().parse_args_and_config([], fail_with_unknown_args=False)
@@ -284,6 +294,7 @@ def test_the_real_command(tmp_path):
     command = [sys.executable, "-m", "trl_ext.cli", "sparse-po", "--config", recipe]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"saved to {tmp_path / 'out'}." in done.stdout and str(tmp_path / "out" / "README.md") in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file() and (
         tmp_path / "out" / "token_masks.safetensors"
     ).is_file()

@@ -39,6 +39,8 @@ def check_command(words, capsys):
     elif words[:2] == ["trl-ext", "proxy-points"] or words[2:3] == ["trl_ext.scripts.proxy_points"]:
         options = words[2:] if words[0] == "trl-ext" else words[3:]
         importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(options)
+    elif words[:2] == ["trl-ext", "data"]:
+        importlib.import_module("trl_ext.scripts.hub_data").make_parser().parse_args(words[2:])
     elif words[:2] == ["trl-ext", "sweep"]:
         importlib.import_module("trl_ext.scripts.sweep").make_parser().parse_known_args(words[2:])
     elif words[:1] == ["trl-ext"]:

@@ -50,6 +50,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
+  completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
+  data        Write data of the Hub in the form that a recipe wants: trl-ext data hh-pairs --output FILE
   doctor      Check versions, devices, compilers, memory and caches of this installation
   recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
               trl-ext recipes [FOLDER]
@@ -82,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     commands: dict[str, Callable[[list[str]], int]] = {
+        "completion": lambda _: _completion([*commands]),
+        "data": _data,
         "demo": _demo,
         "doctor": _doctor,
         "proxy-points": _proxy_points,
@@ -157,6 +161,7 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def _train(name: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
+    from .scripts.recipe.required import require_packages
     from .scripts.recipe.stand_ins import light_parser
     from .scripts.recipe.strict_parser import take_flag
 
@@ -188,6 +193,7 @@ def _train(name: str, arguments: list[str]) -> int:
 
         console.print(dry_run_text(parser, module, *_processes(command)))
         return 0
+    require_packages(parser.parsed)
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
@@ -213,6 +219,19 @@ def _processes(command: list[str]) -> tuple[str, int]:
 
 def _demo(arguments: list[str]) -> int:
     from .demo import main
+
+    return main(arguments)
+
+
+def _completion(commands: list[str]) -> int:
+    from .completion import bash_script
+
+    Console(markup=False, highlight=False, soft_wrap=True).print(bash_script(commands, TRAINING_COMMANDS), end="")
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    from .scripts.hub_data import main
 
     return main(arguments)
 

@@ -113,7 +113,7 @@ def check_versions() -> Iterator[Finding]:
         yield Finding(NOTE, f"[{extra}]", f'not installed: {", ".join(names)} (pip install "trl-ext[{extra}]")')
 
 
-_EXTRAS = ("deepspeed", "dialog", "proxy-points", "search")
+_EXTRAS = ("deepspeed", "dialog", "peft", "proxy-points", "search")
 
 
 def check_seams() -> Iterator[Finding]:

@@ -329,7 +329,7 @@ def test_optimizers_are_still_replaced_as_our_check_says():
 def test_versions_are_those_claimed():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], extras["deepspeed"][0]]):
+    for requirement in map(Requirement, [*project["dependencies"], *extras["peft"], extras["deepspeed"][0]]):
         assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 
 

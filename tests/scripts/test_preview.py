@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from trl_ext import cli
+from trl_ext.scripts.recipe import required
 
 
 def printed(capsys, *arguments):
@@ -74,6 +75,18 @@ def test_what_is_missing_is_said_before_a_launcher_starts(arguments, message, mo
     monkeypatch.setattr(cli, "run_launcher", lambda *_: pytest.fail("launched"))
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [(["--use_peft"], "peft"), (["--load_in_4bit"], "bitsandbytes"), (["--deepspeed", "x.json"], "deepspeed")],
+)
+def test_a_package_that_is_missing_is_named(arguments, package, monkeypatch, capsys):
+    real = required.find_spec
+    monkeypatch.setattr(required, "find_spec", lambda name: None if name == package else real(name))
+    monkeypatch.setattr(cli, "run_launcher", lambda *_: pytest.fail("launched"))
+    assert cli.main(["sparse-po", "--config", "sparse_po/playground", *arguments]) == 2
+    assert f"needs {package}, which is not installed: pip install" in capsys.readouterr().err
 
 
 def test_help_has_this_packages_options_first(capsys):

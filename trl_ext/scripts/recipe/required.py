@@ -1,8 +1,38 @@
 """What a run cannot do without, refused before a process starts or anything is loaded."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from .reading import RecipeError
+
+
+# Setting: package that it needs, and how to install that
+_PACKAGES = {
+    "use_peft": ("peft", '"trl-ext[peft]"'),
+    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
+    "load_in_8bit": ("bitsandbytes", "bitsandbytes"),
+    "deepspeed": ("deepspeed", '"trl-ext[deepspeed]"'),
+    "use_vllm": ("vllm", "vllm"),
+}
+
+
+def require_packages(args: Any) -> None:
+    """
+    Refuses settings whose package is not installed.
+
+    Args:
+        args (`Any`):
+            Parsed arguments.
+
+    Raises:
+        RecipeError: If one is missing.
+    """
+    for name, (package, installed_as) in _PACKAGES.items():
+        value = getattr(args, name, None)
+        if value and find_spec(package) is None:
+            raise RecipeError(
+                f"`{name}: {value}` needs {package}, which is not installed: pip install {installed_as}."
+            )
 
 
 def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
