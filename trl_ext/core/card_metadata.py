@@ -69,7 +69,7 @@ def license_of(base_model: str | None) -> dict[str, str]:
 
 def results_of(log_history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of the last evaluation that a `model-index` names, by the log's keys."""
-    last = next((entry for entry in reversed(log_history) if any(key in entry for key in _METRICS)), {})
+    last: dict[str, Any] = next((entry for entry in reversed(log_history) if not _METRICS.keys().isdisjoint(entry)), {})
     numbers = {key: last[key] for key in _METRICS if isinstance(last.get(key), (int, float))}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
