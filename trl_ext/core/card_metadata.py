@@ -69,8 +69,10 @@ def license_of(base_model: str | None) -> dict[str, str]:
 
 def results_of(log_history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The metrics of the last evaluation that a `model-index` names, by the log's keys."""
-    last: dict[str, Any] = next((entry for entry in reversed(log_history) if not _METRICS.keys().isdisjoint(entry)), {})
-    numbers = {key: last[key] for key in _METRICS if isinstance(last.get(key), (int, float))}
+    measured: dict[str, Any] = {}
+    for entry in log_history:
+        measured = measured if _METRICS.keys().isdisjoint(entry) else entry
+    numbers = {key: measured[key] for key in _METRICS if isinstance(measured.get(key), (int, float))}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
