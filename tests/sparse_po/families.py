@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"index_n_heads": 16},
     "bert": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1]},
+    "bloom": {"n_head": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 16}},
     "flint": {"mlp_only_layers": [0]},
