@@ -256,6 +256,10 @@ def set_exchange_timeout(seconds: float) -> None:
     """
     Lets exchanges over gloo fail after a time. On CPUs transformers leaves `ddp_timeout` out, and torch waits for half
     an hour; NCCL has had the time since the group was made.
+
+    Args:
+        seconds (`float`):
+            The time.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

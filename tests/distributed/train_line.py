@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--resume")
     parser.add_argument("--full_disk_of_rank", type=int)
     parser.add_argument("--killed_rank", type=int, help="which is killed while it saves step 3")
-    parser.add_argument("--silent_rank", type=int, help="which sleeps for five seconds there")
+    parser.add_argument("--silent_rank", type=int, help="which sleeps for a minute there")
     parser.add_argument("--rows", type=int, default=len(DATA))
     parser.add_argument("--settings", default="{}")
     options = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
         if rank == options.full_disk_of_rank and trainer.state.global_step == 2 and "rng_state" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         if rank == options.silent_rank and trainer.state.global_step == 3:
-            time.sleep(5)
+            time.sleep(60)
         if rank == options.killed_rank and trainer.state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, path, *args, **kwargs)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-HOSTS = ("trl-ext-a", "trl-ext-b")
+HOSTS = tuple(f"trl-ext-{os.getpid()}-{letter}" for letter in "ab")
 ADDRESSES = ("10.93.7.1", "10.93.7.2")
 PORT = 29610
 PATIENCE = 400.0
