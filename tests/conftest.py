@@ -49,6 +49,7 @@ SLOW = (
     "equilibrium/test_training.py",
     "equilibrium/test_value_heads.py",
     "experiments/test_adamp.py",
+    "experiments/test_equilibrium_minilm.py",
     "experiments/test_method_comparison.py",
     "experiments/test_smollm2.py",
     "experiments/test_sparse_po_smollm2.py",

@@ -252,7 +252,8 @@ def test_unknown_commands_get_a_suggestion(capsys):
 
 def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
-    path = recipe_of(tmp_path, yaml.safe_dump({"reward_funcs": ["myrewards.length"]}))
+    settings = {"reward_funcs": ["myrewards.length"], "model_name_or_path": "x", "dataset_name": "x"}
+    path = recipe_of(tmp_path, yaml.safe_dump(settings))
     assert cli.main(["constrained-ppo", "--config", path]) == 2
     assert "--trust_recipe_code" in capsys.readouterr().err
     assert cli.main(["constrained-ppo", "--config", path, "--trust_recipe_code"]) == 0
