@@ -38,7 +38,8 @@ def test_the_last_tokens_are_read_and_the_loss_is_counted(caplog):
         model(**texts)
     expected = [float(model(torch.arange(max(0, n - 8), n)[None] + 1).logits) for n in (3, 8, 9, 14)]
     assert guarded([model], ["helpful"], ARGS) == [model]
-    with caplog.at_level(logging.WARNING):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
         assert model(**texts).logits[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
         (message,) = caplog.messages
         assert "helpful has 8 positions, and 2 of 4 texts" in message and "up to 14 tokens" in message
