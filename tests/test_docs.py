@@ -146,5 +146,7 @@ def test_files_and_functions_that_the_architecture_names_exist():
     for file, name in named:
         path = next((p for p in (ROOT / "trl_ext" / file, ROOT / file) if p.is_file()), None)
         assert path, file
-        found = {node.name for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {node.name for node in nodes if hasattr(node, "name")}
+        found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         assert not name or name in found, (file, name)
