@@ -263,6 +263,8 @@ def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
 def test_the_command_takes_what_the_script_takes(tmp_path, monkeypatch):
     """Parts of lists, and TRL's own configurations, which have no `save_on_signal`."""
     monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
-    path = recipe_of(tmp_path, "constraints: [{reward: a, threshold: 1}]\n")
+    loaded = "model_name_or_path: x\ndataset_name: x\n"
+    constrained = "reward_funcs: [x/reward]\nconstraints: [{reward: a, threshold: 1}]\n"
+    path = recipe_of(tmp_path, loaded + constrained)
     assert cli.main(["constrained-ppo", "--config", path, "--constraints.0.threshold", "2"]) == 0
-    assert cli.main(["sft", "--config", recipe_of(tmp_path, "seed: 1\n")]) == 0
+    assert cli.main(["sft", "--config", recipe_of(tmp_path, loaded + "seed: 1\n")]) == 0
