@@ -77,6 +77,13 @@ SLOW = (
 )
 
 
+def pytest_collection_finish():
+    """A test file's own lines register nothing: the first test of a worker would find it, and no other."""
+    names = sys.modules.get("trl_ext.optim.names")
+    if names is not None and names._added:
+        raise pytest.UsageError("A test file registers optimizers when it is imported; register them in a test.")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.as_posix().endswith(SLOW):
