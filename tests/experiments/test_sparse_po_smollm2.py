@@ -50,12 +50,18 @@ def test_tuning_then_the_grid(tmp_path, capsys):
     *tuning, reported = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     # Tuned on a seed of its own, and reported with the factor that was best there
     assert [(row["factor"], row["seed"], row["tuning"]) for row in tuning] == [(0.5, 1, True), (1.0, 1, True)]
-    assert reported["seed"] == 0 and reported["factor"] == max(tuning, key=lambda row: row["reward"])["factor"]
+    assert reported["seed"] == 0 and reported["factor"] == run.best_of_tuning(tuning, 10.0)["factor"]
     assert 0 <= reported["lexicon_auc"] <= 1
     expected = f"| SparsePO common | 0.1 | {reported['factor']:g} | {reported['reward']:.3f}"
     assert expected in (out / "results.md").read_text()
     assert list((out / "token_masks" / "SparsePO_common").glob("*.png"))
     assert (out / "frontier.png").stat().st_size > 1000
+
+
+def test_the_tuning_takes_no_rate_at_which_a_method_over_optimises():
+    rows = [{"reward": reward, "divergence": kl} for reward, kl in ((0.7, 2.0), (0.8, 9.0), (0.99, 23.0))]
+    assert run.best_of_tuning(rows, 10.0) is rows[1] and run.best_of_tuning(rows, 30.0) is rows[2]
+    assert run.best_of_tuning(rows, 1.0) is rows[0]
 
 
 @torch.no_grad()

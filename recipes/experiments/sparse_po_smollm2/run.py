@@ -73,6 +73,9 @@ class SmolArguments:
         learning_rate_factors (`list[float]`):
             Factors on the learning rate that each method is tuned over, at the middle beta and on a seed that is not
             reported; one factor means no tuning.
+        tuning_max_kl (`float`):
+            The tuning takes the highest reward among the runs whose KL is at most so many nats per response, so that
+            no method is set to a rate at which it over-optimises.
         num_pairs (`int`):
             Pairs to train on.
         num_held_out (`int`):
@@ -103,6 +106,7 @@ class SmolArguments:
     learning_rate_factors: list[float] = field(
         default_factory=lambda: [0.3, 1.0, 3.0], metadata={"help": "Factors that each method is tuned over."}
     )
+    tuning_max_kl: float = field(default=10.0, metadata={"help": "Largest KL that the tuning may choose, in nats."})
     num_pairs: int = field(default=800, metadata={"help": "Pairs to train on."})
     num_held_out: int = field(default=128, metadata={"help": "Pairs and prompts to evaluate on."})
     max_words: int = field(default=30, metadata={"help": "Words that responses are cut to."})
@@ -275,13 +279,19 @@ def tuning_runs(arguments: SmolArguments) -> list[Run]:
     return [Run(m, beta, seed, factor, True) for factor in arguments.learning_rate_factors for m in arguments.methods]
 
 
+def best_of_tuning(rows: list[dict[str, Any]], max_kl: float) -> dict[str, Any]:
+    """The row of the highest reward at a KL of at most `max_kl`; the row of the lowest KL where all are above."""
+    near = [row for row in rows if row["divergence"] <= max_kl]
+    return max(near, key=lambda row: row["reward"]) if near else min(rows, key=lambda row: row["divergence"])
+
+
 def reported_runs(arguments: SmolArguments, rows: list[dict[str, Any]]) -> Iterator[Run]:
-    """The grid, the middle beta first, with each method's best factor: the highest reward in its tuning."""
+    """The grid, the middle beta first, with each method's best factor by [`best_of_tuning`]."""
     factors = dict.fromkeys(arguments.methods, arguments.learning_rate_factors[0])
     for method in arguments.methods:
         tuned = [row for row in rows if row["tuning"] and row["method"] == method]
         if tuned:
-            factors[method] = max(tuned, key=lambda row: row["reward"])["factor"]
+            factors[method] = best_of_tuning(tuned, arguments.tuning_max_kl)["factor"]
     betas = sorted(arguments.betas, key=lambda beta: beta != middle(arguments.betas))
     for seed, beta, method in itertools.product(arguments.seeds, betas, arguments.methods):
         yield Run(method, beta, seed, factors[method], False)
