@@ -36,7 +36,7 @@ class HeadStatistics(NamedTuple):
     Attributes:
         entropy (`torch.Tensor` of shape `(N,)`, float32): Entropy in nats.
         mean_logits (`torch.Tensor` of shape `(N,)`, float32): Mean logit over the vocabulary.
-        is_top1 (`torch.Tensor` of shape `(N,)`, bool): Whether the label has the highest logit.
+        is_top1 (`torch.Tensor` of shape `(N,)`, bool): Whether no logit is higher than the label's.
     """
 
     entropy: torch.Tensor
