@@ -18,8 +18,8 @@ help: ## List the targets
 
 $(STAMP): pyproject.toml Makefile
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet $(TORCH)
-	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
+	$(PYTHON) -m pip install --quiet --no-compile $(TORCH)
+	$(PYTHON) -m pip install --quiet --no-compile $(PINNED) -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP) ## Compare methods on the playground: tables and pictures (12 minutes on 2 idle cores)
