@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml Makefile
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --no-compile $(TORCH)
 	$(PYTHON) -m pip install --quiet --no-compile $(PINNED) -e ".[dev]"
-	-$(PYTHON) -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib  # on all cores, where pip would take one
+	-$(PYTHON) -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib  # on all cores, where pip would take one
 	touch $(STAMP)
 
 demo: $(STAMP) ## Compare methods on the playground: tables and pictures (12 minutes on 2 idle cores)
