@@ -92,7 +92,7 @@ def run(config: ConstrainedPPOConfig, args: CriticArguments, setting: dict[str, 
         own["critic_hidden_features"] = list(args.widths)
     # What the first construction filled in, and the second would refuse as given
     own |= {"beta": 0.0, "generation_batch_size": None}
-    config = replace(config, beta=0.0, seed=setting["seed"], critic_learning_rate=setting["rate"], **own)
+    config = replace(config, seed=setting["seed"], critic_learning_rate=setting["rate"], **own)
     path, data = base_model_path(show_progress=False), load_playground_dataset(num_test=args.num_prompts)
     width = AutoConfig.from_pretrained(path).hidden_size
     critic = perceptron(width, args.widths, 2, setting["seed"]) if setting["critic"] == "perceptron" else None
