@@ -108,7 +108,7 @@ def run(config: ConstrainedPPOConfig, args: CriticArguments, setting: dict[str, 
     half = logs[len(logs) // 2 :]
 
     def late(name: str) -> float:
-        return float(np.mean([float(entry[name]) for entry in half]))
+        return float(np.mean([float(entry[name]) for entry in half if name in entry]))  # a rollout's, not every step's
 
     return {
         **setting,
