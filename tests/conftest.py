@@ -52,6 +52,7 @@ SLOW = (
     "experiments/test_equilibrium_minilm.py",
     "experiments/test_method_comparison.py",
     "experiments/test_smollm2.py",
+    "experiments/test_sparse_po_smollm2.py",
     "faults/test_faults.py",
     "fuzz/test_fuzz.py",
     "gpu/test_dry.py",
@@ -74,6 +75,13 @@ SLOW = (
     "sparse_po/test_wrong_input.py",
     "test_cli.py",
 )
+
+
+def pytest_collection_finish():
+    """A test file's own lines register nothing: the first test of a worker would find it, and no other."""
+    names = sys.modules.get("trl_ext.optim.names")
+    if names is not None and names._added:
+        raise pytest.UsageError("A test file registers optimizers when it is imported; register them in a test.")
 
 
 def pytest_collection_modifyitems(items):

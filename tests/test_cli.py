@@ -12,7 +12,7 @@ import trl_ext
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
 from trl_ext.scripts import sparse_po
-from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint
+from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint, saved_text
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser
 
 
@@ -174,7 +174,7 @@ def test_launcher_gets_the_environment_and_passes_on_the_status(tmp_path, monkey
         return 7
 
     monkeypatch.setattr(cli, "run_launcher", run)
-    recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1)
+    recipe = write_recipe(tmp_path, env={"TRL_EXT_TEST": 3}, beta=0.1, model_name_or_path="x", dataset_name="x")
     assert cli.main(["sparse-po", "--config", recipe]) == 7
     assert calls[0][1]["TRL_EXT_TEST"] == "3" and "TRL_EXT_TEST" not in os.environ
     assert calls.pop()[2] == 10.0
@@ -212,6 +212,16 @@ def test_boolean_buffers_can_be_left_out_of_ddp():
     model.register_buffer("scale", torch.ones(2))
     ignore_boolean_buffers(model)
     assert model._ddp_params_and_buffers_to_ignore == ["mask"]
+
+
+def test_the_end_of_a_run_names_what_lies_in_its_folder(tmp_path):
+    (tmp_path / "README.md").touch()
+    (tmp_path / "token_masks").mkdir()
+    lines = saved_text("Model", tmp_path).splitlines()
+    assert lines[0] == f"Model saved to {tmp_path}."
+    assert [line.split() for line in lines[1:]] == [
+        ["model", "card", str(tmp_path / "README.md")], ["token", "masks", str(tmp_path / "token_masks")],
+    ]  # fmt: skip
 
 
 def test_lenient_parsing_is_refused():
@@ -284,6 +294,7 @@ def test_the_real_command(tmp_path):
     command = [sys.executable, "-m", "trl_ext.cli", "sparse-po", "--config", recipe]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"saved to {tmp_path / 'out'}." in done.stdout and str(tmp_path / "out" / "README.md") in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file() and (
         tmp_path / "out" / "token_masks.safetensors"
     ).is_file()

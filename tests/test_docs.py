@@ -31,11 +31,16 @@ def check_command(words, capsys):
         assert words[1] in TARGETS
     elif words[:1] == ["trl-ext"] and words[1] in cli.TRAINING_COMMANDS:
         module = cli.TRAINING_COMMANDS[words[1]]
+        if {"--print_config", "--dry_run"} & set(words):
+            assert cli.main(words[1:]) == 0
+            return
         command = cli.launch_command(module, words[2:])
         importlib.import_module(module).make_parser().check(command[command.index(module) + 1 :])
     elif words[:2] == ["trl-ext", "proxy-points"] or words[2:3] == ["trl_ext.scripts.proxy_points"]:
         options = words[2:] if words[0] == "trl-ext" else words[3:]
         importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(options)
+    elif words[:2] == ["trl-ext", "data"]:
+        importlib.import_module("trl_ext.scripts.hub_data").make_parser().parse_args(words[2:])
     elif words[:2] == ["trl-ext", "sweep"]:
         importlib.import_module("trl_ext.scripts.sweep").make_parser().parse_known_args(words[2:])
     elif words[:1] == ["trl-ext"]:
@@ -141,5 +146,7 @@ def test_files_and_functions_that_the_architecture_names_exist():
     for file, name in named:
         path = next((p for p in (ROOT / "trl_ext" / file, ROOT / file) if p.is_file()), None)
         assert path, file
-        found = {node.name for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {node.name for node in nodes if hasattr(node, "name")}
+        found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         assert not name or name in found, (file, name)

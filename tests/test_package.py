@@ -73,6 +73,7 @@ def test_methods_do_not_import_each_other():
 
 EFFECTS = """
 import json, os, sys, warnings
+sys.modules["peft"] = None  # an extra, which is not installed here
 import torch, transformers, trl
 from torch.nn.modules import module as nn_module
 from transformers.trainer import DEFAULT_CALLBACKS

@@ -8,8 +8,10 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers import Trainer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -49,6 +51,7 @@ __all__ = [
     "remove_from_auto_classes",
     "remove_optimizer_name",
     "restore_rollout",
+    "set_exchange_timeout",
     "use_adapter",
     "zero3_sub_group",
     "zero_process_group",
@@ -247,6 +250,19 @@ def remove_from_auto_classes(config_class: Any, auto_class: Any) -> None:
 def decay_parameter_names(model: Any) -> list[str]:
     """Names of the parameters that [`~transformers.Trainer`] decays: no biases, no norms."""
     return Trainer.get_decay_parameter_names(None, model)
+
+
+def set_exchange_timeout(seconds: float) -> None:
+    """
+    Lets exchanges over gloo fail after a time. On CPUs transformers leaves `ddp_timeout` out, and torch waits for half
+    an hour; NCCL has had the time since the group was made.
+
+    Args:
+        seconds (`float`):
+            The time.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def zero_process_group(param: Any) -> Any:

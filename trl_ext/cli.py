@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -14,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
-from .launcher import PATIENCE, run_launcher
+from .launcher import PATIENCE, accelerate_configs, run_launcher
 
 
 TRL_COMMANDS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
@@ -49,9 +50,15 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
-  recipes     List the recipes of the package, or those below a folder: trl-ext recipes [FOLDER]
-              Copy one of the package: trl-ext recipes copy NAME [FOLDER]; `--config NAME` finds it too
+  completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
+  data        Write data of the Hub in the form that a recipe wants: trl-ext data hh-pairs --output FILE
+  doctor      Check versions, devices, compilers, memory and caches of this installation
+  recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
+              trl-ext recipes [FOLDER]
+              Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
+              `--config NAME` finds it too
 
+With --print_config a training command prints its settings, with --dry_run what it would do, and trains nothing.
 --accelerate_config takes the path of a file, or one of: {configs}.
 A recipe outside the working folder that names code to import needs --trust_recipe_code."""
 
@@ -77,12 +84,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     commands: dict[str, Callable[[list[str]], int]] = {
+        "completion": lambda _: _completion([*commands]),
+        "data": _data,
         "demo": _demo,
+        "doctor": _doctor,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
         "sweep": _sweep,
     }
-    commands |= {name: partial(_train, module) for name, module in TRAINING_COMMANDS.items()}
+    commands |= {name: partial(_train, name) for name in TRAINING_COMMANDS}
     if command not in commands:
         close = get_close_matches(command.replace("_", "-"), commands, n=1, cutoff=0.5)
         hint = f" Did you mean `{close[0]}`?" if close else ""
@@ -93,12 +103,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         errors.print(f"trl-ext {command}: {error}")
         return 2
-
-
-def accelerate_configs() -> list[str]:
-    """Names of the accelerate configs in the package."""
-    folder = files("trl_ext") / "accelerate_configs"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def accelerate_config_path(name: str) -> str:
@@ -155,25 +159,85 @@ def _yaml(path: str) -> dict[str, Any]:
     return found
 
 
-def _train(module: str, arguments: list[str]) -> int:
+def _train(name: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
+    from .scripts.recipe.required import require_packages
+    from .scripts.recipe.stand_ins import light_parser
+    from .scripts.recipe.strict_parser import take_flag
 
+    arguments = list(arguments)
+    shows = {
+        flag: take_flag(arguments, f"--{flag}") | take_flag(arguments, f"--{flag.replace('_', '-')}")
+        for flag in ("print_config", "dry_run")
+    }
+    module = TRAINING_COMMANDS[name]
     command = launch_command(module, arguments)
     script_arguments = command[command.index(module) + 1 :]
-    parser = importlib.import_module(module).make_parser(prog="trl-ext")
+    parser = light_parser(module, "trl-ext") or importlib.import_module(module).make_parser(prog="trl-ext")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     if "--help" in script_arguments or "-h" in script_arguments:
-        parser.print_help()
+        from .scripts.recipe.usage import usage_text
+
+        console.print(usage_text(parser, name, accelerate_configs()))
         return 0
     # Refuses a wrong recipe here, before any process is launched, and without touching this process's environment
     environment = parser.check(script_arguments, _LAUNCH_OPTIONS)
+    if shows["print_config"]:
+        from .scripts.recipe.preview import config_text
+
+        console.print(config_text(parser))
+        return 0
+    _require_parts(parser.parsed, module)
+    if shows["dry_run"]:
+        from .scripts.recipe.preview import dry_run_text
+
+        console.print(dry_run_text(parser, module, *_processes(command)))
+        return 0
+    require_packages(parser.parsed)
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
     return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
 
 
+def _require_parts(parsed: Any, module: str) -> None:
+    """Refuses here what the script would, since a launcher's own words would come after the script's."""
+    from .scripts.recipe.required import require_model_and_data, require_rewards
+
+    require_model_and_data(parsed, parsed, parsed)
+    if module.rpartition(".")[2].startswith("constrained"):
+        require_rewards(parsed.reward_funcs)
+
+
+def _processes(command: list[str]) -> tuple[str, int]:
+    """The accelerate config of a launcher's command line, and the number of processes that it starts."""
+    config = command[command.index("--config_file") + 1]
+    if "--num_processes" in command:
+        return config, int(command[command.index("--num_processes") + 1])
+    return config, int(_yaml(config).get("num_processes") or 1)
+
+
 def _demo(arguments: list[str]) -> int:
     from .demo import main
+
+    return main(arguments)
+
+
+def _completion(commands: list[str]) -> int:
+    from .completion import bash_script
+
+    Console(markup=False, highlight=False, soft_wrap=True).print(bash_script(commands, TRAINING_COMMANDS), end="")
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    from .scripts.hub_data import main
+
+    return main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from .doctor import main
 
     return main(arguments)
 
@@ -194,7 +258,7 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _recipes(arguments: list[str]) -> int:
-    from .scripts.recipe.packaged import copy_recipe, packaged_recipes, title_of
+    from .scripts.recipe.packaged import copy_recipe, header_of, packaged_recipes, read_packaged
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if arguments[:1] == ["copy"]:
@@ -203,12 +267,20 @@ def _recipes(arguments: list[str]) -> int:
         for path in copy_recipe(arguments[1], Path(*arguments[2:])):
             console.print(f"Written: {path}")
         return 0
+    if arguments[:1] == ["show"]:
+        if len(arguments) != 2:
+            raise ValueError("`recipes show` takes the name of a recipe.")
+        console.print(read_packaged(arguments[1]), end="")
+        return 0
     folder = Path(*arguments)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder that holds your recipes.")
     listed = {str(path): path for path in sorted(folder.rglob("*.yaml"))} if arguments else packaged_recipes()
     for name, path in listed.items():
-        console.print(f"{name}  {title_of(path)}")
+        header = header_of(path)
+        console.print(name)
+        for line in (header.title, ", ".join(filter(None, (header.command, header.hardware)))):
+            console.print(textwrap.fill(line, 80, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 

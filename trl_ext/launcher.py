@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def _get_signal_at_parents_death(number: int = signal.SIGTERM) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def accelerate_configs() -> list[str]:
+    """Names of the accelerate configs in the package."""
+    folder = files("trl_ext") / "accelerate_configs"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 class _Relay:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.benchmarks.sparse_po import PeakMemory
+from tests.helpers.tiny import tokenizer_of_size
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 
@@ -141,8 +142,6 @@ def make_trainer(kind: str, folder: Path, size: Size, settings: dict, kl_coef: f
 
 
 def build(folder: Path, size: Size) -> None:
-    from trl_ext.playground import build_tokenizer
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocab_size, hidden_size=size.hidden_size, intermediate_size=3 * size.hidden_size,
@@ -150,7 +149,7 @@ def build(folder: Path, size: Size) -> None:
         max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
+    tokenizer_of_size(size.vocab_size).save_pretrained(folder / "model")
 
 
 def count_operations(trainer) -> int:

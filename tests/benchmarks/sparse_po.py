@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from tests.benchmarks.peak_memory import PeakMemory
+from tests.helpers.tiny import tokenizer_of_size
 from trl_ext import SparsePOConfig, SparsePOTrainer, sparse_po_loss
 from trl_ext.playground import preference_dataset
 from trl_ext.sparse_po.lm_head import paired_log_probs as lm_head
@@ -44,8 +45,6 @@ LIGER = "DPO, Liger's fused head"
 
 
 def build(folder: Path, vocab_size: int, hidden_size: int, num_layers: int) -> None:
-    from trl_ext.playground import build_tokenizer
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
@@ -53,7 +52,7 @@ def build(folder: Path, vocab_size: int, hidden_size: int, num_layers: int) -> N
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    tokenizer_of_size(vocab_size).save_pretrained(folder)
 
 
 def make_batch(

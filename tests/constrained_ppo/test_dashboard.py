@@ -14,6 +14,7 @@ from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.dashboard import dashboard_table, draw_dashboard
 from trl_ext.constrained_ppo.multipliers import Constraint
 from trl_ext.constrained_ppo.report import ConstraintDashboardCallback
+from trl_ext.core.log import NewestValues
 
 
 CONSTRAINTS = [Constraint("brevity", 0.5, "=="), Constraint("_help", 0.25, ">=")]
@@ -132,6 +133,28 @@ def test_picture_of_moving_thresholds_long_logs_and_odd_values(tmp_path, monkeyp
     assert figures[1].axes[0].get_lines()[0].get_marker() == "o"
     draw_dashboard([], tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_of_many_rewards_the_constrained_ones_are_drawn(tmp_path, monkeypatch):
+    assert dashboard.MAX_REWARDS == 15
+    monkeypatch.setattr(dashboard, "MAX_REWARDS", 2)
+    figures = drawn(monkeypatch)
+    names = [f"r{index}" for index in range(50)]
+    own = {f"{key}/{name}{tail}": 0.5 for name in names for key, tail in (("rewards", "/mean"), ("critic", "/loss"))}
+    draw_dashboard([{"step": 1, **own, "violation/r49": 0.1}], tmp_path / "d.png", [Constraint("r49", 0.5)], "run")
+    headings = [axes.get_title(loc="left") for axes in figures[0].axes]
+    rewards = [heading for heading in headings if heading.startswith("reward")]
+    assert len(rewards) == dashboard.MAX_REWARDS and rewards[:2] == ["reward: r49", "reward: r0"]
+    assert len(headings) == len(rewards) + 2 and len(figures[0].axes[-1].get_lines()) == dashboard.MAX_REWARDS
+    assert figures[0].get_suptitle() == f"run ({dashboard.MAX_REWARDS} of 50 rewards)"
+
+
+def test_the_table_of_a_long_log_takes_as_long_as_that_of_a_short_one():
+    entries, newest = log(40), NewestValues("eval_gold")
+    for end in (7, 8, 40, 80, 20):  # the last as after a return to an earlier checkpoint
+        short = newest.of(entries[:end])
+        assert len(short) <= 2
+        assert printed(dashboard_table(short, CONSTRAINTS)) == printed(dashboard_table(entries[:end], CONSTRAINTS))
 
 
 def callback_and_state(tmp_path, **settings):

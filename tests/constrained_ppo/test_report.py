@@ -42,7 +42,7 @@ def test_card_of_a_constrained_run(tmp_path, path):
     trainer.save_model(str(tmp_path / "saved"))
     text = (tmp_path / "saved" / "README.md").read_text()
     card = ModelCard(text)
-    assert {"trl", "trl_ext", "constrained-ppo"} <= set(card.data.tags)
+    assert {"trl", "grpo", "trl_ext", "constrained-ppo"} <= set(card.data.tags)
     assert f"- trl_ext: {trl_ext.__version__}" in text and "moskovitz2024" in text and "papers/2310.04373" in text
     assert "| `method` | xi |" in text and "| `objective` | kl |" in text and "| `critic` | shared |" in text
     assert "| `multiplier_squash` | none |" in text

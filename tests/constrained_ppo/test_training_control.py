@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import trl_ext
 from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts, rollout
+from trl_ext import ConstrainedPPOConfig
+from trl_ext.constrained_ppo.adaptation import RolloutController
 from trl_ext.core.recorder import ForwardRecorder
 
 
@@ -102,6 +104,43 @@ def test_missing_end_of_sequence_is_punished(tmp_path, path):
     found = difference[torch.arange(8), last]
     torch.testing.assert_close(found, torch.where(ended, 0.0, 2.0))
     assert torch.equal(plain.rollout.rewards, punished.rollout.rewards)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kinds", "expected"),
+    [
+        ([1.0, 1.0], ["<=", ">="], [1.0, 1.0, 0.0]),  # both are wanted, whatever bounds them
+        ([-0.5, 0.0], [">=", "<="], [-1.0, -1.0, 0.0]),
+        ([0.0, 0.0], ["<=", "=="], [-1.0, 1.0, 0.0]),
+    ],
+)
+def test_a_penalty_counts_where_less_is_better(tmp_path, weights, kinds, expected):
+    share = {"reward": "a", "threshold": 0.5, "kind": "<=", "probability": 0.1}
+    bounds = [{"reward": name, "threshold": 1.0, "kind": kind} for name, kind in zip("ab", kinds, strict=True)]
+    given = {"output_dir": str(tmp_path), "constraints": [*bounds, share]}
+    args = ConstrainedPPOConfig(method="mu", objective="rewards", use_cpu=True, bf16=False, **given)
+    controller = RolloutController(args, ["a", "b"])
+    assert controller.directions(torch.tensor(weights)).tolist() == expected
+    # Weights of rewards that the objective does not hold say nothing
+    args = ConstrainedPPOConfig(method="mu", objective="kl", use_cpu=True, bf16=False, **given)
+    bounded = [-1.0 if kind == "<=" else 1.0 for kind in kinds]
+    assert RolloutController(args, ["a", "b"]).directions(torch.tensor(weights)).tolist() == [*bounded, 0.0]
+
+
+def test_a_missing_end_is_no_gain_under_an_upper_bound(tmp_path, path):
+    bound = [{"reward": "length", "threshold": 0.2, "kind": "<="}]
+    settings = {"method": "mu", "constraints": bound, "calibration_samples": 0}
+    plain, punished = (make(tmp_path / str(size), path, missing_eos_penalty=size, **settings) for size in (None, 2.0))
+    batches = []
+    for trainer in (plain, punished):
+        torch.manual_seed(0)
+        batches.append(rollout(trainer))
+    ended = torch.isin(batches[0]["completion_ids"], torch.tensor(plain.eos_token_ids)).any(dim=1)
+    difference = (batches[1]["state_returns"] - batches[0]["state_returns"])[..., :2]
+    last = batches[0]["completion_mask"].sum(dim=1) - 1
+    assert not ended.all()
+    expected = torch.where(ended, 0.0, 2.0).unsqueeze(1) * torch.tensor([-1.0, 1.0])
+    torch.testing.assert_close(difference[torch.arange(8), last], expected)
 
 
 def test_old_values_are_free_when_the_parent_scores(tmp_path, path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedConfig, Trainer, TrainerState, masking_utils
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -81,6 +82,7 @@ USED = {
     "SyncRefModelCallback.sync_target_model": SyncRefModelCallback.sync_target_model,
     "TrlParser.parse_args_and_config": TrlParser.parse_args_and_config,
     "TrlParser.set_defaults_with_config": TrlParser.set_defaults_with_config,
+    "_set_pg_timeout": _set_pg_timeout,
     "add_fused_lm_head": add_fused_lm_head,
     "create_model_from_path": grpo_trainer.create_model_from_path,
     "disable_gradient_checkpointing": disable_gradient_checkpointing,
@@ -327,7 +329,7 @@ def test_optimizers_are_still_replaced_as_our_check_says():
 def test_versions_are_those_claimed():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], extras["deepspeed"][0]]):
+    for requirement in map(Requirement, [*project["dependencies"], *extras["peft"], extras["deepspeed"][0]]):
         assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 
 

@@ -23,7 +23,7 @@ from trl_ext.core.checkpoint import (
     read_manifest,
     unsafe_files,
 )
-from trl_ext.core.checkpoint_settings import compare_settings, stated_changes, stated_settings
+from trl_ext.core.checkpoint_settings import compare_settings, stated_changes, stated_settings, without_places
 from trl_ext.core.files import is_lack_of_space
 from trl_ext.core.run_folder import LOCK_FILE, RunLock, prepare_folder
 from trl_ext.core.status import RunError
@@ -157,17 +157,30 @@ def test_settings_are_compared():
         compare_settings(saved, {**own, "rewards": ["b", "a"]}, ("optim", "rewards"), "checkpoint-3")
 
 
-def test_no_secret_and_no_place_of_this_machine_is_stated(tmp_path):
+def test_no_secret_and_no_place_of_this_machine_is_stated(tmp_path, monkeypatch):
     from transformers import TrainingArguments
 
+    monkeypatch.setenv("WANDB_API_KEY", "key_12345678")
     args = TrainingArguments(
         str(tmp_path), hub_token="hf_secret", report_to="none", use_cpu=True, optim_args="a=1",
         lr_scheduler_kwargs={"api_key": "hf_secret", "power": 2},
     )  # fmt: skip
-    stated = stated_settings(args, {"rewards": ["a"], "seed": None})
+    more = {
+        "rewards": ["a", f"{tmp_path}/models/rm"], f"threshold of {tmp_path}/rm": {"gt": "hf_secret or key_12345678"},
+        "template": f"file={tmp_path}/a.jinja,n=1", "seed": None, "hub": "https://a.b/c/d", "own": "a/b/c",
+        "or": "x/y",
+    }  # fmt: skip
+    stated = stated_settings(args, more)
     text = json.dumps(stated)
-    assert "secret" not in text and str(tmp_path) not in text and "seed" not in stated
-    assert stated["lr_scheduler_kwargs"] == {"power": 2} and stated["rewards"] == ["a"]
+    assert "secret" not in text and "key_12345678" not in text and "seed" not in stated
+    assert str(tmp_path) not in text and tmp_path.parent.name not in text
+    assert stated["rewards"][1].endswith(">/rm") and stated["template"].endswith(">/a.jinja,n=1")
+    assert (stated["hub"], stated["own"], stated["or"]) == ("https://a.b/c/d", "a/b/c", "x/y")
+    assert without_places(stated) == stated  # so that manifests of both kinds are compared
+    assert without_places("/my own/two words/a b.txt").endswith(">/a b.txt")
+    others = [without_places(f"{folder}/rm") for folder in ("/a", "/a", "/b")]
+    assert others[0] == others[1] != others[2]
+    assert stated["lr_scheduler_kwargs"] == {"power": 2} and stated["rewards"][0] == "a"
     assert stated["average_tokens_across_devices"] is not None
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_ext.core.checks import check_choice, check_number
+from trl_ext.core.checks import Range, check_choice, check_value
 from trl_ext.core.figures import new_axes, save_figure
 from trl_ext.core.log import best_value, last_value, reward_names, series
 
@@ -59,11 +59,10 @@ def test_choice(value):
 
 @pytest.mark.parametrize("value", [-1, 1, 1.5, float("nan"), float("inf"), "0.5", None, True, [0.5]])
 def test_number_out_of_range(value):
-    owner = SimpleNamespace(gamma=value)
     with pytest.raises(ValueError, match="`gamma` must be a number of at least 0 and smaller than 1, got"):
-        check_number(owner, "gamma", at_least=0, below=1)
+        check_value("gamma", value, float, Range(at_least=0, below=1))
 
 
 def test_number_in_range():
-    check_number(SimpleNamespace(gamma=0, other=0.99), "gamma", "other", at_least=0, below=1)
-    check_number(SimpleNamespace(gamma=None), "gamma", above=0, optional=True)
+    check_value("gamma", 0, float, Range(at_least=0, below=1))
+    check_value("gamma", None, float | None, Range(above=0))

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.launching import CHAINS, run, run_once
+from tests.helpers.launching import (
+    CHAINS,
+    deepspeed_environment,
+    fork_server,
+    rank_environments,
+    run,
+    run_once,
+)
 from tests.helpers.sparse_po import LOG2
 
 
@@ -52,6 +59,16 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     again = load_file(tmp_path / "resumed" / "final" / "token_masks.safetensors")
     for name, tensor in masks.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_two_processes_under_zero_is_refused_by_one(model, tmp_path):
+    launch("zero2", model, tmp_path / "two", settings={"max_steps": 2})
+    deepspeed = deepspeed_environment("cpu_zero2.yaml", SCRIPT)
+    options = ["--model", model, "--output", str(tmp_path), "--batch_size", "4", "--settings", '{"max_steps": 3}']
+    argv = [SCRIPT, *options, "--resume", str(tmp_path / "two" / "checkpoint-2")]
+    status, _, errors = fork_server().run(argv, [{**deepspeed, **rank_environments(1)[0]}], tmp_path)
+    assert status == 1 and "was written by 2 processes under DeepSpeed" in errors
+    assert "and this run has 1. Resume with 2 processes, or train from its weights" in errors
 
 
 def test_lora_and_shared_prompts_under_zero3(model, tmp_path):

@@ -29,6 +29,19 @@ def length(completion_ids, **columns):
     return [[1 / 8] * len(ids) for ids in completion_ids]
 
 
+class RaisesLater:
+    """A reward that does not last."""
+
+    def __init__(self, reward):
+        self.reward, self.calls, self.__name__ = reward, 0, reward.__name__
+
+    def __call__(self, **columns):
+        self.calls += 1
+        if self.calls > 2:
+            raise ZeroDivisionError("the reward of this rank")
+        return self.reward(**columns)
+
+
 def make_trainer(options: argparse.Namespace, output: str, **settings) -> ConstrainedPPOTrainer:
     arguments = ConstrainedPPOConfig(
         output_dir=output,
@@ -102,8 +115,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--critic", default="shared")
     parser.add_argument("--resume")
+    parser.add_argument("--reward_raises_on", type=int, help="rank on which the third call of a reward raises")
     options = parser.parse_args()
     trainer = make_trainer(options, options.output, critic=options.critic)
+    if options.reward_raises_on == trainer.accelerator.process_index:
+        trainer.reward_funcs[0] = RaisesLater(trainer.reward_funcs[0])
     finish(trainer, train(trainer, options.resume), options.output)
 
 

@@ -1,16 +1,17 @@
-"""The faults. Each function gives the verdicts of what it tried."""
+"""The faults. Each function tries those of its cases that are left, and notes what came of each in the ledger."""
 
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.commands import STEPS, Bench, judged, what_it_left
+from tests.faults.ledger import BAD, Ledger
 
 
 RESUME = ("--resume_from_checkpoint", "true")
@@ -55,22 +56,21 @@ class References:
         return expected
 
 
-def kill_chains(references: References, command: str, chains: int, kills: int, seed: int) -> Counter:
+def kill_chains(references: References, ledger: Ledger, command: str, chains: int, kills: int, seed: int) -> None:
     """Kills a run at random moments, `kills` times in a row, and lets it come to its end."""
-    draw, found = random.Random(seed), Counter()
-    for chain in range(chains):
+    for case in ledger.left(f"kill {command} {seed} {chain}" for chain in range(chains)):
+        draw, killed, run = random.Random(case), 0, None
         _, expected, seconds = references.of(command)
-        output = references.bench.folder / f"killed-{command}-{seed}-{chain}"
-        for _ in range(kills):
-            run = references.bench.start(command, output, *RESUME)
-            time.sleep(draw.uniform(0.0, seconds))
-            if not run.kill() and run.status != 0:
+        output = references.bench.folder / case.replace(" ", "-")
+        for _ in range(2 * kills):  # a run may be at its end before it is killed
+            if killed == kills or (run is not None and run.status not in (0, -signal.SIGKILL)):
                 break
-            found["kills"] += 1
-        run = references.bench.run(command, output, *RESUME)
-        found[judged(run, output, expected)] += 1
-        _keep(run, output, found)
-    return found
+            run = references.bench.start(command, output, *RESUME)
+            time.sleep(draw.uniform(0.0, seconds * (0.7 if killed else 1.0)))
+            killed += run.kill()
+        if run is None or run.status in (0, -signal.SIGKILL):  # an error between two kills is judged as it is
+            run = references.bench.run(command, output, *RESUME)
+        _keep(run, output, ledger.note(case, judged(run, output, expected), killed))
 
 
 def damage(path: Path, how: str, draw: random.Random) -> None:
@@ -84,36 +84,33 @@ def damage(path: Path, how: str, draw: random.Random) -> None:
         path.write_bytes(content)
 
 
-def damaged_files(references: References, command: str, limit: int | None, seed: int) -> Counter:
+def damaged_files(references: References, ledger: Ledger, command: str, limit: int | None, seed: int) -> None:
     """Damages one file of the newest checkpoint; the run goes on from the one before, or as if nothing had been."""
-    draw, found = random.Random(seed), Counter()
     files = sorted(path.name for path in (references.of(command)[0] / f"checkpoint-{STEPS}").iterdir())
-    cases = [(name, how) for name in files for how in ("deleted", "halved", "flipped")]
-    for name, how in cases if limit is None else draw.sample(cases, limit):
-        output = references.bench.folder / f"damaged-{command}-{name}-{how}"
+    cases = [f"damage {command} {name} {how}" for name in files for how in ("deleted", "halved", "flipped")]
+    for case in ledger.left(cases if limit is None else random.Random(seed).sample(cases, limit)):
+        _, _, name, how = case.split()
+        output = references.bench.folder / case.replace(" ", "-")
         expected = references.copy(command, output)
-        damage(output / f"checkpoint-{STEPS}" / name, how, draw)
+        damage(output / f"checkpoint-{STEPS}" / name, how, random.Random(f"{case} {seed}"))
         run = references.bench.run(command, output, *RESUME)
-        found[judged(run, output, expected)] += 1
-        _keep(run, output, found)
-    return found
+        _keep(run, output, ledger.note(case, judged(run, output, expected)))
 
 
-def damaged_by_hand(references: References, command: str, limit: int, seed: int) -> Counter:
+def damaged_by_hand(references: References, ledger: Ledger, command: str, limit: int, seed: int) -> None:
     """The path of a damaged checkpoint is refused with the file, and the last whole one."""
-    draw, found = random.Random(seed), Counter()
-    checkpoint = references.of(command)[0] / f"checkpoint-{STEPS}"
+    draw, checkpoint = random.Random(seed), references.of(command)[0] / f"checkpoint-{STEPS}"
     files = sorted(path.name for path in checkpoint.iterdir() if path.name != "trl_ext_checkpoint.json")
-    for name in draw.sample(files, limit):
-        output = references.bench.folder / f"by-hand-{command}-{name}"
+    for case in ledger.left(f"hand {command} {name}" for name in draw.sample(files, limit)):
+        name, output = case.split()[2], references.bench.folder / case.replace(" ", "-")
         expected = references.copy(command, output)
+        draw = random.Random(f"{case} {seed}")
         damage(output / checkpoint.name / name, draw.choice(("deleted", "halved", "flipped")), draw)
         run = references.bench.run(command, output, "--resume_from_checkpoint", str(output / checkpoint.name))
         verdict = judged(run, output, expected, (name,))
-        names_good = f"checkpoint-{STEPS - 1}" in run.said()
-        found[verdict if verdict != "refused" or names_good else "unclear"] += 1
-        _keep(run, output, found)
-    return found
+        if verdict == "refused" and f"checkpoint-{STEPS - 1}" not in run.said():
+            verdict = "unclear"
+        _keep(run, output, ledger.note(case, verdict))
 
 
 @contextmanager
@@ -132,35 +129,30 @@ def can_mount() -> bool:
     return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], check=False).returncode == 0
 
 
-def full_disks(references: References, command: str, tries: int, seed: int) -> Counter:
+def full_disks(references: References, ledger: Ledger, command: str, tries: int, seed: int) -> None:
     """The disk is full at some save; after room was made the run goes on, and ends as one that had room."""
-    draw, found = random.Random(seed), Counter()
-    source, expected, _ = references.of(command)
-    of_one = sum(path.stat().st_size for path in (source / f"checkpoint-{STEPS}").rglob("*"))
-    for number in range(tries):
-        disk = references.bench.folder / f"disk-{command}-{number}"
-        with small_disk(disk, int(draw.uniform(1.2, 4.5) * of_one) + 2**16):
+    for case in ledger.left(f"disk {command} {seed} {number}" for number in range(tries)):
+        source, expected, _ = references.of(command)
+        of_one = sum(path.stat().st_size for path in (source / f"checkpoint-{STEPS}").rglob("*"))
+        disk = references.bench.folder / case.replace(" ", "-")
+        with small_disk(disk, int(random.Random(case).uniform(1.2, 4.5) * of_one) + 2**16):
             output = disk / "out"
-            first = references.bench.run(command, output, log=disk.with_suffix(".log"))
+            run = references.bench.run(command, output, log=disk.with_suffix(".log"))
             left = sorted(output.glob("checkpoint-*"))
-            verdict = judged(first, output, expected, ("disk is full", "No space left"))
+            verdict = judged(run, output, expected, ("disk is full", "No space left"))
             subprocess.run(["mount", "-o", f"remount,size={20 * of_one}", str(disk)], check=True)
             if verdict in ("refused", "same") and not any("saving" in path.name for path in left):
                 overrides = RESUME if left else ("--overwrite", "true")
                 run = references.bench.run(command, output, *overrides, log=disk.with_suffix(".log"))
                 verdict = judged(run, output, expected)
-                _keep(run, output, Counter({verdict: 1}))
-            else:
-                _keep(first, output, Counter({verdict: 1}))
-            found[verdict] += 1
-    return found
+            _keep(run, output, ledger.note(case, verdict))
 
 
-def changed_settings(references: References, command: str) -> Counter:
+def changed_settings(references: References, ledger: Ledger, command: str) -> None:
     """A resumed run with another setting refuses it, or applies it and says so."""
-    found = Counter()
-    for number, (overrides, refusal) in enumerate(CHANGES[command]):
-        output = references.bench.folder / f"changed-{command}-{number}"
+    for case in ledger.left(f"settings {command} {number}" for number in range(len(CHANGES.get(command, ())))):
+        overrides, refusal = CHANGES[command][int(case.split()[2])]
+        output = references.bench.folder / case.replace(" ", "-")
         expected = references.copy(command, output)
         for step in range(4, STEPS + 1):
             shutil.rmtree(output / f"checkpoint-{step}")
@@ -170,14 +162,14 @@ def changed_settings(references: References, command: str) -> Counter:
         else:
             said = f"`{overrides[0][2:]}`" in run.said() and "differ" in run.said()
             verdict = "applied" if run.status == 0 and said else judged(run, output, expected)
-        found[verdict] += 1
-        _keep(run, output, Counter({verdict: 1}))
-    return found
+        _keep(run, output, ledger.note(case, verdict))
 
 
-def two_runs(references: References, command: str) -> Counter:
+def two_runs(references: References, ledger: Ledger, command: str) -> None:
     """A second run in one folder, beside the first and after it."""
-    found = Counter()
+    cases = [f"two {command} {name}" for name in ("beside", "first", "after", "resumed")]
+    if not list(ledger.left(cases)):
+        return
     _, expected, seconds = references.of(command)
     output = references.bench.folder / f"two-{command}"
     first = references.bench.start(command, output)
@@ -186,16 +178,16 @@ def two_runs(references: References, command: str) -> Counter:
         time.sleep(0.01)
     second = references.bench.run(command, output, *RESUME, log=output.with_suffix(".second.log"))
     first.wait()
-    found[judged(second, output, expected, (f"process {first.pid}",))] += 1
-    found["same" if first.status == 0 and what_it_left(output) == expected else "different"] += 1
+    ledger.note(cases[0], judged(second, output, expected, (f"process {first.pid}",)))
+    ledger.note(cases[1], "same" if first.status == 0 and what_it_left(output) == expected else "different")
     again = references.bench.run(command, output)
-    found[judged(again, output, expected, ("has the checkpoints of another run",))] += 1
+    ledger.note(cases[2], judged(again, output, expected, ("has the checkpoints of another run",)))
     ended = references.bench.run(command, output, *RESUME)
-    found[judged(ended, output, expected)] += 1
-    return found
+    _keep(ended, output, ledger.note(cases[3], judged(ended, output, expected)))
 
 
-def _keep(run, output: Path, found: Counter) -> None:
+def _keep(run, output: Path, verdict: str) -> None:
     """Leaves the traces of what must not be, and nothing of the rest."""
-    if not found.keys() & {"different", "traceback", "unclear", "stuck"}:
+    if verdict not in BAD:
         shutil.rmtree(output, ignore_errors=True)
+        run.log.unlink(missing_ok=True)

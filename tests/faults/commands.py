@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -61,10 +62,14 @@ class Bench:
     def recipe(self, command: str) -> Path:
         return self.folder / f"{command}.yaml"
 
-    def start(self, command: str, output: Path, *overrides: str, log: Path | None = None) -> "Run":
-        arguments = ["--config", str(self.recipe(command)), "--output_dir", str(output), *overrides]
+    def start(
+        self, command: str, output: Path, *overrides: str, log: Path | None = None, first: Callable[[], None] = bool
+    ) -> "Run":
+        """Starts a command in a process of its own, which calls `first` before anything else."""
+        arguments = ["--config", str(self.recipe(command)), "--output_dir", str(output), "--trust_recipe_code"]
+        arguments += overrides
         module = f"trl_ext.scripts.{command.replace('-', '_')}"
-        return Run(module, arguments, log or output.with_name(f"{output.name}.log"))
+        return Run(module, arguments, log or output.with_name(f"{output.name}.log"), first)
 
     def run(self, command: str, output: Path, *overrides: str, log: Path | None = None) -> "Run":
         run = self.start(command, output, *overrides, log=log)
@@ -75,13 +80,13 @@ class Bench:
 class Run:
     """A command in a process that is forked from this one, which has imported the libraries."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path):
+    def __init__(self, module: str, arguments: list[str], log: Path, first: Callable[[], None] = bool):
         self.log, self.begun = log, time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(module, arguments, log)
+            _become(module, arguments, log, first)
         self.status: int | None = None
 
     def wait(self, patience: float = PATIENCE) -> int | None:
@@ -111,7 +116,7 @@ class Run:
         return self.log.read_text(errors="replace")
 
 
-def _become(module: str, arguments: list[str], log: Path) -> None:
+def _become(module: str, arguments: list[str], log: Path, first: Callable[[], None]) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
@@ -120,6 +125,7 @@ def _become(module: str, arguments: list[str], log: Path) -> None:
     sys.argv = [module, *arguments]
     status = 1
     try:
+        first()
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as error:

@@ -3,17 +3,20 @@
 `make fuzz` runs 20,000 cases, `make test` a small fixed set of them. The number is `TRL_EXT_FUZZ_CASES`.
 """
 
+import dataclasses
 import json
 import math
 import os
 import time
 from contextlib import contextmanager
+from functools import cache
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from datasets import Dataset
+from trl import ModelConfig, ScriptArguments
 from trl.data_utils import extract_prompt, is_conversational
 
 from tests.helpers.fields import OWN, own_fields
@@ -69,19 +72,25 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 
-PARSERS = {"sparse_po": sparse_po.make_parser(), "constrained_ppo": constrained_ppo.make_parser()}
 RECIPES = [yaml.safe_load(path.read_text()) for path in packaged_recipes().values() if "constrained" in str(path)]
-KEYS = [*sorted(PARSERS["constrained_ppo"]._field_types()), "env", "gama", "<<"]
+READ = (ScriptArguments, constrained_ppo.ConstrainedPPOScriptArguments, ConstrainedPPOConfig, ModelConfig)
+KEYS = [*sorted({field.name for cls in READ for field in dataclasses.fields(cls) if field.init}), "env", "gama", "<<"]
 YAML_PIECES = [
     "a: ", "- ", "\n", "  ", "{", "}", "[", "]", "&a ", "*a", "<<: ", "!!int ", "!!binary ", "'", '"', "|\n", "? ",
     ": ", "#", "---\n", "%YAML 9\n", "\t", "2024-13-45", "0o9", ".nan", "~", "é", "\x07",
 ]  # fmt: skip
 
 
+@cache
+def parsers():
+    """A command's parser each: made in a test, for it registers names of optimizers for the whole process."""
+    return {"sparse_po": sparse_po.make_parser(), "constrained_ppo": constrained_ppo.make_parser()}
+
+
 def check_recipe(data, folder):
     path = folder / "recipe.yaml"
     path.write_bytes(data)
-    for parser in PARSERS.values():
+    for parser in parsers().values():
         with refusals(RecipeError, naming=("recipe", "command line")):
             parser.check(["--config", str(path), "--trust_recipe_code"])
 

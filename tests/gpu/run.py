@@ -43,6 +43,8 @@ SECTIONS = {
 }
 # A section is not started with less time than this
 LEAST = 15
+# How many times a section's limit, which is a GPU's, a busy CPU may take
+DRY_PATIENCE = 4
 LOG_TAIL = 4000
 
 
@@ -176,7 +178,8 @@ def run_all(names: list[str], folder: Path, dry: bool, seconds: float) -> dict[s
             child, ahead = ahead or Child(names[place:] if dry else [name], folder, dry), None
         if ahead is None and not dry and place + 1 < len(names):
             ahead = Child([names[place + 1]], folder, dry)
-        results[name] = child.finish(name, min(SECTIONS[name].limit, left))
+        limit = SECTIONS[name].limit * (DRY_PATIENCE if dry else 1)
+        results[name] = child.finish(name, min(limit, left))
         if not child.runs(name) or not dry:
             logs.append(f"==== {child.names[0]}\n{child.log.read_text()[-40_000:]}")
             child.log.unlink()

@@ -12,8 +12,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from tests.benchmarks.sparse_po import VARIANTS, make_batch, make_trainer, step
+from tests.helpers.tiny import tokenizer_of_size
 from trl_ext import paired_log_probs
-from trl_ext.playground import build_tokenizer
 
 from .measuring import Record, peak_mib, time_in_turn
 
@@ -39,7 +39,7 @@ def prepare(dry: bool) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(**(TINY if dry else QWEN2_0_5B), bos_token_id=None, eos_token_id=1, pad_token_id=0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder(dry))
-    build_tokenizer().save_pretrained(folder(dry))
+    tokenizer_of_size(config.vocab_size).save_pretrained(folder(dry))
 
 
 def naive_head(tensors: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

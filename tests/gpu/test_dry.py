@@ -60,4 +60,4 @@ def test_a_section_that_hangs_is_stopped_and_the_next_one_runs(tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", command)
     assert main() == 1
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["status"] for row in results.values()] == ["stopped after 1 s", "ok"]
+    assert [row["status"] for row in results.values()] == ["stopped after 4 s", "ok"]

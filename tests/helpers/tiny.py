@@ -1,5 +1,7 @@
 """Tiny models, a tokenizer and preference pairs that tests build in a moment, without a hub."""
 
+import math
+
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -88,3 +90,14 @@ def tiny_pairs(num_pairs: int = 16, seed: int = 0, conversational: bool = False)
             prompt, chosen, rejected = texts[0], f" {texts[1]} <eos>", f" {texts[2]} <eos>"
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return Dataset.from_list(rows)
+
+
+def tokenizer_of_size(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The playground's tokenizer with as many more tokens as a model of `vocab_size` rows must have to be taken."""
+    from trl_ext.core.tokenizer_check import SMALLEST_SHARE
+    from trl_ext.playground import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    missing = math.ceil(SMALLEST_SHARE * vocab_size) - len(tokenizer)
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(missing)])
+    return tokenizer

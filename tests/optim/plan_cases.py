@@ -171,6 +171,33 @@ def compare_shards(num_processes, steps=3, **options):
                 assert plan.counts.counts((0, place)) == steps_and_hits, (place, steps_and_hits)
 
 
+def check_rounding(shape, num_steps=4, **options):
+    """Updates of a tenth of a unit in the last place count on average, whatever torch's generator says."""
+    once = []
+    for seed, steps in ((0, num_steps), (1, 1)):
+        torch.manual_seed(seed)
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for _ in range(2)]
+        settings = {"lr": 2**-8 / 10, "state_dtype": torch.float32, "stochastic_rounding": True, **options}
+        optimizer = AdamP(params, **settings)
+        for step in range(steps):
+            before = [param.detach().clone() for param in params]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            with interpreted(), Launches().counted() as launches:
+                optimizer.step()
+            assert launches.count == 3, launches.count
+            sizes = [float((old - param.detach()).abs().max()) for old, param in zip(before, params, strict=True)]
+            assert all(0 < size <= 2**-8 for size in sizes), sizes
+            if step == 0:
+                once.append([param.detach().clone() for param in params])
+        if seed == 0:
+            # Of 2 x 600 x 4 updates one in ten moves a weight: 480, and 21 more or less by chance
+            moved = 1 - float(torch.stack([param.detach().float() for param in params]).mean())
+            assert abs(moved / (num_steps * 2**-8 / 10) - 1) < 0.15, moved
+            assert not torch.equal(*params)
+    assert all(torch.equal(*pair) for pair in zip(*once, strict=True))
+
+
 def adamp_options():
     yield {}
     yield {"nesterov": True}
@@ -195,6 +222,10 @@ def main() -> None:
         num_checked += 1
     for dtype in (torch.bfloat16, torch.float32):
         compare(AdamP, torch.bfloat16, state_dtype=dtype, tolerance=0.05, shapes=FEW)
+        num_checked += 1
+    # A bias, a weight that is tested, one that is known
+    for shape, options in (((700,), {}), ((30, 20), {}), ((30, 20), {"projection": "none"})):
+        check_rounding(shape, **options)
         num_checked += 1
     for num_processes, options in ((3, {}), (7, {}), (3, {"projection": "channel"}), (3, {"projection": "layer"})):
         compare_shards(num_processes, **options)

@@ -157,4 +157,4 @@ def test_triton_kernels_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[-1]) == 8 + 4 + 2 + 4
+    assert int(done.stdout.split()[-1]) == 8 + 4 + 2 + 3 + 4

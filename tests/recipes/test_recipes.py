@@ -90,6 +90,8 @@ def stand_ins(path, recipe, tmp_path):
         recipe["env"] = {name: str(tmp_path / "classifier") for name in recipe["env"]}
         columns = {"last": "the film", "reference": "a good film", "intent": 1}
         rows = [{"prompt": row["prompt"], **columns} for row in rows]
+    if path.name == "maths_length.yaml":  # the first needs a package that reads answers
+        recipe["reward_funcs"] = ["trl_ext.playground.sentiment_reward", recipe["reward_funcs"][1]]
     if path.name == "helpful_harmless.yaml":
         names = recipe["reward_funcs"]
         recipe["reward_funcs"] = [tiny_reward_model(tmp_path / f"reward_{i}", i) for i in range(len(names))]
@@ -111,6 +113,9 @@ def test_recipe_runs_two_steps(path, tmp_path):
         "dataset_test_split",
         "attn_implementation",
         "deepspeed",
+        "use_vllm",
+        "vllm_mode",
+        "vllm_gpu_memory_utilization",
     ):
         recipe.pop(key, None)
     if recipe.get("optim_args") == "projection=auto":

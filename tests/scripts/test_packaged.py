@@ -1,6 +1,8 @@
 """The recipes of the package: found by name, copied, and carried by the wheel."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,20 +14,39 @@ import pytest
 import trl_ext
 from trl_ext import cli
 from trl_ext.scripts import sparse_po
-from trl_ext.scripts.recipe.packaged import find_packaged, packaged_recipes
+from trl_ext.scripts.recipe.packaged import find_packaged, header_of, packaged_recipes
 from trl_ext.scripts.recipe.strict_parser import RecipeError, load_recipe
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
 
 
-def test_names_and_titles(capsys):
+def test_names_commands_hardware_and_titles(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == list(packaged_recipes())
+    assert [line for line in lines if not line.startswith(" ")] == list(packaged_recipes())
+    entry = lines.index("sparse_po/playground")
     title = "SparsePO with a common learned mask on the playground: a small world where the truth is known"
-    assert f"sparse_po/playground  {title}" in lines
-    assert not any("experiments" in line for line in lines)
+    assert " ".join(line.strip() for line in lines[entry + 1 : entry + 3]) == title
+    assert lines[entry + 3].strip() == "trl-ext sparse-po, 2 CPU cores"
+    assert max(map(len, lines)) <= 80 and not any("experiments" in line for line in lines)
+    assert all(all(header_of(path)) for path in packaged_recipes().values())
+
+
+def test_show(capsys):
+    assert cli.main(["recipes", "show", "sparse_po/playground"]) == 0
+    assert capsys.readouterr().out == packaged_recipes()["sparse_po/playground"].read_text()
+    assert cli.main(["recipes", "show", "sparse_po/playgruond"]) == 2
+    assert "Did you mean `sparse_po/playground`?" in capsys.readouterr().err
+    assert cli.main(["recipes", "show"]) == 2
+    assert "takes the name of a recipe" in capsys.readouterr().err
+
+
+def test_links_of_the_package_page():
+    package_page = runpy.run_path(str(ROOT / "setup.py"))["package_page"]
+    text = "[a](docs/a.md), [b](https://b.org/b) and [c](#c)"
+    assert package_page(text, None) == "a, [b](https://b.org/b) and [c](#c)"
+    assert package_page(text, "https://x.org/y/").startswith("[a](https://x.org/y/blob/main/docs/a.md), [b](https://b")
 
 
 @pytest.mark.parametrize("end", ["", ".yaml"])
@@ -88,12 +109,16 @@ def test_the_wheel_carries_the_recipes_and_no_experiment(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     with zipfile.ZipFile(source / done.stdout.splitlines()[-1]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
         wheel.extractall(site)
     recipes = {f"trl_ext/{path.relative_to(ROOT).as_posix()}" for path in packaged_recipes().values()}
     beside = {f"trl_ext/recipes/{name}" for name in ("launch.slurm", "optim/deepspeed_zero3_offload.json")}
     files = (path for path in (ROOT / "trl_ext").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert names == recipes | beside | {path.relative_to(ROOT).as_posix() for path in files}
+    assert "Project-URL: SparsePO, https://huggingface.co/papers/2410.05102" in metadata
+    assert "# trl_ext" in metadata and re.findall(r"\]\((?!https:)[^)]*\)", metadata) == []
     command = [sys.executable, "-m", "trl_ext.cli", "recipes"]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     listed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
-    assert [line.split("  ")[0] for line in listed.stdout.splitlines()] == list(packaged_recipes())
+    names = [line for line in listed.stdout.splitlines() if not line.startswith(" ")]
+    assert names == list(packaged_recipes())

@@ -132,8 +132,12 @@ def test_an_unstated_precision_is_the_launchers(tmp_path, monkeypatch):
     assert sparse_po.make_parser().check(["--config", recipe_of(tmp_path, "beta: 0.1\n")]) == {}
 
 
-HINTS = constrained_ppo.make_parser()._field_types()
 LENGTH = {"reward": "length", "threshold": 200}
+
+
+@pytest.fixture
+def hints(parser):
+    return parser._field_types()
 
 
 @pytest.mark.parametrize(
@@ -148,24 +152,24 @@ LENGTH = {"reward": "length", "threshold": 200}
          [{"reward": "a", "threshold": 1}, {"reward": "b", "threshold": 2}]),
     ],
 )  # fmt: skip
-def test_nested_fields_of_the_command_line(arguments, found):
+def test_nested_fields_of_the_command_line(arguments, found, hints):
     recipe, rest = {"constraints": [{"reward": "a", "threshold": 1}]}, [*arguments, "--seed", "3"]
-    apply_overrides(recipe, rest, HINTS)
+    apply_overrides(recipe, rest, hints)
     assert recipe == {"constraints": found} and rest == ["--seed", "3"]
 
 
-def test_other_nested_fields_and_data_files():
+def test_other_nested_fields_and_data_files(hints):
     recipe: dict = {"datasets": [{"path": "json", "data_files": "a"}], "env": {"A": "1"}}
-    apply_overrides(recipe, ["--data_files", "b.jsonl", "--env.B", "2", "--search.tolerance", "0.1"], HINTS)
+    apply_overrides(recipe, ["--data_files", "b.jsonl", "--env.B", "2", "--search.tolerance", "0.1"], hints)
     assert recipe == {
         "datasets": [{"path": "json", "data_files": "b.jsonl"}],
         "env": {"A": "1", "B": 2},
         "search": {"tolerance": 0.1},
     }  # fmt: skip
     arguments = ["--dataset_name", "mine"]
-    apply_overrides(recipe, arguments, HINTS)
+    apply_overrides(recipe, arguments, hints)
     assert "datasets" not in recipe and arguments == ["--dataset_name", "mine"]
-    apply_overrides(recipe, ["--data_files=c.csv"], HINTS)
+    apply_overrides(recipe, ["--data_files=c.csv"], hints)
     assert recipe["datasets"] == [{"path": "csv", "data_files": "c.csv"}]
 
 
@@ -180,9 +184,9 @@ def test_other_nested_fields_and_data_files():
         (["--data_files", "b.txt.gz"], "must end in one of"),
     ],
 )
-def test_wrong_nested_fields(arguments, message):
+def test_wrong_nested_fields(arguments, message, hints):
     with pytest.raises(RecipeError, match=message):
-        apply_overrides({"constraints": [{"reward": "a", "threshold": 1}]}, arguments, HINTS)
+        apply_overrides({"constraints": [{"reward": "a", "threshold": 1}]}, arguments, hints)
 
 
 def test_constraints_of_the_command_line_reach_the_configuration(tmp_path):
@@ -252,7 +256,8 @@ def test_unknown_commands_get_a_suggestion(capsys):
 
 def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
-    path = recipe_of(tmp_path, yaml.safe_dump({"reward_funcs": ["myrewards.length"]}))
+    settings = {"reward_funcs": ["myrewards.length"], "model_name_or_path": "x", "dataset_name": "x"}
+    path = recipe_of(tmp_path, yaml.safe_dump(settings))
     assert cli.main(["constrained-ppo", "--config", path]) == 2
     assert "--trust_recipe_code" in capsys.readouterr().err
     assert cli.main(["constrained-ppo", "--config", path, "--trust_recipe_code"]) == 0
@@ -262,6 +267,8 @@ def test_the_command_says_what_will_be_imported(tmp_path, monkeypatch, capsys):
 def test_the_command_takes_what_the_script_takes(tmp_path, monkeypatch):
     """Parts of lists, and TRL's own configurations, which have no `save_on_signal`."""
     monkeypatch.setattr(cli, "run_launcher", lambda *arguments: 0)
-    path = recipe_of(tmp_path, "constraints: [{reward: a, threshold: 1}]\n")
+    loaded = "model_name_or_path: x\ndataset_name: x\n"
+    constrained = "reward_funcs: [x/reward]\nconstraints: [{reward: a, threshold: 1}]\n"
+    path = recipe_of(tmp_path, loaded + constrained)
     assert cli.main(["constrained-ppo", "--config", path, "--constraints.0.threshold", "2"]) == 0
-    assert cli.main(["sft", "--config", recipe_of(tmp_path, "seed: 1\n")]) == 0
+    assert cli.main(["sft", "--config", recipe_of(tmp_path, loaded + "seed: 1\n")]) == 0

@@ -19,6 +19,7 @@ from tests.sparse_po.families_page import LEFT_OUT
 SIZES = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64,
     "max_position_embeddings": 64, "n_inner": 64, "rotary_dim": 4, "ffn_dim": 64, "word_embed_proj_dim": 32,
+    "n_embd": 32, "n_head": 4, "d_model": 32, "attention_heads": 4, "n_heads": 4,
     "sliding_window": 6, "window_size": 6, "attention_chunk_size": 6, "embedding_size": 32, "d_inner": 64, "dff": 64,
     # Mixtures of experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -51,13 +52,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granite_swa": _LOGIT_MULTIPLIERS,
     "granitemoe": _LOGIT_MULTIPLIERS,
     "granitemoe_swa": _LOGIT_MULTIPLIERS,
-    "granitemoehybrid": _LOGIT_MULTIPLIERS,
+    "granitemoehybrid": {**_LOGIT_MULTIPLIERS, "layer_types": ["linear_attention", "full_attention"]},
     "granitemoeshared": _LOGIT_MULTIPLIERS,
     "hyperclovax": {**_LOGIT_MULTIPLIERS, "logits_scaling": 0.5},
+    # Of few heads all may score zero, and the length of a row then decides which tokens an indexer keeps
+    "axk2": {"index_n_heads": 16},
+    "deepseek_v32": {"index_n_heads": 16},
+    "glm_moe_dsa": {"index_n_heads": 16},
     "bert": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1]},
+    "bloom": {"n_head": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 16}},
+    "flint": {"mlp_only_layers": [0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -71,6 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # One family more than once, by shape
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "doge, experts": ("doge", {"is_moe": True}),
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False}),
     "mixtral, router loss": ("mixtral", {"output_router_logits": True}),

@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"mask_type": "learned"},
 }
 STEP_OF_CHECKPOINT, PAIRS = 2, 2
+WITHOUT_EMBEDDINGS = ("mamba", "mamba2", "falcon_mamba")
 _PREPARED: dict[bool, Any] = {}
 
 
@@ -101,7 +102,11 @@ def sequences_alone(model: Any, batch: dict[str, torch.Tensor], layers: bool = F
         row = output.logits[0, :-1].double().log_softmax(-1)
         log_probs.append(F.pad(row, (0, 0, 0, width - 1 - row.size(0))))
         if layers:
-            hidden = torch.stack([state[0, :-1].double() for state in output.hidden_states[1:]])
+            # Of the state-space models the embeddings are not among them, and the last layer is there twice
+            kept = output.hidden_states[1:]
+            if model.config.model_type in WITHOUT_EMBEDDINGS:
+                kept = (*output.hidden_states[:-2], output.hidden_states[-1])
+            hidden = torch.stack([state[0, :-1].double() for state in kept])
             states.append(F.pad(hidden, (0, 0, 0, width - 1 - hidden.size(1))))
     return torch.stack(log_probs), torch.stack(states, dim=1) if layers else None
 
@@ -172,7 +177,8 @@ class NaiveModels:
         loss = -torch.log(torch.sigmoid(trainer.args.beta * (chosen - rejected))).mean()
         if trainer.aux_loss_enabled:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            loss = loss + trainer.router_aux_loss_coef * self.policy(**inputs, output_router_logits=True).aux_loss
+            balance = self.policy(**inputs, output_router_logits=True).aux_loss
+            loss = loss + trainer.router_aux_loss_coef * (0.0 if balance is None else balance)  # dense layers only
         tokens = {"policy_log_probs": policy, "reference_log_probs": reference, "divergences": divergences}
         return loss, tokens | {"reward_mask": reward_mask, "divergence_mask": divergence_mask}
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tests.sparse_po.families import tiny_family_model
+from tests.helpers.sparse_po import make_trainer
+from tests.helpers.tiny import tiny_tokenizer
+from tests.sparse_po.families import save_tiny_family, tiny_family_model
 from trl_ext.sparse_po.router_loss import router_loss
 
 
@@ -36,3 +38,9 @@ def test_a_loss_of_another_form_is_refused():
     model = tiny_family_model("doge")
     with pytest.raises(NotImplementedError, match=r"DogeForCausalLM \(doge\).*num_keys.*router_aux_loss_coef=0"):
         router_loss(model, (torch.zeros(24, 4),), MASK)
+
+
+def test_it_is_refused_before_training(tmp_path):
+    path = save_tiny_family("doge, experts", str(tmp_path / "model"))
+    with pytest.raises(NotImplementedError, match="num_keys"):
+        make_trainer(tmp_path, path, tiny_tokenizer())

@@ -422,6 +422,22 @@ class RolloutController:
         rewards[:, self.constrained] = squared_distance_rewards(own, rewards.new_tensor(self._thresholds()), means)
         return rewards
 
+    def directions(self, reward_weights: torch.Tensor) -> torch.Tensor:
+        """
+        Of the streams `(S,)` that training sees, given the rewards' weights `(K,)`: 1 where more is better, -1 where
+        less is, 0 for signals that only a constraint reads.
+        """
+        directions = torch.ones_like(reward_weights)
+        if self.args.method != "sat":
+            bounded = dict.fromkeys(self._streams, True)
+            for stream, sign in zip(self._streams, self._signs.tolist(), strict=True):
+                bounded[stream] &= sign < 0
+            from_above = [stream for stream, is_above in bounded.items() if is_above and stream < len(directions)]
+            directions[from_above] = -1.0
+            weighed = reward_weights if self.args.objective != "kl" else torch.zeros_like(reward_weights)
+            directions = torch.where(weighed != 0, weighed.sign(), directions)
+        return torch.cat([directions, directions.new_zeros(len(self._derived))])
+
     def mix(
         self, advantages: torch.Tensor, mask: torch.Tensor, reward_weights: torch.Tensor, reduce: Reduce
     ) -> torch.Tensor:

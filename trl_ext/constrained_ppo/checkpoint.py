@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from .._upstream import open_rollout, restore_rollout
 from ..core.agreement import first_fault
+from ..core.checkpoint_settings import without_places
 from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.companion import read_companion
 from ..core.dropout import stated_probabilities
@@ -215,7 +216,7 @@ class CheckpointMixin(WholeCheckpointsMixin, GRPOTrainer):
         """The recipe's coefficient and thresholds, where they are not those that the checkpoint's run began with."""
         if "kl_coef" in self._changes:
             self.controller.kl_coef = self.args.kl_coef
-        changed = [key for key in self.controller.keys if f"threshold of {key}" in self._changes]
+        changed = [key for key in self.controller.keys if without_places(f"threshold of {key}") in self._changes]
         self.controller.restate_thresholds(changed)
 
     def _restore_rollout(self, checkpoint: str, step: int) -> None:

@@ -101,7 +101,7 @@ class ConstrainedGRPOTrainer(ConstrainedPPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "trl_ext", "constrained-grpo"]
+    _tag_names = ["trl", "grpo", "trl_ext", "constrained-grpo"]
     _name = "Constrained GRPO"
 
     args: ConstrainedGRPOConfig

@@ -198,8 +198,9 @@ class ConstrainedPPOConfig(WithoutToken, RunArguments, GRPOConfig):
         cliprange_value (`float`, *optional*, defaults to `0.2`):
             Range by which a value may move from the one at generation before its loss is clipped; 0 for no clipping.
         missing_eos_penalty (`float`, *optional*):
-            Taken from every reward of a training response that ends without an end-of-sequence token; constraints
-            and logs see the reward itself.
+            Taken from every reward of a training response that ends without an end-of-sequence token, added where less
+            is better: to a reward with a negative weight, or with none and bounds from above. Constraints and logs see
+            the reward itself.
 
         > Parameters that control the units of scores and values, and what the gradients see
 

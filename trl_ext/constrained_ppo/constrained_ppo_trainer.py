@@ -151,7 +151,7 @@ class ConstrainedPPOTrainer(
     ```
     """
 
-    _tag_names = ["trl", "trl_ext", "constrained-ppo"]
+    _tag_names = ["trl", "grpo", "trl_ext", "constrained-ppo"]
     _name = "Constrained PPO"
     _paper = PAPER
 
@@ -439,9 +439,8 @@ class ConstrainedPPOTrainer(
         if self.args.missing_eos_penalty is not None and self.model.training:
             ends = torch.isin(output["completion_ids"], torch.tensor(self.eos_token_ids, device=rewards.device))
             ended = (ends * output["completion_mask"]).any(dim=1)
-            # Not taken from signals of constraints, which come behind the rewards
-            is_reward = torch.arange(rewards.size(1), device=rewards.device) < len(self.reward_func_names)
-            rewards = rewards - self.args.missing_eos_penalty * (~ended).unsqueeze(1) * is_reward
+            worse = -self.controller.directions(self.reward_weights).to(rewards)
+            rewards = rewards + self.args.missing_eos_penalty * (~ended).unsqueeze(1) * worse
         return rewards
 
     def _group_size(self) -> int:

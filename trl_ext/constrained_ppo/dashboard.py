@@ -26,6 +26,8 @@ _STYLES = ("-", "--", ":", "-.")
 _COLUMNS = 3
 # More points than pixels of a panel only cost time and space
 MAX_POINTS = 1000
+# A panel takes about a fifth of a second, and of more nobody reads any
+MAX_REWARDS = 15
 
 
 def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
@@ -116,7 +118,8 @@ def draw_dashboard(
 ) -> None:
     """
     Draws a run: each reward against its threshold, violations, multipliers, weights, KL, the gold metric and the
-    critic's losses. A panel without data is left out. The file is replaced in one move, so that a viewer never sees
+    critic's losses. A panel without data is left out. Of more than `MAX_REWARDS` rewards, those that are constrained
+    come first, and the title says how many are left out. The file is replaced in one move, so that a viewer never sees
     half of it.
 
     Args:
@@ -131,7 +134,12 @@ def draw_dashboard(
         kl_ceiling (`float`, *optional*):
             KL, in nats per response, that ends training.
     """
-    panels = _panels(log_history, constraints, kl_ceiling)
+    names = reward_names(log_history)
+    grouped = constraints_by_reward(constraints)
+    drawn = [*(name for name in names if name in grouped), *(name for name in names if name not in grouped)]
+    if len(names) > MAX_REWARDS:
+        title += f" ({MAX_REWARDS} of {len(names)} rewards)"
+    panels = _panels(log_history, drawn[:MAX_REWARDS] if len(names) > MAX_REWARDS else names, grouped, kl_ceiling)
     rows = max(1, math.ceil(len(panels) / _COLUMNS))
     columns = min(_COLUMNS, max(1, len(panels)))
     figure = new_figure(4.6 * columns, 2.9 * rows + 0.5, dpi=110)
@@ -185,10 +193,13 @@ class _Line:
 Panel = tuple[str, list[_Line]]
 
 
-def _panels(log_history: LogHistory, constraints: Sequence[Constraint], kl_ceiling: float | None) -> list[Panel]:
-    names = reward_names(log_history)
+def _panels(
+    log_history: LogHistory,
+    names: list[str],
+    grouped: dict[str, list[tuple[str, Constraint]]],
+    kl_ceiling: float | None,
+) -> list[Panel]:
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
-    grouped = constraints_by_reward(constraints)
     panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
     # A curve for each constraint: those on one reward share its color
     marks = {

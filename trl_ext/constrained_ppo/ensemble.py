@@ -21,6 +21,7 @@ from trl import apply_chat_template, is_conversational
 from .._upstream import is_async_callable
 from .constrained_ppo_config import ConstrainedPPOConfig
 from .reward_functions import RewardFunction
+from .reward_lengths import keep_within_positions
 
 
 logger = get_logger(__name__)
@@ -183,6 +184,7 @@ def _scorer(member: Any, tokenizer: Any) -> Callable[..., Any]:
     if not isinstance(member, nn.Module):
         return member
     model = cast(PreTrainedModel, member)
+    keep_within_positions(model, model.config.name_or_path)
     return _ModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path))
 
 

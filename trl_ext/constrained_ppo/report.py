@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from ..core.files import warn_of_failure
-from ..core.log import LogHistory, best_value, last_value, reward_names
+from ..core.log import LogHistory, NewestValues, best_value, last_value, reward_names
 from ..core.model_card import settings_table
 from ..core.safe_text import as_string, for_markdown, for_markdown_code, for_terminal
 from .calibration import Calibration, calibrate, cap_warnings
@@ -296,6 +296,7 @@ class ConstraintDashboardCallback(TrainerCallback):
         self.show_table = show_table
         self.console = console or _wide_console()
         self._next_drawing = -math.inf
+        self._newest = NewestValues("eval_gold")
         self._last_shown: tuple[str, float | None] | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -326,11 +327,12 @@ class ConstraintDashboardCallback(TrainerCallback):
     def _print(self, state: Any) -> None:
         self._last_shown = self._shown(state)
         with warn_of_failure("The dashboard could not be printed"):
-            self.console.print(dashboard_table(state.log_history, self.constraints(), self._title(state)))
+            log = self._newest.of(state.log_history)
+            self.console.print(dashboard_table(log, self.constraints(), self._title(state)))
 
     def _shown(self, state: Any) -> tuple[str, float | None]:
         """What a table shows that may change after the log step."""
-        return self._title(state), last_value(state.log_history, "eval_gold")
+        return self._title(state), last_value(self._newest.of(state.log_history), "eval_gold")
 
     def _draw(self, state: Any) -> None:
         start = time.monotonic()

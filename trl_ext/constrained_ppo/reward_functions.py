@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .._upstream import is_async_callable
+from .reward_lengths import keep_within_positions
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def guarded(rewards: Sequence[Any], names: Sequence[str], args: Any) -> list[Any
     for name, reward in zip(names, rewards, strict=True):
         # Async ones too: an error from the event loop says nothing of whose it is
         asked = every or name in args.token_rewards or is_async_callable(reward)
+        if isinstance(reward, nn.Module):
+            keep_within_positions(reward, name)
         if name not in functions or not asked:
             found.append(reward)
             continue

@@ -1,9 +1,12 @@
 """The settings that a checkpoint was written with, and what a run that resumes from it may have otherwise."""
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from .safe_text import known_secrets, redacted
 from .status import RunError
 
 
@@ -17,6 +20,10 @@ _LEFT_OUT = {
     "use_cpu", "use_mps_device", "no_cuda", "do_train", "do_eval", "do_predict", "eval_on_start",
 }  # fmt: skip
 _SECRET = ("token", "api_key", "password", "secret")  # endings of names
+# The folders of an absolute path that is a whole text, and of one in it that goes on neither an address nor a path
+_FOLDERS = re.compile(
+    r"""\A~?/(?:[^\n/]+/)+(?=[^\n/]*\Z)|(?<![\w:/.~>-])(?:/|~/|[A-Za-z]:\\)(?:[^/\\\s,;:'"=]+[/\\])+"""
+)
 # Of the optimizer, which its state in a checkpoint would bring back
 OPTIMIZER_OPTIONS = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "mask_learning_rate",
@@ -46,7 +53,33 @@ def stated_settings(args: Any, more: Mapping[str, Any]) -> Settings:
         fields.pop(name, None)
         if value is not None:
             fields[name] = value
-    return json.loads(json.dumps(_without_secrets(fields), default=str))
+    plain = json.loads(json.dumps(_without_secrets(fields), default=str))
+    return without_places(plain, known_secrets(getattr(args, "hub_token", None)))
+
+
+def without_places(value: Any, secrets: Iterable[str] = ()) -> Any:
+    """
+    A value as others may read it: secrets hidden, and of an absolute path its last name, with four digits that tell
+    whether its folder is the same.
+
+    Args:
+        value (`Any`):
+            Value of JSON.
+        secrets (`Iterable[str]`, *optional*, defaults to `()`):
+            What must not be shown.
+
+    Returns:
+        `Any`: of the same kind; a value that has been through this comes out as it is.
+    """
+    if isinstance(value, str):
+        return _FOLDERS.sub(lambda found: f"<{_digits(found[0])}>/", redacted(value, secrets))
+    if isinstance(value, Mapping):
+        return {without_places(key, secrets): without_places(one, secrets) for key, one in value.items()}
+    return [without_places(one, secrets) for one in value] if isinstance(value, list) else value
+
+
+def _digits(folders: str) -> str:
+    return hashlib.sha256(folders.encode()).hexdigest()[:4]
 
 
 def _without_secrets(value: Any) -> Any:

@@ -41,10 +41,19 @@ from .checkpoint import (
     step_of,
     unsafe_files,
 )
-from .checkpoint_settings import OPTIMIZER_OPTIONS, Settings, compare_settings, stated_changes, stated_settings
+from .checkpoint_settings import (
+    OPTIMIZER_OPTIONS,
+    Settings,
+    compare_settings,
+    stated_changes,
+    stated_settings,
+    without_places,
+)
 from .files import is_lack_of_space, warn_of_failure
+from .peers import naming_lost_peers
 from .run_arguments import RunArguments
 from .run_folder import RunLock, prepare_folder
+from .safe_text import known_secrets
 from .signals import RequeueCallback
 from .status import RunError
 
@@ -106,6 +115,7 @@ class WholeCheckpointsMixin(Trainer):
         with ExitStack() as stack:
             stack.enter_context(self._folder_locked())
             stack.callback(self._wait_for_publishing)
+            stack.enter_context(naming_lost_peers(self.args.ddp_timeout))
             checkpoint = self._prepare_resume(resume_from_checkpoint)
             if self._run_settings.save_on_signal:
                 callback = RequeueCallback(self.accelerator)
@@ -207,7 +217,8 @@ class WholeCheckpointsMixin(Trainer):
                 main_process_only=True,
             )
             return
-        saved = {"trainer": manifest["trainer"], "engine": manifest["engine"], **manifest["settings"]}
+        settings = without_places(manifest["settings"])  # those of earlier versions have paths
+        saved = {"trainer": manifest["trainer"], "engine": manifest["engine"], **settings}
         own = {"trainer": self._trainer_name(), "engine": self._engine(), **self._settings()}
         self._changes = compare_settings(saved, own, {"trainer", "engine", *self._fixed_settings}, checkpoint.name)
         self._refuse_other_world(manifest, checkpoint)
@@ -337,7 +348,7 @@ class WholeCheckpointsMixin(Trainer):
             "engine": self._engine(),
             "world_size": self.args.world_size,
             "step": self.state.global_step,
-            "ended": self.stop_reason,
+            "ended": without_places(self.stop_reason, known_secrets(self.args.hub_token)),
             "settings": self._settings(),
         }
 

@@ -1,7 +1,7 @@
 """Checks of configuration fields: each error names the field, its value and the remedy.
 
 A class is checked as a whole by [`check_fields`]: the type of a field is its annotation, its range stands in one table
-of the class, and what neither says anything of is refused. [`check_choice`] and [`check_number`] check single fields.
+of the class, and what neither says anything of is refused. [`check_value`] and [`check_choice`] check single values.
 """
 
 import functools
@@ -303,49 +303,6 @@ def check_choice(owner: Any, *fields: str, choices: Sequence[Any], remedy: str =
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             allowed = ", ".join(repr(choice) for choice in choices)
             raise ValueError(f"`{name}` must be one of {allowed}, got {shown(value)}.{_sentence(remedy)}")
-
-
-def check_number(
-    owner: Any,
-    *fields: str,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-    at_most: float = math.inf,
-    optional: bool = False,
-    remedy: str = "",
-) -> None:
-    """
-    Refuses fields that are no finite number in a range.
-
-    Args:
-        owner (`Any`):
-            Object that has the fields.
-        fields (`str`):
-            Names of the fields.
-        above (`float`, *optional*):
-            Number that they must be greater than.
-        at_least (`float`, *optional*):
-            Smallest number allowed.
-        below (`float`, *optional*):
-            Number that they must be smaller than.
-        at_most (`float`, *optional*):
-            Greatest number allowed.
-        optional (`bool`, *optional*, defaults to `False`):
-            Whether `None` is allowed.
-        remedy (`str`, *optional*):
-            Sentence added to the error.
-
-    Raises:
-        ValueError: If a field has another value.
-    """
-    within = Range(above, at_least, below, at_most)
-    for name in fields:
-        value = getattr(owner, name)
-        if value is None and optional:
-            continue
-        if not (fits(value, float) and within.holds(value)):
-            raise ValueError(f"`{name}` must be a number{within}, got {shown(value)}.{_sentence(remedy)}")
 
 
 def _sentence(remedy: str) -> str:

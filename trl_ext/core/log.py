@@ -58,6 +58,46 @@ def best_value(log_history: LogHistory, key: str) -> tuple[int, float] | None:
     return max(points, key=lambda point: point[1], default=None)
 
 
+class NewestValues:
+    """
+    The newest value of every quantity, and the highest of some: a short log in the place of a long one, for what is
+    shown at every step and would else take longer with each.
+
+    Args:
+        highest (`str`):
+            Keys of the quantities whose highest value is kept too.
+    """
+
+    def __init__(self, *highest: str):
+        self._highest = highest
+        self._newest: dict[str, Any] = {}
+        self._best: dict[str, tuple[int, float]] = {}
+        self._read = 0
+
+    def of(self, log_history: LogHistory) -> list[dict[str, Any]]:
+        """
+        Reads what a log has got since the last call.
+
+        Args:
+            log_history (`Sequence[dict]`):
+                The trainer's log; a shorter one than before is read anew.
+
+        Returns:
+            `list[dict]`: a log in which [`last_value`], [`reward_names`] and, for `highest`, [`best_value`]
+            find what they find in the whole.
+        """
+        if len(log_history) < self._read:
+            self._read, self._newest, self._best = 0, {}, {}
+        for entry in log_history[self._read :]:
+            self._newest.update({key: value for key, value in entry.items() if value is not None})
+            for key in self._highest:
+                found = best_value([entry], key)
+                if found is not None and (key not in self._best or found[1] > self._best[key][1]):
+                    self._best[key] = found
+        self._read = len(log_history)
+        return [*({"step": step, key: value} for key, (step, value) in self._best.items()), dict(self._newest)]
+
+
 def reward_names(log_history: LogHistory) -> list[str]:
     """
     Names of the rewards that TRL logs as `rewards/<name>/mean`.

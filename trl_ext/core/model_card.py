@@ -1,12 +1,15 @@
 """Model cards: TRL's own, mended and completed with what a method adds."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from .._version import __version__
+from .card_metadata import completed_metadata, hub_datasets
 from .safe_text import as_string, for_markdown, for_markdown_code, known_secrets, redacted, shown_folder
 
 
@@ -20,7 +23,14 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else for_markdown(value)
 
 
-def finish_model_card(content: str, *, model_id: str, base_model: str | None, method_section: str) -> str:
+def finish_model_card(
+    content: str,
+    *,
+    model_id: str,
+    base_model: str | None,
+    method_section: str,
+    known: Mapping[str, Any] | None = None,
+) -> str:
     """
     Mends TRL's card and adds a method's section before the framework versions.
 
@@ -36,6 +46,8 @@ def finish_model_card(content: str, *, model_id: str, base_model: str | None, me
             Name of the base model to show; `None` where it has no name on the Hub.
         method_section (`str`):
             Markdown put into the training procedure.
+        known (`Mapping[str, Any]`, *optional*):
+            Arguments of [`completed_metadata`], what is known of data, base model and results.
 
     Returns:
         `str`
@@ -46,20 +58,24 @@ def finish_model_card(content: str, *, model_id: str, base_model: str | None, me
         )
     content = content.replace('model="None"', f"model={as_string(model_id)}")
     card = ModelCard(content)
-    metadata = card.data.to_dict()
-    metadata.pop("licence", None)
     body = card.text
     versions = "### Framework versions\n\n"
     if versions not in body:
         body += f"\n{versions}"
     body = body.replace(versions, f"{method_section.strip()}\n\n{versions}- trl_ext: {__version__}\n", 1)
     card.text = re.sub(r"[ \t]+\n", "\n", body)
-    card.data = type(card.data)(**metadata)
+    card.data = completed_metadata(card.data.to_dict(), **(known or {}))
     return str(card)
 
 
 def write_method_card(
-    folder: str | Path, *, model_id: str | None, base_model: str | None, method_section: str, token: str | None = None
+    folder: str | Path,
+    *,
+    model_id: str | None,
+    base_model: str | None,
+    method_section: str,
+    token: str | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Rewrites the `README.md` that TRL left in a folder (see [`finish_model_card`]).
@@ -75,6 +91,8 @@ def write_method_card(
             Markdown of the method.
         token (`str`, *optional*):
             The run's `hub_token`, which must not stand in the card.
+        known (`Mapping[str, Any]`, *optional*):
+            What is known of a trainer's data, base model and results ([`known_of`]).
     """
     path = Path(folder) / "README.md"
     content = finish_model_card(
@@ -82,8 +100,18 @@ def write_method_card(
         model_id=model_id or shown_folder(folder),
         base_model=base_model,
         method_section=method_section,
+        known=known,
     )
     path.write_text(redacted(content, known_secrets(token)), encoding="utf-8")
+
+
+def known_of(trainer: Any, base_model: str | None) -> dict[str, Any]:
+    """What a trainer knows for the metadata of its card, as arguments of [`completed_metadata`]."""
+    return {
+        "datasets": hub_datasets(getattr(trainer, "train_dataset", None), getattr(trainer, "dataset_names", ())),
+        "base_model": base_model,
+        "log_history": trainer.state.log_history,
+    }
 
 
 class MethodCardMixin(Trainer):
@@ -111,6 +139,7 @@ class MethodCardMixin(Trainer):
                 base_model=base_model if base_model and not Path(base_model).is_dir() else None,
                 method_section=self._method_section(model_id),
                 token=self.args.hub_token,
+                known=known_of(self, base_model),
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -93,7 +93,7 @@ class RunLock:
         if not holder or not {"host", "pid", "started"} <= holder.keys():
             return
         if holder["host"] == self._own["host"]:
-            alive = _runs(holder["pid"], holder["started"])
+            alive = runs(holder["pid"], holder["started"])
         else:
             alive = self._gives_signs_of_life()
         if alive:
@@ -146,8 +146,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _runs(pid: int, started: float) -> bool:
-    """Whether a process of this machine runs that began when a lock says."""
+def runs(pid: int, started: float) -> bool:
+    """
+    Whether a process of this machine runs.
+
+    Args:
+        pid (`int`):
+            Its number.
+        started (`float`):
+            When it began, as `psutil` says: numbers are given again.
+
+    Returns:
+        `bool`
+    """
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1.0

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import is_peft_model
-from peft import load_peft_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -238,6 +237,8 @@ def load_adapter(
         taken = [part.__dict__.pop("quantization_config", None) for part in (settings, settings.text_config)]
         options |= {"quantization_config": taken[0] or taken[1]} if any(taken) else {}
         options |= {"quantization_config": kwargs["quantization_config"]} if "quantization_config" in kwargs else {}
+    from peft import load_peft_weights  # an extra
+
     model = model_class.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)

@@ -91,19 +91,25 @@ def method_section(config: EPConfig, log_history: list[dict[str, Any]], is_adapt
 
 
 def write_card(
-    folder: str | Path, model_id: str, base_model: str, section: str, is_reward: bool, token: str | None = None
+    folder: str | Path,
+    model_id: str,
+    base_model: str,
+    section: str,
+    is_reward: bool,
+    token: str | None = None,
+    known: dict[str, Any] | None = None,
 ) -> None:
     """
     Completes the `README.md` that a trainer left in a folder with [`method_section`] and code that loads the model,
     in place of that under "Quick start". Where the model came from, `base_model`, is not named if it is a folder;
-    `token`, the run's `hub_token`, never is.
+    `token`, the run's `hub_token`, never is. `known` is [`known_of`] the trainer.
     """
     path, code = Path(folder) / "README.md", usage(model_id, is_reward)
     content, replaced = _QUICK_START.subn(lambda found: f"{found[1]}{code}\n", path.read_text(encoding="utf-8"))
     path.write_text(content, encoding="utf-8")
     named = base_model if base_model and not Path(base_model).is_dir() else None
     section = section if replaced else f"{section}\n\n{code}"
-    write_method_card(folder, model_id=model_id, base_model=named, method_section=section, token=token)
+    write_method_card(folder, model_id=model_id, base_model=named, method_section=section, token=token, known=known)
 
 
 def gathered_asymmetry(head: EPHead) -> dict[str, float]:

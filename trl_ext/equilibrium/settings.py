@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, Literal
 
-from ..core.checks import Range, check_number, check_value, shown
+from ..core.checks import Range, check_value, shown
 from .input_norm import InputNormName
 
 
@@ -147,10 +147,8 @@ def check_head(owner: Any, prefix: str = "") -> None:
 def check_spectral_cap(owner: Any, name: str) -> None:
     """Refuses a field that is no bound on singular values."""
     if getattr(owner, name) != AUTO:
-        check_number(
-            owner, name, above=0, optional=True,
-            remedy="'auto' is the largest with which relaxation always converges, None no bound.",
-        )  # fmt: skip
+        remedy = "'auto' is the largest with which relaxation always converges, None no bound."
+        check_value(name, getattr(owner, name), float | None, Range(above=0, remedy=remedy))
 
 
 def read_spectral_cap(value: Any) -> Any:

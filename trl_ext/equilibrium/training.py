@@ -19,6 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.checks import Range, check_fields
 from ..core.dataset_rows import checked_stream
+from ..core.model_card import known_of
 from ..core.parameter_groups import move_to_own_groups
 from ..core.run_arguments import RunArguments
 from ..core.safe_text import WithoutToken, shown_folder
@@ -165,8 +166,15 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
             model, model_id = equilibrium_model(self.model), self.hub_model_id or shown_folder(self.args.output_dir)
             section = method_section(model.config, self.state.log_history, is_peft_model(self.model))
             is_reward = isinstance(self, RewardTrainer)
+            base_model = model.config.name_or_path
             write_card(
-                self.args.output_dir, model_id, model.config.name_or_path, section, is_reward, self.args.hub_token
+                self.args.output_dir,
+                model_id,
+                base_model,
+                section,
+                is_reward,
+                self.args.hub_token,
+                known_of(self, base_model),
             )
 
 

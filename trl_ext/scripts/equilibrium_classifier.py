@@ -210,7 +210,14 @@ def main(
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPTrainer
     from .recipe.equilibrium_arguments import check_head_arguments, load_model
-    from .recipe.loading import last_checkpoint, load_datasets, require_model_and_data, resolve_model, split_of
+    from .recipe.loading import (
+        last_checkpoint,
+        load_datasets,
+        require_model_and_data,
+        resolve_model,
+        saved_text,
+        split_of,
+    )
     from .recipe.tokenizer import load_tokenizer
 
     require_model_and_data(model_args, script_args, dataset_args)
@@ -252,7 +259,7 @@ def main(
     trainer.create_model_card(dataset=script_args.dataset_name)
     if evaluate:
         _print_confusion(trainer, eval_dataset)
-    trainer.accelerator.print(f"Classifier saved to {training_args.output_dir}.")
+    trainer.accelerator.print(saved_text("Classifier", training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
     trainer.end()
@@ -275,9 +282,11 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..equilibrium.training import EPTrainingArguments
+    from ..optim import register
     from .recipe.equilibrium_arguments import EPHeadArguments
     from .recipe.strict_parser import StrictParser
 
+    register()  # before the parser lists the choices of `optim`
     return StrictParser(
         (ScriptArguments, EPTrainingArguments, ModelConfig, DatasetMixtureConfig, EPHeadArguments,
          EPClassifierScriptArguments),

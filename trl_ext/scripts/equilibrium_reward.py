@@ -60,9 +60,11 @@ def make_parser(prog: str | None = None) -> "StrictParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from ..equilibrium.training import EPRewardConfig
+    from ..optim import register
     from .recipe.equilibrium_arguments import EPHeadArguments
     from .recipe.strict_parser import StrictParser
 
+    register()  # before the parser lists the choices of `optim`
     return StrictParser(
         (ScriptArguments, EPRewardConfig, ModelConfig, DatasetMixtureConfig, EPHeadArguments), prog=prog
     )

@@ -39,3 +39,20 @@ def router_loss(
             "`output_router_logits=False` in the model's config."
         )
     return balance(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+
+
+def check_router_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    """
+    Computes the load-balancing loss of a few tokens, before training asks for it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        inputs (`dict[str, torch.Tensor]`):
+            `input_ids` and `attention_mask`, each `(2B, T)`.
+
+    Raises:
+        NotImplementedError: If the family's loss is one that SparsePO does not compute.
+    """
+    output = model.base_model(**inputs, use_cache=False, output_router_logits=True)
+    router_loss(model, getattr(output, "router_logits", None) or (), inputs["attention_mask"])

@@ -59,6 +59,7 @@ from .reference_pass import (
     reference_head,
 )
 from .report import CITATION, method_section
+from .router_loss import check_router_loss
 from .shared_prompts import check_shared_prompts, probe_pairs
 from .sparse_po_config import SparsePOConfig
 
@@ -246,6 +247,10 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
                 inputs = probe_pairs(model, vocabulary_size(model))
                 with evaluating(model):
                     check_shared_prompts(model, partial(self._last_states, inputs, model if not owned else None))
+        if self.aux_loss_enabled and not sharded:
+            inputs = probe_inputs(self.policy)
+            with evaluating(self.policy):
+                check_router_loss(self.policy, {name: inputs[name] for name in ("input_ids", "attention_mask")})
         # A mask that reads the policy waits for the engine that will have its parameters
         if self.args.mask_type in REFERENCE_ONLY or not (sharded or self.args.mask_type == "given"):
             with evaluating(self.model, self._reference):

@@ -15,7 +15,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -206,7 +206,7 @@ def train(
         logits = model(*(tensor[rows] for tensor in split.inputs))
         loss = loss_of(logits, labels[rows] if len(labels) else labels)
         if coefficient:
-            loss = loss + coefficient * head.homeostasis_loss()
+            loss = loss + coefficient * cast(Any, head).homeostasis_loss()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,6 +6,7 @@ and the groups' options. It is kept on the device and copied there only where a 
 import functools
 import importlib.util
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -82,7 +83,9 @@ def _allows(group: dict[str, Any], device: torch.device) -> bool:
     others = ("eps", "weight_decay", "delta", "wd_ratio", "momentum", "dampening")
     return (
         group["fused"] is not False
-        and not (group["foreach"] or group["differentiable"] or group["stochastic_rounding"])
+        and not (group["foreach"] or group["differentiable"])
+        # The random numbers are those of a step's number, which SGDP's state lacks
+        and not (group["stochastic_rounding"] and "betas" not in group)
         and not any(isinstance(group.get(name), torch.Tensor) for name in others)
         and not any(isinstance(beta, torch.Tensor) for beta in group.get("betas", ()))
     )
@@ -186,6 +189,12 @@ def _item_row(local: LocalTensor, item: Item, pieces: Cut) -> np.ndarray:
     return row
 
 
+def _seed(local: LocalTensor, item: Item) -> int:
+    """Tells an item's random numbers from others', and is the same on each replica and after resuming."""
+    first = local.shards[0].index if local.shards else -1
+    return zlib.crc32(repr((local.group[GROUP_KEY], first, item.start)).encode())
+
+
 def _lr_pointer(group: dict[str, Any]) -> int:
     """Where a learning rate on the device lies; 0 for one that the host knows."""
     lr = group["lr"]
@@ -205,7 +214,7 @@ def options_row(group: dict[str, Any]) -> list[float]:
     projects_momentum = group.get("project_momentum", False) and not group["nesterov"]
     return [
         lr, decay, group["wd_ratio"], first, *rest, group["eps"], group["delta"], -1.0 if group["maximize"] else 1.0,
-        float(group["nesterov"]), *logs, float(projects_momentum), 0.0, 0.0,
+        float(group["nesterov"]), *logs, float(projects_momentum), float(group["stochastic_rounding"]), 0.0,
     ]  # fmt: skip
 
 
@@ -297,6 +306,7 @@ class Plan:
             row = _item_row(tensors[place], item, pieces)
             row[[6, 8, 15]] = places[id(tensors[place].group)], num_chunks, num_rows
             row[21] = number == 0 or items[number - 1][0] != place
+            row[23] = _seed(tensors[place], item)
             rows.append(row)
             chunks.append(np.insert(pieces.chunks, 0, number, axis=1))
             first = num_chunks
@@ -500,7 +510,9 @@ class Plan:
 
         names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
         found = dict(zip("WGM", (names[dtype] for dtype in dtypes), strict=True))
-        found |= {"ADAM": self.is_adam, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+        # Random rounding takes a third more registers, so it is compiled in only where a group has it
+        rounds = any(group["stochastic_rounding"] for group in self.groups)
+        found |= {"ADAM": self.is_adam, "ROUNDS": rounds, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
         return {**found, "maxnreg": MAX_REGISTERS} if MAX_REGISTERS and self.device.type == "cuda" else found
 
 

@@ -18,7 +18,7 @@ STEP, LR, GROUP, LEVEL = (tl.constexpr(column) for column in range(4, 8))
 FIRST_CHUNK, NUM_CHUNKS, NUM_HEAD, NUM_TAIL = (tl.constexpr(column) for column in range(8, 12))
 NUM_PARTS, ROW_SIZE, NUM_ROWS, ROW_VALUES = (tl.constexpr(column) for column in range(12, 16))
 SUMS, NUM_CUT, HEAD_CUT, TAIL_CUT = (tl.constexpr(column) for column in range(16, 20))
-NUMEL, COUNTS, WIDTH = (tl.constexpr(column) for column in range(20, 23))
+NUMEL, COUNTS, WIDTH, SEED = (tl.constexpr(column) for column in range(20, 24))
 NUM_COLUMNS = tl.constexpr(24)
 # Of the group_options of a group
 NUM_OPTIONS = tl.constexpr(16)
@@ -49,16 +49,31 @@ def _options(item, group_options, num_ahead, ADAM: tl.constexpr):
     beta1, rest1, beta2, rest2 = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     eps, sign, nesterov = tl.load(row + 7), tl.load(row + 9), tl.load(row + 10) != 0
     inverse1, inverse_root2 = tl.full((), 1.0, tl.float32), tl.full((), 1.0, tl.float32)
+    rounds, seed = tl.load(row + 14) != 0, tl.load(item + SEED)
     if ADAM:
         count = tl.load(tl.load(item + STEP).to(tl.pointer_type(tl.float32))) + num_ahead
         inverse1 = 1 / _minus_expm1(count * tl.load(row + 11))
         inverse_root2 = 1 / tl.sqrt(_minus_expm1(count * tl.load(row + 12)))
-    return lr, decay, ratio, beta1, rest1, beta2, rest2, eps, sign, nesterov, inverse1, inverse_root2
+        # New at each step; a count in float32 is exact where two of them differ
+        seed += count.to(tl.int64) << 32
+    return lr, decay, ratio, beta1, rest1, beta2, rest2, eps, sign, nesterov, inverse1, inverse_root2, rounds, seed
+
+
+@triton.jit
+def _store_weight(to, value, place, mask, settings, W: tl.constexpr, ROUNDS: tl.constexpr):
+    """Stores a tile, rounded to the nearest or at random; `place` in the item numbers the random numbers."""
+    if ROUNDS and W == tl.bfloat16:  # noqa: SIM102, SIM300
+        if settings[12]:
+            # bfloat16 is the upper half of float32: a number added to the lower half carries over with the right odds
+            bits = value.to(tl.uint32, bitcast=True) + (tl.randint(settings[13], place.to(tl.uint32)) & 0xFFFF)
+            rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+            value = tl.where(tl.abs(value) < float("inf"), rounded, value)
+    tl.store(to, value.to(W), mask=mask)
 
 
 @triton.jit
 def _update(g, first, second, settings, ADAM: tl.constexpr):
-    _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2 = settings
+    _, _, _, beta1, rest1, _, _, eps, _, nesterov, inverse1, inverse_root2, _, _ = settings
     if ADAM:
         momentum = tl.where(nesterov, beta1 * first + rest1 * g, first)
         found = momentum * inverse1 / (tl.sqrt(second) * inverse_root2 + eps)
@@ -68,10 +83,21 @@ def _update(g, first, second, settings, ADAM: tl.constexpr):
 
 
 @triton.jit
-def _advance(at, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr):
+def _advance(
+    at,
+    start,
+    place,
+    valid,
+    moves,
+    settings,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    ADAM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
     """Updates the moments of a tile, and weights where it `moves`. Returns old weight, gradient and update."""
     weight, grad, exp_avg, exp_avg_sq = at
-    lr, decay, _, beta1, rest1, beta2, rest2, _, sign, _, _, _ = settings
+    lr, decay, _, beta1, rest1, beta2, rest2, _, sign, _, _, _, _, _ = settings
     w = tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
     g = sign * tl.load(grad + place, mask=valid, other=0.0).to(tl.float32)
     first = tl.load(exp_avg + place, mask=valid, other=0.0).to(tl.float32)
@@ -86,7 +112,7 @@ def _advance(at, place, valid, moves, settings, W: tl.constexpr, M: tl.constexpr
         tl.store(exp_avg_sq + place, second, mask=valid)
         second = second.to(tl.float32)
     u = tl.where(valid, _update(g, first, second, settings, ADAM), 0.0)
-    tl.store(weight + place, (w - (decay * w + lr * u)).to(W), mask=moves)
+    _store_weight(weight + place, w - (decay * w + lr * u), start + place, moves, settings, W, ROUNDS)
     return w, g, u
 
 
@@ -132,7 +158,7 @@ def _moved(at, start, ALIGNED: tl.constexpr):
 @triton.jit
 def _measure_rows(
     at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W: tl.constexpr, M: tl.constexpr,
-    ADAM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows one after the other, or a part of one. Returns four dot products and how many whole rows fail."""
     at, eps = _moved(at, start, ALIGNED), settings[7]
@@ -146,7 +172,7 @@ def _measure_rows(
         for column in range(0, row_size, BLOCK):
             columns = column + tl.arange(0, BLOCK)
             place = row * row_size + columns
-            w, g, u = _advance(at, place, columns < row_size, columns < limit, settings, W, M, ADAM)
+            w, g, u = _advance(at, start, place, columns < row_size, columns < limit, settings, W, M, ADAM, ROUNDS)
             gw += g * w
             gg += g * g
             ww += w * w
@@ -166,7 +192,7 @@ def _measure_rows(
 @triton.jit
 def _measure_narrow_rows(
     at, start, num_rows, row_size, out, at_once, settings, delta, W: tl.constexpr, M: tl.constexpr,
-    ADAM: tl.constexpr, BLOCK: tl.constexpr, WIDTH_OF_ROW: tl.constexpr,
+    ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, WIDTH_OF_ROW: tl.constexpr,
 ):  # fmt: skip
     """As [`_measure_rows`], with whole rows of at most `WIDTH_OF_ROW` elements side by side."""
     at, eps = _moved(at, start, False), settings[7]
@@ -180,7 +206,7 @@ def _measure_narrow_rows(
         rows = first_row + tl.arange(0, HEIGHT)
         is_row = rows < num_rows
         valid, moves = is_row[:, None] & (columns < row_size), is_row[:, None] & (columns < limit)
-        w, g, u = _advance(at, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM)
+        w, g, u = _advance(at, start, rows[:, None] * row_size + columns, valid, moves, settings, W, M, ADAM, ROUNDS)
         gw, gg = tl.sum(g * w, axis=1), tl.sum(g * g, axis=1)
         ww, uw = tl.sum(w * w, axis=1), tl.sum(u * w, axis=1)
         total_gw += gw
@@ -207,16 +233,16 @@ def _store_sums(out, found):
 
 
 @triton.jit
-def _waits(item, was_projected, decay):
-    """Whether the first kernel leaves a weight for the last one: it can't be had back from a decay by half."""
+def _waits(item, was_projected, decay, rounds):
+    """Whether the first kernel leaves a weight for the last: a decay by half or random rounding can't be undone."""
     level = tl.load(item + LEVEL)
-    return (level > TEST) | ((level == TEST) & ((was_projected != 0) | (decay > 0.5)))
+    return (level > TEST) | ((level == TEST) & ((was_projected != 0) | (decay > 0.5) | rounds))
 
 
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def measure_kernel(
     items, group_options, chunks, was_projected, row_values, sums, is_anything_left, first_chunk, last_chunk,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Moments, dot products, and the step of what is not expected to be projected."""
     if tl.program_id(0) == 0:
@@ -230,7 +256,7 @@ def measure_kernel(
             is_whole, at = (place & 1) != 0, _pointers(item, W, G, M)
             settings = _options(item, group_options, 1, ADAM)
             delta = tl.load(group_options + tl.load(item + GROUP) * NUM_OPTIONS + 8)
-            at_once = _waits(item, tl.load(was_projected + index), settings[1]) == 0
+            at_once = _waits(item, tl.load(was_projected + index), settings[1], settings[12]) == 0
             row_size = tl.where(is_whole, tl.load(item + ROW_SIZE), size).to(tl.int32)
             num_rows = size // row_size
             width = tl.where(is_whole, tl.load(item + WIDTH), 0)
@@ -238,28 +264,29 @@ def measure_kernel(
             if width == 0:
                 if _is_aligned(at, start, row_size, W, G, M):
                     _store_sums(to, _measure_rows(
-                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, BLOCK, True
+                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, ROUNDS,
+                        BLOCK, True,
                     ))  # fmt: skip
                 else:
                     _store_sums(to, _measure_rows(
-                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, BLOCK,
-                        False,
+                        at, start, num_rows, row_size, out, is_whole, at_once, settings, delta, W, M, ADAM, ROUNDS,
+                        BLOCK, False,
                     ))  # fmt: skip
             elif width == 4:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 4
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 4
                 ))  # fmt: skip
             elif width == 16:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 16
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 16
                 ))  # fmt: skip
             elif width == 64:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 64
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 64
                 ))  # fmt: skip
             else:
                 _store_sums(to, _measure_narrow_rows(
-                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, BLOCK, 256
+                    at, start, num_rows, row_size, out, at_once, settings, delta, W, M, ADAM, ROUNDS, BLOCK, 256
                 ))  # fmt: skip
 
 
@@ -355,7 +382,7 @@ def _failing_cut_rows(item, row_values, totals, delta, eps, BLOCK: tl.constexpr)
 
 @triton.jit
 def _decide_item(
-    item, index, found, decay, delta, eps, was_projected, modes, layer_values, row_values, totals, counts,
+    item, index, found, decay, rounds, delta, eps, was_projected, modes, layer_values, row_values, totals, counts,
     is_anything_left, BLOCK: tl.constexpr,
 ):  # fmt: skip
     gw, gg, ww, uw, failing = found
@@ -365,7 +392,7 @@ def _decide_item(
     passing = _passes(gw, gg, ww, tl.load(item + NUMEL), delta, eps)
     is_layer = (level == LAYER) | ((level == TEST) & (failing != 0) & passing)
     mode = tl.where(is_channel, AT_CHANNEL, tl.where(is_layer, AT_LAYER, 0))
-    waits = _waits(item, tl.load(was_projected + index), decay)
+    waits = _waits(item, tl.load(was_projected + index), decay, rounds)
     tl.store(modes + index, mode + tl.where(waits, WAITS, 0), mask=is_active)
     tl.store(modes + index, 0, mask=is_active == 0)
     tl.store(was_projected + index, (mode != 0).to(tl.int32), mask=is_active)
@@ -396,10 +423,10 @@ def decide_kernel(
         else:
             found = tl.load(to), tl.load(to + 1), tl.load(to + 2), tl.load(to + 3), tl.load(to + 4)
         if DECIDE:
-            decay = _options(item, group_options, 1, False)[1]
+            settings = _options(item, group_options, 1, False)
             _decide_item(
-                item, index, found, decay, delta, eps, was_projected, modes, layer_values, row_values, to, counts,
-                is_anything_left, BLOCK,
+                item, index, found, settings[1], settings[12], delta, eps, was_projected, modes, layer_values,
+                row_values, to, counts, is_anything_left, BLOCK,
             )  # fmt: skip
     if ADAM and DECIDE:
         is_counted = (tl.load(item + GRAD) != 0) & (tl.load(item + COUNTS) != 0)
@@ -410,10 +437,10 @@ def decide_kernel(
 @triton.jit
 def _apply_chunk(
     at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W: tl.constexpr,
-    M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     weight, grad, exp_avg, exp_avg_sq = _moved(at, start, ALIGNED)
-    lr, decay, ratio, _, _, _, _, _, sign, nesterov, _, _ = settings
+    lr, decay, ratio, _, _, _, _, _, sign, nesterov, _, _, _, _ = settings
     if ALIGNED:
         size = size // 8 * 8
     is_channel, is_layer = (mode & AT_CHANNEL) != 0, (mode & AT_LAYER) != 0
@@ -436,7 +463,9 @@ def _apply_chunk(
         w = tl.where((mode & WAITS) != 0, w, before)
         radial = tl.load(values + place // row_size, mask=place < value_end, other=0.0)
         radial = tl.where(is_layer, layer_value, radial)
-        tl.store(weight + place, (w - (less * w + lr * (u - radial * w))).to(W), mask=valid)
+        _store_weight(
+            weight + place, w - (less * w + lr * (u - radial * w)), start + place, valid, settings, W, ROUNDS
+        )
         if not ADAM:
             tl.store(exp_avg + place, (first - radial * w).to(M), mask=place < momentum_end)
 
@@ -444,7 +473,7 @@ def _apply_chunk(
 @triton.jit(do_not_specialize=["first_chunk", "last_chunk"])
 def apply_kernel(
     items, group_options, chunks, modes, layer_values, row_values, is_anything_left, first_chunk, last_chunk,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ADAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decay and update of the items that the decision left something to do for."""
     if tl.load(is_anything_left) != 0:
@@ -464,10 +493,10 @@ def apply_kernel(
                 if _is_aligned(at, start, size, W, G, M):
                     _apply_chunk(
                         at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W, M, ADAM,
-                        BLOCK, True,
+                        ROUNDS, BLOCK, True,
                     )  # fmt: skip
                 else:
                     _apply_chunk(
                         at, start, size, row_size, mode, values, layer_value, settings, projects_momentum, W, M, ADAM,
-                        BLOCK, False,
+                        ROUNDS, BLOCK, False,
                     )  # fmt: skip

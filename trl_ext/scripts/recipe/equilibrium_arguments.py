@@ -1,6 +1,6 @@
 """Arguments that the scripts of the equilibrium-propagation head share, and the model they describe."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...core.checks import Range, check_fields
@@ -14,6 +14,7 @@ from ...equilibrium.settings import (
     read_spectral_cap,
 )
 from .reading import RecipeError
+from .stand_ins import prefixed
 from .tokenizer import TOKENIZER_RANGES, TokenizerArguments
 
 
@@ -21,16 +22,8 @@ PREFIX = "head_"
 _SCRIPT_RANGES = {"show_alignment": Range(at_least=0), **TOKENIZER_RANGES}
 
 
-def _argument(item: Any) -> tuple[str, Any, Any]:
-    """Name, type and field of the argument for a field of [`HeadSettings`]."""
-    if item.name == "hidden_features":  # the parser reads lists
-        return PREFIX + item.name, list[int], field(default_factory=lambda: list(item.default), metadata=item.metadata)
-    return PREFIX + item.name, item.type, field(default=item.default, metadata=item.metadata)
-
-
-_PrefixedHeadSettings: Any = make_dataclass(
-    "_PrefixedHeadSettings", [_argument(item) for item in fields(HeadSettings)]
-)
+# The parser reads lists
+_PrefixedHeadSettings: Any = prefixed(HeadSettings, PREFIX, ("hidden_features",))
 
 
 @dataclass

@@ -7,24 +7,20 @@ import torch
 from accelerate.logging import get_logger
 
 from ...core.checkpoint import checkpoints
+from .required import require_model_and_data as require_model_and_data
 from .strict_parser import RecipeError
 
 
 logger = get_logger(__name__)
 PLAYGROUND = "playground"
-
-
-def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
-    """
-    Refuses arguments that name no model or no data, before either is loaded.
-
-    Raises:
-        RecipeError: If one is missing.
-    """
-    if not model_args.model_name_or_path:
-        raise RecipeError("`model_name_or_path` is missing. Name a model or a folder, or `playground`.")
-    if not dataset_args.datasets and not script_args.dataset_name:
-        raise RecipeError("No data: set `dataset_name`, or `datasets` with a `path` for each.")
+# What trainers and their callbacks leave in the output folder
+_LEFT_BEHIND = {
+    "model card": "README.md",
+    "dashboard": "dashboard.png",
+    "gradients": "alignment.png",
+    "token masks": "token_masks",
+    "log": "trainer_state.json",
+}
 
 
 def resolve_model(name: str) -> str:
@@ -119,10 +115,17 @@ def last_checkpoint(training_args: Any) -> str | bool | None:
 def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, dataset_name: str | None) -> None:
     """Trains from a checkpoint or anew, saves `what`, says where, and pushes it where the arguments ask for that."""
     args = trainer.args
+    trainer.dataset_names = [dataset_name]  # for the card
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()  # keeps the log where no checkpoint does
-    trainer.accelerator.print(f"{what} saved to {args.output_dir}.")
+    trainer.accelerator.print(saved_text(what, args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     trainer.end()
+
+
+def saved_text(what: str, folder: str | Path) -> str:
+    """Where a run has left its model, and what else lies there to be looked at."""
+    found = [(name, Path(folder) / file) for name, file in _LEFT_BEHIND.items() if (Path(folder) / file).exists()]
+    return "\n".join([f"{what} saved to {folder}.", *(f"  {name:<12} {path}" for name, path in found)])

@@ -1,6 +1,9 @@
 """The recipes that come with the package: `recipes/` of a clone, which the wheel carries as `trl_ext/recipes/`."""
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -36,9 +39,54 @@ def find_packaged(name: str | Path) -> Path | None:
     return next((path for path in found if path.is_file() and path.is_relative_to(folder)), None)
 
 
-def title_of(path: Path) -> str:
-    """The first line of a recipe, which says what it is."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].removeprefix("#").strip()
+class Header(NamedTuple):
+    """
+    What the comment at the head of a recipe says.
+
+    Args:
+        title (`str`):
+            What it is for, its first line.
+        command (`str`):
+            Command that runs it, such as `trl-ext sparse-po`; empty where none stands there.
+        hardware (`str`):
+            What it needs; empty where nothing stands there.
+    """
+
+    title: str
+    command: str
+    hardware: str
+
+
+def header_of(path: Path) -> Header:
+    """The header of a recipe's file."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    command = re.search(r"^# Run: +(trl-ext \S+|python -m)", text, re.MULTILINE)
+    # To its end, or to what it says further
+    hardware = re.search(r"^# Hardware: +(.+?)(?=;|\. |\n)", text, re.MULTILINE)
+    return Header(
+        title=text.split("\n", 1)[0].removeprefix("#").strip(),
+        command=command[1] if command else "",
+        hardware=hardware[1] if hardware else "",
+    )
+
+
+def read_packaged(name: str) -> str:
+    """
+    The text of a packaged recipe.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    return _packaged(name).read_text(encoding="utf-8")
+
+
+def _packaged(name: str) -> Path:
+    path = find_packaged(name)
+    if path is None:
+        close = get_close_matches(name, packaged_recipes(), n=1, cutoff=0.5)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        raise ValueError(f"{name} is not a recipe of the package.{hint} `trl-ext recipes` lists them.")
+    return path
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
@@ -58,9 +106,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         ValueError: If there is no such recipe.
         FileExistsError: If a file is there already.
     """
-    source = find_packaged(name)
-    if source is None:
-        raise ValueError(f"{name} is not a recipe of the package; `trl-ext recipes` lists them.")
+    source = _packaged(name)
     text, method = source.read_text(), source.parent.name
     beside = [path for path in sorted(source.parent.glob("*.json")) if f"recipes/{method}/{path.name}" in text]
     copies = {path: folder / path.name for path in (source, *beside)}

@@ -5,19 +5,17 @@ import difflib
 import functools
 import os
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from datetime import date
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from ...core.checks import described, fits, shown
-from ...core.files import is_lack_of_space
 from ...core.status import RunError
 from ...launcher import end_with_parent
 from .environment import PRECISION, checked_environment, environment_kept_on_success, stated_precision
@@ -26,9 +24,14 @@ from .overrides import apply_overrides, take_option
 from .reading import Lines, RecipeError, read_recipe
 
 
-__all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly"]
+__all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly", "take_flag"]
+_COMMAND_LINE = "the command line"
 # Unknown names that one error lists
 _LISTED = 20
+# Words that the parser takes for true and false, on the command line too
+_BOOLEANS = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}  # fmt: skip
 # Lists that TRL's configurations take one text for
 _ONE_IS_A_LIST = ("loss_type", "lora_target_modules")
 
@@ -100,10 +103,11 @@ class StrictParser(TrlParser):
     def _check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
         remaining = list(args)
         path = take_option(remaining, "--config")
-        trusted = _take_flag(remaining, "--trust_recipe_code")
+        trusted = take_flag(remaining, "--trust_recipe_code")
         recipe, lines = ({}, {}) if path is None else read_recipe(path)
         check_trust(recipe, lines, path, trusted)
-        path = path or "(command line)"
+        path = path or f"({_COMMAND_LINE[4:]})"
+        stated = deepcopy(recipe)
         apply_overrides(recipe, remaining, self._field_types())
         environment = checked_environment(recipe.pop("env", None), path, lines)
         self._refuse_unknown(recipe, path, lines, remaining, other_options)
@@ -114,10 +118,20 @@ class StrictParser(TrlParser):
         # What this run is about to import, for the command to say
         self.named_code = named_code(vars(parsed))
         self.parsed = parsed
+        self.given = self._given(recipe, stated, path, remaining)
         precision = stated_precision(self._stated(checked, remaining, parsed))
         if precision is not None and os.environ.get(PRECISION, precision) != precision:
             environment[PRECISION] = precision
         return remaining, environment
+
+    def _given(self, recipe: dict[str, Any], stated: dict[str, Any], path: str, args: list[str]) -> dict[str, str]:
+        """Where each setting that is not default was given: the recipe's file, or the command line."""
+        given = {
+            key: path if key in stated and stated[key] == value else _COMMAND_LINE for key, value in recipe.items()
+        }
+        words = {argument.split("=", 1)[0] for argument in args}
+        given |= {action.dest: _COMMAND_LINE for action in self._actions if words & set(action.option_strings)}
+        return given
 
     @staticmethod
     def _stated(recipe: dict[str, Any], args: list[str], parsed: Any) -> dict[str, Any]:
@@ -149,7 +163,7 @@ class StrictParser(TrlParser):
                 ]
         options = set(self._option_string_actions)
         suggested = {option[2:] for option in options if option[:2] == "--"} | set(other_options) | {"config"}
-        suggested.add("trust_recipe_code")
+        suggested |= {"trust_recipe_code", "print_config", "dry_run"}
         for argument in args:
             option = argument.split("=")[0]
             if option.startswith("--") and option not in options:
@@ -168,11 +182,11 @@ class StrictParser(TrlParser):
             return None
         stated = "..." if key == "hub_token" else shown(value)
         where = f"`{key}: {stated}` in the recipe {path}{_line(lines, key)}"
-        if key in _ONE_IS_A_LIST and isinstance(value, str):
+        if key in _ONE_IS_A_LIST and isinstance(value, str) and _is_list(hint):
             value = [value]
         try:
             value = convert(value, hint)
-        except (ArgumentTypeError, TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             remedy = f" Write `{key}: [{value}]`." if isinstance(value, str) and _is_list(hint) else ""
             raise RecipeError(f"{where} must be of type {_type_name(hint)}: {described(hint)}.{remedy}") from None
         if action.choices is not None and value is not None and value not in action.choices:
@@ -219,7 +233,7 @@ def convert(value: Any, hint: Any) -> Any:
         `Any`
 
     Raises:
-        ValueError or TypeError or ArgumentTypeError: If the field cannot take the value.
+        ValueError or TypeError or KeyError: If the field cannot take the value.
     """
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [member for member in members if member is not NoneType]
@@ -246,7 +260,7 @@ def convert(value: Any, hint: Any) -> Any:
     if kind is str:
         return str(value)
     if kind is bool:
-        return string_to_bool(str(value))
+        return _BOOLEANS[str(value).lower()]
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
         raise TypeError("another type of number")
     return value if kind is float and isinstance(value, int) else kind(value)
@@ -286,8 +300,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return read_recipe(path)[0]
 
 
-def _take_flag(args: list[str], name: str) -> bool:
-    """Takes a flag, alone or with `true` or `false`, out of a list of arguments."""
+def take_flag(args: list[str], name: str) -> bool:
+    """Takes a flag, alone or with `true` or `false`, out of a list of arguments; whether it is set."""
     found = False
     for position in reversed([index for index, argument in enumerate(args) if argument.split("=", 1)[0] == name]):
         argument = args.pop(position)
@@ -343,6 +357,8 @@ def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
     except (RecipeError, RunError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     except Exception as error:
+        from ...core.files import is_lack_of_space  # which imports torch
+
         if not is_lack_of_space(error):
             raise
         raise SystemExit(
