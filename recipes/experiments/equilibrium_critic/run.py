@@ -2,8 +2,9 @@
 Critics of constrained PPO on the playground: linear heads, a perceptron, and equilibrium-propagation heads, on the
 policy's hidden states.
 
-Every critic is tried at every rate and seed; value loss, explained variance and the exact gold metric are reported at
-each critic's best rate. Finished runs are kept in `runs.jsonl`, so an interrupted experiment goes on where it stopped.
+Every critic is tried at every rate with the first seed, and runs with the other seeds at the rate of the highest
+explained variance; value loss, explained variance, reward and the exact gold metric are reported. Finished runs are
+kept in `runs.jsonl`, so an interrupted experiment goes on where it stopped.
 
 python -m recipes.experiments.equilibrium_critic.run --config recipes/experiments/equilibrium_critic/config.yaml
 """
@@ -104,56 +105,95 @@ def run(config: ConstrainedPPOConfig, args: CriticArguments, setting: dict[str, 
     )  # fmt: skip
     trainer.train()
     gold = trainer.evaluate()["eval_gold"]
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    half = logs[len(logs) // 2 :]
-
-    def late(name: str) -> float:
-        return float(np.mean([float(entry[name]) for entry in half if name in entry]))  # a rollout's, not every step's
-
+    names = {
+        "loss": "critic/count_positive_words/loss",
+        "explained_variance": "critic/count_positive_words/explained_variance",
+        "reward": "rewards/count_positive_words/mean",  # a rollout's: not in the log of every step
+    }
+    history = [
+        {"step": entry["step"], **{short: float(entry[name]) for short, name in names.items()}}
+        for entry in trainer.state.log_history
+        if all(name in entry for name in names.values())
+    ]
+    late = {short: float(np.mean([point[short] for point in history[len(history) // 2 :]])) for short in names}
     return {
         **setting,
         "gold": float(gold),
-        "value_loss": late("critic/count_positive_words/loss"),
-        "explained_variance": late("critic/count_positive_words/explained_variance"),
-        "reward": late("rewards/count_positive_words/mean"),
+        "value_loss": late["loss"],
+        "explained_variance": late["explained_variance"],
+        "reward": late["reward"],
         "seconds": time.process_time() - start,
+        "history": history,
     }
 
 
-def at_best_rate(rows: list[dict[str, Any]], critic: str) -> list[dict[str, Any]]:
-    """Runs of a critic, one a seed, at the rate of the highest mean explained variance."""
-    own = [row for row in rows if row["critic"] == critic]
-    rates = sorted({row["rate"] for row in own})
-    means = [np.mean([row["explained_variance"] for row in own if row["rate"] == rate]) for rate in rates]
-    chosen = [row for row in own if row["rate"] == rates[int(np.argmax(means))]] if own else []
-    return sorted(chosen, key=lambda row: row["seed"])
+def best_rate(rows: list[dict[str, Any]], critic: str, seed: int) -> float:
+    """The rate at which the critic explained most of the returns' variance in the run of that seed."""
+    own = [row for row in rows if row["critic"] == critic and row["seed"] == seed]
+    return float(max(own, key=lambda row: row["explained_variance"])["rate"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Each critic at its best rate, as Markdown: means, and every seed."""
+def table(rows: list[dict[str, Any]], critics: list[str], tuning_seed: int) -> str:
+    """Each critic at its best rate, as Markdown: mean and standard deviation over the seeds, and every seed."""
     lines = []
-    for critic in CRITICS:
-        own = at_best_rate(rows, critic)
-        if own:
-            cells = [
-                f"{np.mean([row[name] for row in own]):.3f} ({', '.join(f'{row[name]:.3f}' for row in own)})"
-                for name in ("value_loss", "explained_variance", "reward", "gold")
-            ]
-            lines.append([critic, f"{own[0]['rate']:g}", *cells, f"{np.mean([row['seconds'] for row in own]):.0f}"])
+    for critic in critics:
+        rate = best_rate(rows, critic, tuning_seed)
+        own = sorted(
+            (row for row in rows if (row["critic"], row["rate"]) == (critic, rate)), key=lambda row: row["seed"]
+        )
+        cells = []
+        for name in ("value_loss", "explained_variance", "reward", "gold"):
+            values = [row[name] for row in own]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread} ({', '.join(f'{value:.3f}' for value in values)})")
+        lines.append([critic, f"{rate:g}", *cells, f"{np.mean([row['seconds'] for row in own]):.0f}"])
     columns = ["critic", "rate", "value loss", "explained variance", "reward (threshold 3)", "gold", "s"]
     return markdown_table(columns, lines)
 
 
 def main(config: ConstrainedPPOConfig, args: CriticArguments) -> None:
-    """Runs what is missing of the experiment and writes `results.md`."""
+    """Runs what is missing of the experiment, the first seed at all rates, and writes `results.md` and the picture."""
     torch.set_num_threads(1)
     finished = FinishedRuns(config.output_dir)
-    for seed, critic, rate in itertools.product(args.seeds, args.critics, args.rates):
-        setting = {"critic": critic, "rate": rate, "seed": seed}
-        if not finished.has(**setting):
-            finished.add(run(config, args, setting))
-            console.print(finished.rows[-1])
-    (Path(config.output_dir) / "results.md").write_text(table(finished.rows) + "\n")
+    for seed, critic in itertools.product(args.seeds, args.critics):
+        first = seed == args.seeds[0]
+        rates = args.rates if first else [best_rate(finished.rows, critic, args.seeds[0])]
+        for rate in rates:
+            setting = {"critic": critic, "rate": rate, "seed": seed}
+            if not finished.has(**setting):
+                finished.add(run(config, args, setting))
+                console.print({name: value for name, value in finished.rows[-1].items() if name != "history"})
+    output_dir = Path(config.output_dir)
+    (output_dir / "results.md").write_text(table(finished.rows, args.critics, args.seeds[0]) + "\n")
+    draw(finished.rows, args.critics, args.seeds[0], output_dir / "results.png")
+
+
+def draw(rows: list[dict[str, Any]], critics: list[str], tuning_seed: int, path: Path) -> None:
+    """Explained variance and value loss against updates, mean of the seeds and their range."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    panels = {
+        "explained_variance": "explained variance",
+        "loss": "value loss",
+        "reward": "positive words in a response",
+    }
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        for critic in critics:
+            rate = best_rate(rows, critic, tuning_seed)
+            own = [row["history"] for row in rows if (row["critic"], row["rate"]) == (critic, rate)]
+            steps = [point["step"] for point in own[0]]
+            values = np.array([[point[name] for point in history] for history in own])
+            (line,) = axis.plot(steps, values.mean(0), label=critic)
+            axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(xlabel="update", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def make_parser() -> StrictParser:
