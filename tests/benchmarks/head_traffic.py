@@ -1,7 +1,7 @@
 """
-Bytes that the paired head's tiles move for each token and vocabulary entry, counted while it runs in Triton's interpreter:
-what the kernels load and store, and what torch's operations read and write. The two products that end the backward pass
-read the gradient as often as their own tiles ask for, and are counted apart, once each.
+Bytes that the paired head's tiles move for each token and vocabulary entry, counted while it runs in Triton's
+interpreter: what the kernels load and store, and what torch's operations read and write. The two products that end the
+backward pass read the gradient as often as their own tiles ask for, and are counted apart, once each.
 
 python -m tests.benchmarks.head_traffic
 """
@@ -17,11 +17,11 @@ from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder  # noqa: E402
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from trl_ext.sparse_po.lm_head import paired_log_probs as head  # noqa: E402
+from trl_ext.sparse_po.lm_head import paired_log_probs as head
 
 
 NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE = 3, 8, 4096

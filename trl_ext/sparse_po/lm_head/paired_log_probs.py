@@ -8,7 +8,7 @@ For a token with the models' logits `z` and `z_ref` over the vocabulary, label `
 The logits exist only as tiles of a few tokens by a few vocabulary entries, in the forward and, recomputed, in the
 backward pass, which leaves out the tokens that no gradient reaches: those whose weights are zero. [`_PairedLogProbs`]
 is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes. On a GPU with Triton a tile has the
-dtype of the projection, as in TRL's own heads, and is read by one kernel in each pass; elsewhere it is float32 or wider.
+dtype of the projection, as in TRL's own heads, and one kernel reads it in each pass; elsewhere it is float32 or wider.
 """
 
 from collections.abc import Iterator
@@ -110,7 +110,7 @@ def paired_log_probs(
 
     Everything is accumulated in float32 (float64 for float64 inputs); under autocast the projections run on inputs
     rounded to the autocast dtype. On a GPU with Triton a projection is rounded to the dtype of its inputs once, before
-    bias and scale, as in TRL's fused heads: in bfloat16 a logit between 16 and 32 to a multiple of 1/8. Elsewhere it is
+    bias and scale, as in TRL's fused heads: in bfloat16 one between 16 and 32 to a multiple of 1/8. Elsewhere it is
     kept in float32. No tensor of shape `(N, V)` is ever held. Gradient flows to the policy's hidden states, weight and
     bias only.
 
@@ -444,8 +444,8 @@ def _walk(
     policy: _Head, ref: _Head, vocab_size: int, options: _Options, dtype: torch.dtype, num_buffers: int
 ) -> Iterator[tuple[slice, slice, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
     """
-    Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once. Of the buffers, the
-    first two are for the heads' tiles, and a third has `dtype`.
+    Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once. Of the buffers,
+    the first two are for the heads' tiles, and a third has `dtype`.
     """
     num_tokens = policy.hidden.size(0)
     size = min(num_tokens, options.token_tile) * min(vocab_size, options.vocab_tile)

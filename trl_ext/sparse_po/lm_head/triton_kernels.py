@@ -1,9 +1,10 @@
 """Triton kernels of [`paired_log_probs`] for GPUs: one pass over a tile where torch needs several.
 
-A tile holds projections as the matrix product left them, bfloat16 for bfloat16 models; bias, scale, soft-capping and all
-sums are float32, in registers. For each token and vocabulary entry in bfloat16, 8 bytes are moved in the forward pass (two
-products write their tiles, [`fold`] reads both) and 10 in the backward pass ([`logit_gradient_`] also writes one), which
-`python -m tests.benchmarks.head_traffic` counts. `test_triton_kernels_in_the_interpreter` holds the kernels to float64.
+A tile holds projections as the matrix product left them, bfloat16 for bfloat16 models; bias, scale, soft-capping and
+all sums are float32, in registers. For each token and vocabulary entry in bfloat16, 8 bytes are moved in the forward
+pass (two products write their tiles, [`fold`] reads both) and 10 in the backward pass ([`logit_gradient_`] also writes
+one), which `python -m tests.benchmarks.head_traffic` counts. `test_triton_kernels_in_the_interpreter` holds them to
+float64.
 """
 
 from typing import NamedTuple
