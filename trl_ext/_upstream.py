@@ -47,6 +47,7 @@ __all__ = [
     "observe_attention",
     "open_rollout",
     "optimizer_names",
+    "progress_shown_by",
     "reference_built_by",
     "remove_from_auto_classes",
     "remove_optimizer_name",
@@ -185,6 +186,19 @@ def reference_built_by(build: Callable[..., Any], loads_policy: bool) -> Iterato
         yield
     finally:
         grpo_trainer.create_model_from_path = load
+
+
+@contextmanager
+def progress_shown_by(callback: type) -> Iterator[None]:
+    """Gives trainers made until the context ends this callback, in the place of their bar and of their printed log."""
+    from transformers import trainer
+
+    before = trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback
+    trainer.DEFAULT_PROGRESS_CALLBACK = trainer.PrinterCallback = callback
+    try:
+        yield
+    finally:
+        trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback = before
 
 
 def is_partitioned(model: Any) -> bool:
