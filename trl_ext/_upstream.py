@@ -48,6 +48,7 @@ __all__ = [
     "observe_attention",
     "open_rollout",
     "optimizer_names",
+    "progress_shown_by",
     "reference_built_by",
     "remove_from_auto_classes",
     "remove_optimizer_name",
@@ -205,6 +206,19 @@ def completion_columns_named(shown: Callable[[str], str]) -> Iterator[None]:
         yield
     finally:
         grpo_trainer.print_prompt_completions_sample = print_table
+
+
+@contextmanager
+def progress_shown_by(callback: type) -> Iterator[None]:
+    """Gives trainers made until the context ends this callback, in the place of their bar and of their printed log."""
+    from transformers import trainer
+
+    before = trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback
+    trainer.DEFAULT_PROGRESS_CALLBACK = trainer.PrinterCallback = callback
+    try:
+        yield
+    finally:
+        trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback = before
 
 
 def is_partitioned(model: Any) -> bool:

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
+from .core.quiet import quiet_environment
 from .launcher import PATIENCE, accelerate_configs, run_launcher
 
 
@@ -59,6 +60,7 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               `--config NAME` finds it too
 
 With --print_config a training command prints its settings, with --dry_run what it would do, and trains nothing.
+With --verbose it prints all that is logged, and what the libraries below it warn of.
 --accelerate_config takes the path of a file, or one of: {configs}.
 A recipe outside the working folder that names code to import needs --trust_recipe_code."""
 
@@ -197,7 +199,8 @@ def _train(name: str, arguments: list[str]) -> int:
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
-    return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
+    quiet = {} if parser.verbose else quiet_environment(os.environ)
+    return run_launcher(command, {**os.environ, **quiet, **environment}, None if saves else PATIENCE)
 
 
 def _require_parts(parsed: Any, module: str) -> None:

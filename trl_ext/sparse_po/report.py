@@ -72,7 +72,8 @@ def _loading(config: SparsePOConfig, model_id: str) -> str:
 class TokenMaskCallback(TrainerCallback):
     """
     After every evaluation and at the end of training, shows a few pairs with each response token coloured by its
-    weight: a table on the terminal, and `token_masks/step_<n>.html` and `.png` in the output folder.
+    weight: a table on the terminal, and `token_masks/step_<n>.html` and `.png` in the output folder. On
+    a terminal without colours, and in a log file, the table has each weight as a number.
 
     Args:
         trainer ([`SparsePOTrainer`]):
@@ -129,14 +130,15 @@ class TokenMaskCallback(TrainerCallback):
             self._print(texts, heading)
 
     def _print(self, texts: "list[WeightedText]", heading: str) -> None:
-        from ..core.token_colors import highest_weight, shortened, to_rich
+        from ..core.token_colors import highest_weight, shortened, to_numbers, to_rich
 
-        highest = highest_weight(texts)
-        table = Table(title=f"{heading} (darkest = {highest:.3f})", show_lines=True, expand=True)
+        highest, in_colour = highest_weight(texts), self.console.color_system is not None
+        how = f"darkest = {highest:.3f}" if in_colour else "the weight behind each token"
+        table = Table(title=f"{heading} ({how})", show_lines=True, expand=True)
         table.add_column("", no_wrap=True)
         table.add_column("response", ratio=1)
         for text in texts:
-            table.add_row(text.title, to_rich(shortened(text), highest))
+            table.add_row(text.title, to_rich(shortened(text), highest) if in_colour else to_numbers(shortened(text)))
         self.console.print(table)
 
     @torch.no_grad()

@@ -27,9 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoConfig
 from trl import ModelConfig
 
 from trl_ext import SparsePOConfig, SparsePOTrainer
@@ -39,6 +37,7 @@ from trl_ext.sparse_po.evaluation import mask_recovery, reward_and_divergence
 from trl_ext.sparse_po.reference_pass import decoder_layers
 from trl_ext.sparse_po.report import TokenMaskCallback
 
+from ..adapted_model import AdaptedModelArguments
 from ..runner import FinishedRuns
 from ..sparse_po_sentiment.run import METHODS, review_prompts, train_classifier
 from .frozen_layers import FrozenLayerCache
@@ -51,9 +50,9 @@ LEXICON = "opinion_lexicon/{}-words.txt"
 
 
 @dataclass
-class SmolArguments:
+class SmolArguments(AdaptedModelArguments):
     """
-    Arguments of the experiment.
+    Arguments of the experiment, beside those of [`AdaptedModelArguments`].
 
     Args:
         task (`str`):
@@ -84,12 +83,6 @@ class SmolArguments:
             Words that responses are cut to.
         new_tokens (`int`):
             Length of the samples in tokens.
-        prompt_words (`int`):
-            Words of a review that make a prompt.
-        lora_rank (`int`):
-            Rank of the adapter.
-        lora_layers (`int`):
-            How many of the last layers have one; 0 for all.
         only_size (`bool`):
             Whether to print what the runs will take, and stop.
         max_minutes (`float`, *optional*):
@@ -111,9 +104,6 @@ class SmolArguments:
     num_held_out: int = field(default=128, metadata={"help": "Pairs and prompts to evaluate on."})
     max_words: int = field(default=30, metadata={"help": "Words that responses are cut to."})
     new_tokens: int = field(default=32, metadata={"help": "Length of the samples in tokens."})
-    prompt_words: int = field(default=5, metadata={"help": "Words of a review that make a prompt."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_layers: int = field(default=10, metadata={"help": "How many of the last layers have one; 0 for all."})
     only_size: bool = field(default=False, metadata={"help": "Print what the runs will take, and stop."})
     max_minutes: float | None = field(default=None, metadata={"help": "Start no run after so many minutes."})
 
@@ -179,15 +169,10 @@ def make_trainer(
     settings["learning_rate"] = config.learning_rate * run.factor
     if settings["mask_type"] != "learned":
         settings["mask_learning_rate"] = None
-    num_layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-    used = min(arguments.lora_layers or num_layers, num_layers)
-    adapter = LoraConfig(
-        r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(num_layers - used, num_layers)),
-    )  # fmt: skip
     config = replace(config, **{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-    trainer = SparsePOTrainer(model, args=config, train_dataset=pairs[0], eval_dataset=pairs[1], peft_config=adapter)
+    trainer = SparsePOTrainer(
+        model, args=config, train_dataset=pairs[0], eval_dataset=pairs[1], peft_config=arguments.adapter(model)
+    )
     # Activation masks observe what happens inside the reference's layers
     cache.attach(decoder_layers(base_policy(trainer.model)), while_no_grad=config.mask_type != "activation")
     return trainer
