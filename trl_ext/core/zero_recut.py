@@ -29,7 +29,7 @@ _MODEL_OF_ALL, _MODEL_OF_ONE = "mp_rank_00_model_states.pt", "zero_pp_rank_{rank
 _OTHER_CUTS = (
     "round_robin_gradients", "parameter_alignment", "elastic_checkpoint", "mics_shard_size", "zero_hpz_partition_size",
 )  # fmt: skip
-_SUB_GROUP_SIZE = 10**9
+_SUB_GROUP_SIZE = 10**9  # DeepSpeed's default
 # By process, a flat tensor for each sub-group
 Pieces = list[list[torch.Tensor]]
 
@@ -104,7 +104,7 @@ def recut_parameters(
     return [[group[rank].clone() for group in groups] for rank in range(count)]
 
 
-def sub_groups_of(numels: Sequence[int], count: int, size: int = _SUB_GROUP_SIZE) -> list[list[int]]:
+def sub_groups_of(numels: Sequence[int], count: int, size: int) -> list[list[int]]:
     """
     Cuts the parameters of a group into the sub-groups of ZeRO-3: each ends with the parameter that fills it.
 
@@ -113,7 +113,7 @@ def sub_groups_of(numels: Sequence[int], count: int, size: int = _SUB_GROUP_SIZE
             Elements of each parameter.
         count (`int`):
             Number of processes.
-        size (`int`, *optional*, defaults to `1000000000`):
+        size (`int`):
             Elements of a process at which a sub-group is full, `sub_group_size`.
 
     Returns:
