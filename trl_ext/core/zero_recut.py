@@ -227,7 +227,9 @@ def _recut_stage_3(states: list[dict[str, Any]], shapes: list[list[int]], count:
     optimizer = [state["optimizer_state_dict"] for state in states]
     base = [state["optimizer_state_dict"] for state in optimizer]
     size = int(states[0]["ds_config"]["zero_optimization"].get("sub_group_size", _SUB_GROUP_SIZE))
-    groups, weights, held = [], [[] for _ in range(count)], [[] for _ in range(count)]
+    groups: list[dict[str, Any]] = []
+    weights: Pieces = [[] for _ in range(count)]
+    held: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     for group in base[0]["param_groups"]:  # whose parameters are the numbers of its sub-groups
         numbers = group["params"]
         before = [shapes[number] for number in numbers]
@@ -269,9 +271,9 @@ def _recut_states(
 
 def _recut_frozen(weights: list[dict[str, Any]], rank: int, count: int) -> dict[str, Any]:
     """Pieces of the parameters that are not trained, under ZeRO-3, where the checkpoint has them."""
-    fragments = [one.get("frozen_param_fragments") for one in weights]
-    if not fragments[0]:
+    if not weights[0].get("frozen_param_fragments"):
         return {}
+    fragments = [one["frozen_param_fragments"] for one in weights]
     shapes = weights[0]["frozen_param_shapes"]
     found = {}
     for name, shape in shapes.items():
