@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from trl import GRPOConfig, GRPOTrainer
 
+from tests import glossary
 from tests.helpers.constrained_grpo import BOUNDS, make, rollout
 from tests.helpers.constrained_ppo import assert_same, length, low_ids, prompts
 from trl_ext import ConstrainedGRPOConfig, ConstrainedPPOConfig
@@ -266,6 +267,7 @@ def test_a_run_under_constraints_shows_and_keeps_what_one_with_a_critic_does(tmp
     assert len({entry["kl/coef"] for entry in logged if "kl/coef" in entry}) == 2
     evaluated = [entry for entry in trainer.state.log_history if "eval_gold" in entry]
     assert len(evaluated) == 2 and "eval_kl/per_response" in evaluated[0]
+    assert glossary.unknown(trainer.state.log_history) == set()
     assert trainer.args.metric_for_best_model == "gold" and trainer.state.best_model_checkpoint is not None
     assert trainer.critic is None and not list(tmp_path.rglob("critic.safetensors"))
     assert (tmp_path / "dashboard.png").stat().st_size > 1000

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from tests import glossary
 from tests.helpers.constrained_ppo import length, low_ids, make, rollout
 from tests.helpers.tiny import tiny_tokenizer
 from trl_ext.constrained_ppo.ensemble import DisagreementAlarm, RewardEnsemble
@@ -85,6 +86,7 @@ def test_disagreement_is_constrained_logged_and_ends_a_run(tmp_path, path):
     assert [entry["disagreement/low"] > 0.4 for entry in entries] == [False, False, False, True]
     assert entries[-1]["violation/low_disagreement"] == pytest.approx(entries[-1]["disagreement/low"] - 0.1, abs=1e-6)
     assert entries[-1]["disagreement_deviations/low"] > 2 and "disagreement_deviations/low" not in entries[0]
+    assert glossary.unknown(trainer.state.log_history) == set()
 
 
 def test_ensembles_that_cannot_be_used(tmp_path, path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests import glossary
 from tests.helpers.constrained_ppo import length, low_ids, make, prompts
 from trl_ext.constrained_ppo.constrained_ppo_config import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.proxy_points.logged_runs import read_runs
@@ -106,6 +107,7 @@ def test_its_log_is_read_by_proxy_points(whole):
     measured = read_runs([whole.args.output_dir])
     logged_by_step = {e["step"]: e for e in whole.state.log_history if "eval_gold" in e}
     assert set(measured.names) == {"low_ids", "length"} and len(measured.gold) >= 4
+    assert glossary.unknown(whole.state.log_history) == set()
     for index, step in enumerate(measured.step.tolist()):
         entry = logged_by_step[step]
         assert measured.gold[index] == entry["eval_gold"] and measured.kl[index] == entry["eval_kl/per_response"]

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import trl_ext
+from tests import glossary
 from tests.helpers.constrained_ppo import XI, length, low_ids, make, prompts, rollout
 from trl_ext import ConstrainedPPOConfig
 from trl_ext.constrained_ppo.adaptation import RolloutController
@@ -312,6 +313,7 @@ def test_everything_logged_is_a_finite_number_of_the_whole_rollout(tmp_path, pat
     for name in ("relative_violation", "multiplier", "weight", "saturation", "oscillation", "average"):
         assert f"{name}/low_ids" in first
     assert {"eval_violation/low_ids", "eval_kl/per_token"} <= trainer.state.log_history[2].keys()
+    assert glossary.unknown(trainer.state.log_history) == set()
 
 
 def test_only_a_recipe_that_says_so_searches():

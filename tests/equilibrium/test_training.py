@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
+from tests import glossary
 from tests.helpers.equilibrium import ASYMMETRIC, COMMON, reward_model, trainer_of
 from tests.helpers.tiny import save_tiny_model, tiny_pairs, tiny_tokenizer
 from trl_ext import (
@@ -60,6 +61,7 @@ def test_ours_equals_trls_without_homeostasis_and_has_the_metrics(folder, tmp_pa
     assert entry["ep/free_sweeps"] >= 2 and 0 <= entry["ep/free_residual"] < 1e-4 and entry["ep/num_unconverged"] == 0
     assert "ep/weight_angle" not in entry  # symmetric
     assert "eval_ep/free_residual" in ours.evaluate()
+    assert glossary.unknown(ours.state.log_history) == set()
 
 
 def test_homeostasis_is_in_the_loss_and_straightens_the_weights(folder, tmp_path):

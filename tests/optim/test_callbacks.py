@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from tests import glossary
 from tests.helpers.optim import TRAINING, text_data
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 from trl_ext.optim import AdamP, OptimizerCheckCallback, OptimizerReportCallback
@@ -63,6 +64,7 @@ def test_report_is_logged_before_reporters_see_the_log(registered, tmp_path):
         assert 0 < entry["optimizer/projected/effective_step_size"] < 1
         assert entry["optimizer/other/weight_norm"] > 0
         assert kept["optimizer/projected/share"] == entry["optimizer/projected/share"]
+    assert glossary.unknown(trainer.state.log_history) == set()
     report = json.loads((tmp_path / "optimizer_report.json").read_text())
     assert report["model.layers.1.self_attn.k_proj.weight"]["channel"] == 1.0
 

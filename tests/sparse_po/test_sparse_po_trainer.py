@@ -8,6 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests import glossary
 from tests.helpers.sparse_po import LOG2, first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
@@ -444,6 +445,7 @@ def test_conversational_data_and_evaluation(tmp_path, tiny_path, tokenizer):
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0 and "eval_mask/reward/mean" in metrics and metrics["eval_kl/chosen"] >= 0
+    assert glossary.unknown(trainer.state.log_history) == set()
     again = trainer.evaluate(tiny_pairs(4, seed=2))
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
 

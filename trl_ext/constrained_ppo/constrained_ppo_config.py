@@ -174,6 +174,8 @@ class ConstrainedPPOConfig(WithoutToken, RunArguments, GRPOConfig):
 
         > Parameters that control PPO
 
+        num_generations (`int`, *optional*, defaults to `1`):
+            Responses to each prompt. One is enough with a critic; without one, at least 2.
         gamma (`float`, *optional*, defaults to `0.99`):
             Discount.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -181,6 +183,8 @@ class ConstrainedPPOConfig(WithoutToken, RunArguments, GRPOConfig):
         kl_coef (`float`, *optional*, defaults to `0.2`):
             Coefficient of the KL as a reward of every token; without a critic, of GRPO's KL term in the loss, and may
             then be given as `beta`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Other name of `kl_coef` without a critic; refused with one, where the KL is a reward of every token.
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
             `"k1"`, the log-ratio of the sampled token, or `"k3"`, which is never negative.
         kl_target (`float`, *optional*):

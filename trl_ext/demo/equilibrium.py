@@ -19,7 +19,7 @@ RUNS: dict[str, list[str]] = {
     "with homeostasis": [],
     "without": ["--homeostasis_coef", "0"],
 }
-NUM_PAIRS = 200
+NUM_PAIRS = 1000
 
 
 def demonstrate_equilibrium(
@@ -70,7 +70,7 @@ def _train(folder: Path, overrides: list[str], launch: bool) -> None:
 
 
 @torch.no_grad()
-def reward_quality(folder: Path) -> dict[str, float]:
+def reward_quality(folder: Path, num_pairs: int = NUM_PAIRS) -> dict[str, float]:
     """Accuracy of a saved reward model on test pairs, and the correlation of its rewards with the exact sentiment."""
     from transformers import AutoTokenizer
 
@@ -79,13 +79,18 @@ def reward_quality(folder: Path) -> dict[str, float]:
 
     model = EPModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = preference_dataset(NUM_PAIRS, split="test")
+    rows = preference_dataset(num_pairs, split="test")
     rewards: dict[str, np.ndarray] = {}
     truth: dict[str, np.ndarray] = {}
     for side in ("chosen", "rejected"):
         texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in rows]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        rewards[side] = model(**inputs).logits[:, 0].numpy()
+        parts = []
+        for start in range(0, num_pairs, 100):
+            inputs = tokenizer(
+                texts[start : start + 100], padding=True, return_tensors="pt", return_token_type_ids=False
+            )
+            parts.append(model(**inputs).logits[:, 0].numpy())
+        rewards[side] = np.concatenate(parts)
         truth[side] = np.array([sentiment(row[side]) for row in rows])
     all_rewards, all_truth = (np.concatenate([values["chosen"], values["rejected"]]) for values in (rewards, truth))
     return {
