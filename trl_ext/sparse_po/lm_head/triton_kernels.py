@@ -223,13 +223,13 @@ def logit_gradient_(
     Args:
         policy (`Side`):
             The policy's tile; it is overwritten.
-        ref (`Side`, *optional*):
+        ref (`Side` or `None`):
             The reference model's, where `grad_kl` is given.
         normalizers (`list[torch.Tensor]`):
             `log sum_v exp(z)` of the policy's and of the reference model's logits, `(R,)` float32 each.
         grad_log_probs (`torch.Tensor` of shape `(R,)`):
             Gradient of the label's log-probability.
-        grad_kl (`torch.Tensor` of shape `(R,)`, *optional*):
+        grad_kl (`torch.Tensor` of shape `(R,)`, or `None`):
             Gradient of the divergence.
         labels (`torch.Tensor` of shape `(R,)`, int64):
             Labels of the rows, in the whole vocabulary.
