@@ -213,6 +213,9 @@ def main() -> int:
 
     import_libraries()
     bench = Bench(folder)
+    # Each process draws tokens of its own, and two would have other completions than one
+    recipe = bench.recipe("constrained-ppo")
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "generation_kwargs": {"do_sample": False}}))
     with hosts():
         for config in options.configs:
             for command in options.commands:
