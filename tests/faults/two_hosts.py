@@ -211,8 +211,13 @@ def main() -> int:
     from tests.faults.__main__ import import_libraries
     from tests.faults.commands import Bench
 
+    if any("zero" in config for config in options.configs):
+        import tests.helpers.launched  # noqa: F401  (gloo in the place of an operation that takes minutes to compile)
     import_libraries()
     bench = Bench(folder)
+    # Each process draws tokens of its own, and two would have other completions than one
+    recipe = bench.recipe("constrained-ppo")
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "generation_kwargs": {"do_sample": False}}))
     with hosts():
         for config in options.configs:
             for command in options.commands:
