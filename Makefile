@@ -1,6 +1,7 @@
 # The versions everything here was run with; torch comes first, since pip would otherwise take a build with CUDA.
 TORCH := torch==2.13.0
 PINNED := trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 datasets==5.2.0 deepspeed==0.19.8
+DOCS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0,<2' 'latex2mathml>=3.77,<4'
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo format quick test faults shuffle fuzz audit lint contract matrix benchmark clean
+.PHONY: help demo docs format quick test faults kernels shuffle fuzz audit lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +49,11 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
 
+kernels: $(STAMP) ## Every case of the GPU kernels in Triton's interpreter, of sharded optimizers, and the GPU script dry (10 minutes)
+	TRITON_INTERPRET=1 $(PYTHON) -m tests.optim.plan_cases --all
+	$(PYTHON) -m tests.gpu.run --dry --output_dir outputs/gpu_dry --seconds 1800
+	OMP_NUM_THREADS=1 TRL_EXT_ALL_CASES=1 $(PYTHON) -m pytest tests/distributed/test_optimizer_shards.py tests/optim/test_kernels.py
+
 fuzz: $(STAMP) ## Try 20,000 random recipes, configurations, constraints, rows and token weights (10 minutes); CASES=n for others
 	OMP_NUM_THREADS=1 TRL_EXT_FUZZ_CASES=$(CASES) $(PYTHON) -m pytest tests/fuzz
 
@@ -69,6 +75,10 @@ benchmark: $(STAMP) ## Measure each method against TRL's trainer or another impl
 	$(PYTHON) -m tests.benchmarks.optimizers
 	$(VENV)/bin/torchrun --standalone --nproc_per_node 2 -m tests.benchmarks.optimizer_exchange
 	$(PYTHON) -m tests.benchmarks.equilibrium
+
+docs: ## Build the documentation as a site in outputs/site, strictly: a broken link or reference fails
+	test -x $(VENV)/docs/bin/mkdocs || (python3 -m venv $(VENV)/docs && $(VENV)/docs/bin/pip install --quiet $(DOCS))
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -41,6 +41,7 @@ SLOW = (
     "core/test_dataset_rows.py",
     "core/test_fields.py",
     "core/test_moved.py",
+    "core/test_reporters.py",
     "core/test_safe_text.py",
     "equilibrium/test_export.py",
     "equilibrium/test_adapters.py",
@@ -76,6 +77,7 @@ SLOW = (
     "sparse_po/test_sparse_po_trainer.py",
     "sparse_po/test_wrong_input.py",
     "test_cli.py",
+    "test_plan.py",
 )
 
 

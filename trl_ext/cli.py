@@ -54,6 +54,8 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
   data        Write data of the Hub in the form that a recipe wants: trl-ext data hh-pairs --output FILE
   doctor      Check versions, devices, compilers, memory and caches of this installation
+  plan        Say what a recipe needs of each GPU under DDP, ZeRO and FSDP2, and what they send:
+              trl-ext plan --config NAME [--gpus N] [--memory GIB] [overrides]
   recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
               trl-ext recipes [FOLDER]
               Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
@@ -90,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         "data": _data,
         "demo": _demo,
         "doctor": _doctor,
+        "plan": _plan,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
         "sweep": _sweep,
@@ -243,6 +246,15 @@ def _doctor(arguments: list[str]) -> int:
     from .doctor import main
 
     return main(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from .plan.command import main
+
+    try:
+        return main(arguments, TRAINING_COMMANDS)
+    except OSError as error:
+        raise ValueError(error) from error
 
 
 def _proxy_points(arguments: list[str]) -> int:

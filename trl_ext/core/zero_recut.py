@@ -29,7 +29,7 @@ _MODEL_OF_ALL, _MODEL_OF_ONE = "mp_rank_00_model_states.pt", "zero_pp_rank_{rank
 _OTHER_CUTS = (
     "round_robin_gradients", "parameter_alignment", "elastic_checkpoint", "mics_shard_size", "zero_hpz_partition_size",
 )  # fmt: skip
-_SUB_GROUP_SIZE = 10**9
+_SUB_GROUP_SIZE = 10**9  # DeepSpeed's default
 # By process, a flat tensor for each sub-group
 Pieces = list[list[torch.Tensor]]
 
@@ -104,7 +104,7 @@ def recut_parameters(
     return [[group[rank].clone() for group in groups] for rank in range(count)]
 
 
-def sub_groups_of(numels: Sequence[int], count: int, size: int = _SUB_GROUP_SIZE) -> list[list[int]]:
+def sub_groups_of(numels: Sequence[int], count: int, size: int) -> list[list[int]]:
     """
     Cuts the parameters of a group into the sub-groups of ZeRO-3: each ends with the parameter that fills it.
 
@@ -113,7 +113,7 @@ def sub_groups_of(numels: Sequence[int], count: int, size: int = _SUB_GROUP_SIZE
             Elements of each parameter.
         count (`int`):
             Number of processes.
-        size (`int`, *optional*, defaults to `1000000000`):
+        size (`int`):
             Elements of a process at which a sub-group is full, `sub_group_size`.
 
     Returns:
@@ -227,7 +227,9 @@ def _recut_stage_3(states: list[dict[str, Any]], shapes: list[list[int]], count:
     optimizer = [state["optimizer_state_dict"] for state in states]
     base = [state["optimizer_state_dict"] for state in optimizer]
     size = int(states[0]["ds_config"]["zero_optimization"].get("sub_group_size", _SUB_GROUP_SIZE))
-    groups, weights, held = [], [[] for _ in range(count)], [[] for _ in range(count)]
+    groups: list[dict[str, Any]] = []
+    weights: Pieces = [[] for _ in range(count)]
+    held: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     for group in base[0]["param_groups"]:  # whose parameters are the numbers of its sub-groups
         numbers = group["params"]
         before = [shapes[number] for number in numbers]
@@ -269,9 +271,9 @@ def _recut_states(
 
 def _recut_frozen(weights: list[dict[str, Any]], rank: int, count: int) -> dict[str, Any]:
     """Pieces of the parameters that are not trained, under ZeRO-3, where the checkpoint has them."""
-    fragments = [one.get("frozen_param_fragments") for one in weights]
-    if not fragments[0]:
+    if not weights[0].get("frozen_param_fragments"):
         return {}
+    fragments = [one["frozen_param_fragments"] for one in weights]
     shapes = weights[0]["frozen_param_shapes"]
     found = {}
     for name, shape in shapes.items():

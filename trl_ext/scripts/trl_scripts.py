@@ -68,8 +68,11 @@ def _of_trl(name: str) -> ModuleType:
 
 
 @contextmanager
-def _whole_checkpoints(name: str, run_args: Any) -> Iterator[None]:
-    """Lets TRL's script, which takes its trainer from `trl`, find it with whole checkpoints and our model card."""
+def _whole_checkpoints(name: str, run_args: Any, report: Any = None) -> Iterator[None]:
+    """
+    Lets TRL's script, which takes its trainer from `trl`, find it with whole checkpoints and our model card; the
+    callback `report` learns of the trainer.
+    """
     import trl
 
     from ..core.checkpointing import WholeCheckpointsMixin
@@ -78,9 +81,19 @@ def _whole_checkpoints(name: str, run_args: Any) -> Iterator[None]:
 
     trainer = _TRAINERS[name]
     plain = getattr(trl, trainer)
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if report is not None:
+            report.trainer = self
+        return super(whole, self).train(*args, **kwargs)
+
+    stated = {
+        "run_arguments": run_args or RunArguments(),
+        "_method_section": lambda self, model_id: "",
+        "train": train,
+    }
     # Under TRL's own name, which goes into cards and manifests
-    stated = {"run_arguments": run_args or RunArguments(), "_method_section": lambda self, model_id: ""}
-    whole = type(trainer, (WholeCheckpointsMixin, MethodCardMixin, plain), stated)
+    whole: Any = type(trainer, (WholeCheckpointsMixin, MethodCardMixin, plain), stated)
     setattr(trl, trainer, whole)
     try:
         yield
@@ -120,9 +133,10 @@ def main(
     model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
     training_args.resume_from_checkpoint = last_checkpoint(training_args)
     with ExitStack() as stack:
-        stack.enter_context(_whole_checkpoints(name, run_args))
-        if optimizer_args.log_optimizer_report:
-            stack.enter_context(default_callback(OptimizerReportCallback()))
+        report = OptimizerReportCallback() if optimizer_args.log_optimizer_report else None
+        stack.enter_context(_whole_checkpoints(name, run_args, report))
+        if report is not None:
+            stack.enter_context(default_callback(report))
         _of_trl(name).main(script_args, training_args, model_args, dataset_args)
     if training_args.process_index == 0:
         Console(markup=False, highlight=False, soft_wrap=True).print(left_behind(training_args.output_dir))

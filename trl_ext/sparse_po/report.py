@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table
+from ..core.reporters import is_last_log, report_image, report_table
 from ..core.safe_text import as_string
 from .masks import TOKEN_MASKS_FILE
 from .sparse_po_config import SparsePOConfig
@@ -107,6 +108,10 @@ class TokenMaskCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state.global_step)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if is_last_log(logs):
+            self._show(state.global_step)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state.global_step)
 
@@ -128,6 +133,14 @@ class TokenMaskCallback(TrainerCallback):
             (self.output_dir / f"step_{step}.html").write_text(to_html(texts, heading), encoding="utf-8")
             save_png(texts, heading, self.output_dir / f"step_{step}.png")
             self._print(texts, heading)
+            self._report(texts, step)
+
+    def _report(self, texts: "list[WeightedText]", step: int) -> None:
+        from ..core.token_colors import to_numbers
+
+        report_image(self.trainer, "token_masks", self.output_dir / f"step_{step}.png", step)
+        rows = [(text.title, to_numbers(text).plain) for text in texts]
+        report_table(self.trainer, "token_weights", ("response", "tokens with their weights"), rows, step)
 
     def _print(self, texts: "list[WeightedText]", heading: str) -> None:
         from ..core.token_colors import highest_weight, shortened, to_numbers, to_rich

@@ -81,6 +81,8 @@ class SmolArguments(AdaptedModelArguments):
             Prompts (of sentiment) or pairs (of harmless) to evaluate on; masks are shown on held-out pairs.
         max_words (`int`):
             Words that responses are cut to.
+        max_prompt_words (`int`):
+            Harmless only: longest dialogue before the answer, in words; longer ones are left out.
         new_tokens (`int`):
             Length of the samples in tokens.
         only_size (`bool`):
@@ -103,6 +105,7 @@ class SmolArguments(AdaptedModelArguments):
     num_pairs: int = field(default=800, metadata={"help": "Pairs to train on."})
     num_held_out: int = field(default=128, metadata={"help": "Pairs and prompts to evaluate on."})
     max_words: int = field(default=30, metadata={"help": "Words that responses are cut to."})
+    max_prompt_words: int = field(default=40, metadata={"help": "Longest dialogue before the answer, in words."})
     new_tokens: int = field(default=32, metadata={"help": "Length of the samples in tokens."})
     only_size: bool = field(default=False, metadata={"help": "Print what the runs will take, and stop."})
     max_minutes: float | None = field(default=None, metadata={"help": "Start no run after so many minutes."})
@@ -131,15 +134,16 @@ def scored_pairs(path: str, max_words: int, reward: Callable[[list[str]], list[f
     return rows
 
 
-def dialogue_pairs(path: str, max_words: int) -> list[dict[str, Any]]:
-    """Whole dialogues, cut before the last turn of the assistant, where both have the same turns before it."""
+def dialogue_pairs(path: str, max_words: int, max_prompt_words: int) -> list[dict[str, Any]]:
+    """Dialogues, cut before the last turn of the assistant, where both have the same few words before it."""
     mark = "\n\nAssistant:"
     rows = []
     for pair in pd.read_json(path, lines=True).to_dict("records"):
         prompt, _, chosen = pair["chosen"].rpartition(mark)
         other, _, rejected = pair["rejected"].rpartition(mark)
         answers = [" " + " ".join(text.split()[:max_words]) for text in (chosen, rejected)]
-        if prompt == other and answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
+        short = len(prompt.split()) <= max_prompt_words
+        if short and prompt == other and answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
             rows.append({"prompt": prompt + mark, "chosen": answers[0], "rejected": answers[1]})
     return rows
 
@@ -149,7 +153,7 @@ def make_pairs(arguments: SmolArguments, classifier: Any) -> tuple[Dataset, Data
     if arguments.task == "sentiment":
         rows = scored_pairs(str(arguments.pairs_file), arguments.max_words, classifier.reward)
     else:
-        rows = dialogue_pairs(str(arguments.pairs_file), arguments.max_words)
+        rows = dialogue_pairs(str(arguments.pairs_file), arguments.max_words, arguments.max_prompt_words)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     order = np.random.default_rng(0).permutation(len(prompts))
     held_out_prompts = {prompts[i] for i in order[: max(1, len(prompts) // 5)]}
