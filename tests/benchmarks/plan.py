@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     options = parser.parse_args()
     sizes = {
         "hidden_size": options.hidden_size, "num_hidden_layers": options.layers, "num_attention_heads": 8,
@@ -122,7 +123,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         warmed: set[str] = set()
-        for case, (command, settings) in CASES.items():
+        for case in options.cases:
+            command, settings = CASES[case]
             if command not in warmed:  # what a command imports belongs to no run
                 save_tiny_model(folder / "model", max_position_embeddings=2 * LENGTH)
                 measured(recipe(folder, command, settings, 1), command)

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import yaml
 
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
-from trl_ext import cli
+from trl_ext import cli, playground
 from trl_ext.optim import AdamP, OptimizerReportCallback
 from trl_ext.optim.callbacks import bottom_optimizer
 from trl_ext.scripts import sft, trl_scripts
@@ -64,14 +65,13 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(settings, message
 def test_every_script_trains_with_adamp(name, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(OptimizerReportCallback, "on_train_end", lambda *_, optimizer, **__: seen.append(optimizer))
-    rows = tiny_pairs(8)
-    if name == "kto":
-        labels = [index % 2 == 0 for index in range(8)]
-        rows = rows.remove_columns("rejected").rename_column("chosen", "completion").add_column("label", labels)
-    rows.to_json(tmp_path / "data.jsonl")
+    monkeypatch.setattr(playground, "load_playground_dataset", partial(playground.load_playground_dataset, 16, 4))
+    tokenizer = playground.build_tokenizer()
+    model = save_tiny_model(tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(model)
     settings = base_settings(tmp_path) | {
-        "model_name_or_path": save_tiny_model(tmp_path / "model"),
-        "datasets": [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}],
+        "model_name_or_path": model,
+        "dataset_name": "playground",
         "max_steps": 1,
         "log_optimizer_report": True,
     }

@@ -101,6 +101,37 @@ def _whole_checkpoints(name: str, run_args: Any, report: Any = None) -> Iterator
         setattr(trl, trainer, plain)
 
 
+@contextmanager
+def _playground_known(name: str) -> Iterator[None]:
+    """Lets TRL's script, which takes `load_dataset` from `datasets`, find the playground under its name."""
+    import datasets
+
+    from .recipe.loading import PLAYGROUND
+
+    plain = datasets.load_dataset
+
+    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        return _playground(name) if path == PLAYGROUND else plain(path, *args, **kwargs)
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield
+    finally:
+        datasets.load_dataset = plain
+
+
+def _playground(name: str) -> Any:
+    """The playground's pairs in the form that a TRL script takes: SFT the better completion, KTO one at a time."""
+    from trl import unpair_preference_dataset
+
+    from .. import playground
+
+    pairs = playground.load_playground_dataset()
+    if name == "sft":
+        return pairs.rename_column("chosen", "completion").remove_columns("rejected")
+    return unpair_preference_dataset(pairs) if name == "kto" else pairs
+
+
 def make_parser(name: str, prog: str | None = None) -> "StrictParser":
     """The strict parser of a TRL script's arguments, with our optimizers among the choices of `optim`."""
     from ..core.run_arguments import RunArguments
@@ -135,6 +166,7 @@ def main(
     with ExitStack() as stack:
         report = OptimizerReportCallback() if optimizer_args.log_optimizer_report else None
         stack.enter_context(_whole_checkpoints(name, run_args, report))
+        stack.enter_context(_playground_known(name))
         if report is not None:
             stack.enter_context(default_callback(report))
         _of_trl(name).main(script_args, training_args, model_args, dataset_args)
