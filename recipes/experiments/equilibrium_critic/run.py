@@ -88,12 +88,13 @@ def perceptron(hidden_size: int, widths: list[int], num_heads: int, seed: int) -
 def run(config: ConstrainedPPOConfig, args: CriticArguments, setting: dict[str, Any]) -> dict[str, Any]:
     """One run; the critic's measures are means over the second half of the updates."""
     start = time.process_time()
-    own = dict(CRITICS[setting["critic"]])
+    own: dict[str, Any] = dict(CRITICS[setting["critic"]])
     if own:
         own["critic_hidden_features"] = list(args.widths)
     # What the first construction filled in, and the second would refuse as given
     own |= {"beta": 0.0, "generation_batch_size": None}
-    config = replace(config, seed=setting["seed"], critic_learning_rate=setting["rate"], **own)
+    own |= {"seed": setting["seed"], "critic_learning_rate": setting["rate"]}
+    config = replace(config, **own)
     path, data = base_model_path(show_progress=False), load_playground_dataset(num_test=args.num_prompts)
     width = AutoConfig.from_pretrained(path).hidden_size
     critic = perceptron(width, args.widths, 2, setting["seed"]) if setting["critic"] == "perceptron" else None

@@ -144,7 +144,7 @@ def train_reward_model(
     """Trains one reward model, keeps its adapter in `folder` and measures it on the test pairs."""
     start = time.process_time()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    common = {
+    common: dict[str, Any] = {
         "output_dir": str(folder), "learning_rate": args.reward_rate, "per_device_train_batch_size": args.reward_batch,
         "num_train_epochs": args.reward_epochs, "lr_scheduler_type": "cosine", "max_length": args.dialogue_tokens,
         "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "seed": seed, "save_strategy": "no",
@@ -190,7 +190,7 @@ def train_policy(
     reward = EPModelForSequenceClassification.from_pretrained(folder).eval()
     reward.config.name_or_path = "equilibrium_reward"
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    own = {"model_init_kwargs": {"dtype": "float32"}}
+    own: dict[str, Any] = {"model_init_kwargs": {"dtype": "float32"}}
     own |= {"constraints": [{"reward": "equilibrium_reward", "threshold": threshold}]}
     # What the first construction filled in, and the second would refuse as given
     own |= {"beta": 0.0, "generation_batch_size": None}
