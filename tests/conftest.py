@@ -74,6 +74,7 @@ SLOW = (
     "sparse_po/test_sparse_po_trainer.py",
     "sparse_po/test_wrong_input.py",
     "test_cli.py",
+    "tests/test_notebooks.py",
 )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 
 from ..runner import markdown_table
-from ..sparse_po_sentiment.run import COLORS, METHODS
+from ..sparse_po_sentiment.run import METHODS
 
 
 REWARDS = {"sentiment": "P(positive sentiment)", "harmless": "accuracy on held-out pairs"}
@@ -67,7 +67,7 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
     """
     figure, (axes,) = new_axes(width=8, height=5.2)
     cells = []
-    for method, color in zip(METHODS, COLORS, strict=True):
+    for position, method in enumerate(METHODS):
         points = []
         own = [row for row in rows if row["method"] == method and not row["tuning"]]
         for beta in sorted({row["beta"] for row in own}):
@@ -84,9 +84,9 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
         if points:
             x, y, dx, dy = np.array(sorted(points)).T
             axes.errorbar(
-                x, y, xerr=np.nan_to_num(dx), yerr=np.nan_to_num(dy), marker="o", capsize=2, color=color, label=method
+                x, y, xerr=np.nan_to_num(dx), yerr=np.nan_to_num(dy), capsize=2, label=method, **line_style(position)
             )
-    axes.set_xlabel("KL, nats per response")
+    axes.set_xlabel("KL(policy || reference), nats per response; bars: 95% intervals over seeds")
     axes.set_ylabel(REWARDS[task])
     if cells:
         axes.legend(frameon=False)
