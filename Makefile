@@ -12,15 +12,16 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs format quick test faults shuffle fuzz audit lint contract matrix benchmark clean
+.PHONY: help demo docs format quick test faults kernels shuffle fuzz audit lint contract matrix benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml Makefile
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet $(TORCH)
-	$(PYTHON) -m pip install --quiet $(PINNED) -e ".[dev]"
+	$(PYTHON) -m pip install --quiet --no-compile $(TORCH)
+	$(PYTHON) -m pip install --quiet --no-compile $(PINNED) -e ".[dev]"
+	-$(PYTHON) -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib  # on all cores, where pip would take one
 	touch $(STAMP)
 
 demo: $(STAMP) ## Compare methods on the playground: tables and pictures (12 minutes on 2 idle cores)
@@ -48,13 +49,19 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
 
+kernels: $(STAMP) ## Every case of the GPU kernels in Triton's interpreter, of sharded optimizers, and the GPU script dry (10 minutes)
+	TRITON_INTERPRET=1 $(PYTHON) -m tests.optim.plan_cases --all
+	$(PYTHON) -m tests.gpu.run --dry --output_dir outputs/gpu_dry --seconds 1800
+	OMP_NUM_THREADS=1 TRL_EXT_ALL_CASES=1 $(PYTHON) -m pytest tests/distributed/test_optimizer_shards.py tests/optim/test_kernels.py
+
 fuzz: $(STAMP) ## Try 20,000 random recipes, configurations, constraints, rows and token weights (10 minutes); CASES=n for others
 	OMP_NUM_THREADS=1 TRL_EXT_FUZZ_CASES=$(CASES) $(PYTHON) -m pytest tests/fuzz
 
-audit: $(STAMP) ## Look up known vulnerabilities of the pinned versions (needs a network)
-	printf '%s\n' $(TORCH) $(PINNED) > $(VENV)/pinned.txt
+# Without --strict a package that PyPI does not answer for is skipped, and all is said to be well
+audit: $(STAMP) ## Look up known vulnerabilities of the pinned versions and what came with them (needs pypi.org)
+	$(PYTHON) -m pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/pinned.txt
 	test -x $(VENV)/audit/bin/pip-audit || (python3 -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
-	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/pinned.txt
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/pinned.txt
 
 contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions
 	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"

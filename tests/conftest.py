@@ -41,6 +41,7 @@ SLOW = (
     "core/test_dataset_rows.py",
     "core/test_fields.py",
     "core/test_moved.py",
+    "core/test_reporters.py",
     "core/test_safe_text.py",
     "equilibrium/test_export.py",
     "equilibrium/test_adapters.py",
@@ -49,7 +50,9 @@ SLOW = (
     "equilibrium/test_training.py",
     "equilibrium/test_value_heads.py",
     "experiments/test_adamp.py",
+    "experiments/test_equilibrium_critic.py",
     "experiments/test_equilibrium_minilm.py",
+    "experiments/test_equilibrium_smollm2.py",
     "experiments/test_method_comparison.py",
     "experiments/test_smollm2.py",
     "experiments/test_sparse_po_smollm2.py",
@@ -63,6 +66,7 @@ SLOW = (
     "optim/test_memory.py",
     "optim/test_official.py",
     "optim/test_trl_scripts.py",
+    "recipes/test_as_written.py",
     "recipes/test_recipes.py",
     "sparse_po/test_lm_head.py",
     "sparse_po/test_mask_kinds.py",
@@ -74,6 +78,7 @@ SLOW = (
     "sparse_po/test_sparse_po_trainer.py",
     "sparse_po/test_wrong_input.py",
     "test_cli.py",
+    "test_plan.py",
     "tests/test_notebooks.py",
 )
 

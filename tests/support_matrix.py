@@ -78,6 +78,11 @@ CELLS: dict[str, tuple[str, str, str, str, str]] = {
         UNTESTED, "distributed/test_checkpoints::test_an_open_rollout_never_leaves_a_process_waiting", UNTESTED,
         _SHARDED, UNTESTED,
     ),
+    "the same under ZeRO-2 and ZeRO-3": (
+        "distributed/test_two_processes::"
+        "test_a_checkpoint_under_zero_is_taken_up_by_another_number_of_processes", _TWO_PPO, UNTESTED, UNTESTED,
+        UNTESTED,
+    ),
     "evaluation": (
         f"{SPARSE_PO}::test_conversational_data_and_evaluation", f"{PPO}::test_evaluation_leaves_the_multipliers",
         f"{GRPO}::test_a_run_under_constraints_shows_and_keeps_what_one_with_a_critic_does", NONE,

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -262,8 +263,6 @@ def test_accelerate_configs_are_valid():
     ],
 )
 def test_wrong_command_lines(arguments, message, capsys):
-    import re
-
     assert cli.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
 
@@ -288,21 +287,33 @@ def test_the_real_command(tmp_path):
         model_name_or_path=save_tiny_model(tmp_path / "model"),
         datasets=[{"path": "json", "data_files": str(tmp_path / "data.jsonl")}],
         output_dir=str(tmp_path / "out"),
-        max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", gradient_checkpointing=False,
+        logging_steps=1, beta=0.25, show_token_masks=1,
     )  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     command = [sys.executable, "-m", "trl_ext.cli", "sparse-po", "--config", recipe]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"saved to {tmp_path / 'out'}." in done.stdout and str(tmp_path / "out" / "README.md") in done.stdout
+    # By default it speaks of the run alone: a line for each logged step, a table of the masks, and where all is
+    printed = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+    assert not [line for line in printed if re.search("warn|deprecat|it/s", line, re.IGNORECASE)]
+    assert [line for line in printed if re.match(r"1/1  loss 0.6931  accuracy .* rate ", line)] and len(printed) < 60
+    assert max(len(line) for line in printed if str(tmp_path) not in line) <= 80
+    assert re.search(r"\w\[\d\.\d\d\]", done.stdout)  # weights as numbers, since a pipe has no colours
+    card = (tmp_path / "out" / "README.md").read_text()
+    given = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert given["beta"] == 0.25 and given["output_dir"] == "out" and str(tmp_path) not in card
     assert (tmp_path / "out" / "model.safetensors").is_file() and (
         tmp_path / "out" / "token_masks.safetensors"
     ).is_file()
     failed = subprocess.run(
-        [*command, "--resume_from_checkpoint", str(tmp_path / "nothing")],
+        [*command, "--verbose", "--resume_from_checkpoint", str(tmp_path / "nothing")],
         capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert failed.returncode != 0 and "is not a folder" in failed.stderr
+    assert "FutureWarning" in failed.stderr
 
 
 def test_script_refuses_before_loading(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 
 import trl_ext
 from trl_ext import cli
+from trl_ext.plan.command import make_parser as plan_parser
+from trl_ext.scripts.recipe.packaged import find_packaged, header_of
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
@@ -41,6 +43,12 @@ def check_command(words, capsys):
         importlib.import_module("trl_ext.scripts.proxy_points").make_parser().parse_args(options)
     elif words[:2] == ["trl-ext", "data"]:
         importlib.import_module("trl_ext.scripts.hub_data").make_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-ext", "plan"]:
+        # The command itself wants the model's config.json; tests/test_plan.py runs it
+        options, rest = plan_parser(list(cli.TRAINING_COMMANDS)).parse_known_args(words[2:])
+        recipe = find_packaged(options.config)
+        module = cli.TRAINING_COMMANDS[header_of(recipe).command.split()[1]]
+        importlib.import_module(module).make_parser().check(["--config", options.config, *rest])
     elif words[:2] == ["trl-ext", "sweep"]:
         importlib.import_module("trl_ext.scripts.sweep").make_parser().parse_known_args(words[2:])
     elif words[:1] == ["trl-ext"]:

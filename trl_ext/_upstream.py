@@ -35,6 +35,7 @@ __all__ = [
     "SyncRefModelCallback",
     "add_optimizer_name",
     "attention_masks_changed_by",
+    "completion_columns_named",
     "copy_parameters",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
@@ -47,6 +48,7 @@ __all__ = [
     "observe_attention",
     "open_rollout",
     "optimizer_names",
+    "progress_shown_by",
     "reference_built_by",
     "remove_from_auto_classes",
     "remove_optimizer_name",
@@ -185,6 +187,38 @@ def reference_built_by(build: Callable[..., Any], loads_policy: bool) -> Iterato
         yield
     finally:
         grpo_trainer.create_model_from_path = load
+
+
+@contextmanager
+def completion_columns_named(shown: Callable[[str], str]) -> Iterator[None]:
+    """Until the context ends, `GRPOTrainer.log` prints columns of rewards and of `log_extra` as `shown(name)`."""
+    from trl.trainer import grpo_trainer
+
+    print_table = grpo_trainer.print_prompt_completions_sample
+
+    def print_shown(prompts: Any, completions: Any, rewards: Any, *rest: Any, extra: Any = None) -> None:
+        named = {shown(name): values for name, values in rewards.items()}
+        extra = {shown(name): values for name, values in (extra or {}).items()}
+        print_table(prompts, completions, named, *rest, extra=extra)
+
+    grpo_trainer.print_prompt_completions_sample = print_shown
+    try:
+        yield
+    finally:
+        grpo_trainer.print_prompt_completions_sample = print_table
+
+
+@contextmanager
+def progress_shown_by(callback: type) -> Iterator[None]:
+    """Gives trainers made until the context ends this callback, in the place of their bar and of their printed log."""
+    from transformers import trainer
+
+    before = trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback
+    trainer.DEFAULT_PROGRESS_CALLBACK = trainer.PrinterCallback = callback
+    try:
+        yield
+    finally:
+        trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback = before
 
 
 def is_partitioned(model: Any) -> bool:

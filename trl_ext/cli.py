@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from . import __version__
+from .core.quiet import quiet_environment
 from .launcher import PATIENCE, accelerate_configs, run_launcher
 
 
@@ -53,12 +54,15 @@ USAGE = """trl-ext [--version] [--help] COMMAND
   completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
   data        Write data of the Hub in the form that a recipe wants: trl-ext data hh-pairs --output FILE
   doctor      Check versions, devices, compilers, memory and caches of this installation
+  plan        Say what a recipe needs of each GPU under DDP, ZeRO and FSDP2, and what they send:
+              trl-ext plan --config NAME [--gpus N] [--memory GIB] [overrides]
   recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
               trl-ext recipes [FOLDER]
               Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
               `--config NAME` finds it too
 
 With --print_config a training command prints its settings, with --dry_run what it would do, and trains nothing.
+With --verbose it prints all that is logged, and what the libraries below it warn of.
 --accelerate_config takes the path of a file, or one of: {configs}.
 A recipe outside the working folder that names code to import needs --trust_recipe_code."""
 
@@ -88,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         "data": _data,
         "demo": _demo,
         "doctor": _doctor,
+        "plan": _plan,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
         "sweep": _sweep,
@@ -197,7 +202,8 @@ def _train(name: str, arguments: list[str]) -> int:
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
-    return run_launcher(command, {**os.environ, **environment}, None if saves else PATIENCE)
+    quiet = {} if parser.verbose else quiet_environment(os.environ)
+    return run_launcher(command, {**os.environ, **quiet, **environment}, None if saves else PATIENCE)
 
 
 def _require_parts(parsed: Any, module: str) -> None:
@@ -240,6 +246,15 @@ def _doctor(arguments: list[str]) -> int:
     from .doctor import main
 
     return main(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from .plan.command import main
+
+    try:
+        return main(arguments, TRAINING_COMMANDS)
+    except OSError as error:
+        raise ValueError(error) from error
 
 
 def _proxy_points(arguments: list[str]) -> int:

@@ -7,7 +7,8 @@ from .scripts.recipe.packaged import packaged_recipes
 from .scripts.recipe.stand_ins import light_parser
 
 
-_LAUNCHING = ("--config", "--accelerate_config", "--num_processes", "--print_config", "--dry_run", "--help")
+_LAUNCHING = ("--config", "--accelerate_config", "--num_processes", "--print_config", "--dry_run", "--verbose",
+              "--help")  # fmt: skip
 _HEAD = """_trl_ext() {
   local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} words=
   if [ "$COMP_CWORD" -eq 1 ]; then

@@ -27,18 +27,26 @@ TARGET = GPUTarget("cuda", 90, 32)
 # Types of the arguments that are not pointers to float32
 TYPES = {
     "items": "*i64", "chunks": "*i64", "was_projected": "*i32", "modes": "*i32", "is_anything_left": "*i32",
-    "first_chunk": "i32", "last_chunk": "i32", "local_labels": "*i64", "num_columns": "i32",
+    "first_chunk": "i32", "last_chunk": "i32", "labels": "*i64", "first_column": "i32", "num_columns": "i32",
+    **dict.fromkeys(("policy_scale", "policy_softcap", "ref_scale", "ref_softcap"), "fp32"),
 }  # fmt: skip
+HEAD_TILES = ("policy", "ref", "policy_bias", "ref_bias")
 NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
-def resources(kernel: Any, num_warps: int, **constants: Any) -> dict[str, int]:
-    """Compiles a kernel; returns registers of a thread and bytes of stack and of spilled memory."""
-    types = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
+def compiled_kernel(kernel: Any, num_warps: int, tiles: str = "*fp32", **constants: Any) -> Any:
+    """Compiles a kernel, with memory and widths of tiles that 16 bytes divide; `tiles` is the type of the head's."""
+    types = {name: tiles if name in HEAD_TILES else TYPES.get(name, "*fp32") for name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name == "num_columns"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    return triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers of a thread and bytes of stack and of spilled memory."""
     reader = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -67,16 +75,21 @@ def cases() -> list[tuple[str, Any, int, dict[str, Any]]]:
     sizes = {"BLOCK": plan.SUM_BLOCK, "ROWS": plan.SPLIT_ROWS, "PARTS": plan.SPLIT_PARTS}
     decided = {"SUM": True, "DECIDE": True, "ADAM": True, **sizes}
     found.append(("AdamP: decide", optimizer_kernels.decide_kernel, 8, decided))
-    block = {"BLOCK": head_kernels.BLOCK_SIZE}
-    found.append(("paired head: fold", head_kernels._fold_kernel, 4, block))
-    found.append(("paired head: gradient", head_kernels._logit_gradient_kernel, 4, {"HAS_KL": True, **block}))
+    for dtype in ("bfloat16", "float32"):
+        tiles = {"tiles": {"bfloat16": "*bf16", "float32": "*fp32"}[dtype], "BLOCK": head_kernels.BLOCK_SIZE}
+        for capped in (False, True):
+            name = f"paired head, {dtype}{', bias and soft-capping' if capped else ''}"
+            made = dict.fromkeys(("POLICY_BIAS", "REF_BIAS", "POLICY_SOFTCAP", "REF_SOFTCAP"), capped) | tiles
+            found.append((f"{name}: fold", head_kernels._fold_kernel, head_kernels.NUM_WARPS, made))
+            gradient = head_kernels._logit_gradient_kernel
+            found.append((f"{name}: gradient", gradient, head_kernels.NUM_WARPS, {"HAS_KL": True, **made}))
     return found
 
 
 def main() -> None:
     print("| kernel | registers | stack, bytes | spilled, bytes |\n|---|---|---|---|")
     for name, kernel, num_warps, constants in cases():
-        used = resources(kernel, num_warps, **constants)
+        used = resources(compiled_kernel(kernel, num_warps, **constants))
         print(f"| {name} | {used['reg']} | {used['stack']} | {used['local']} |", flush=True)
 
 

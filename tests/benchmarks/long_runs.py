@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import psutil
 
+from trl_ext.core.quiet import VERBOSE_VARIABLE
+
 
 LOGGED_EVERY = 10
 
@@ -64,7 +66,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, help="rows of the model's embeddings; default: those of its words")
     parser.add_argument("--overrides", nargs=argparse.REMAINDER, default=[], help="further arguments of the commands")
     options = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # What is counted below is the log as a whole
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", VERBOSE_VARIABLE: "1"}
     from transformers import AutoModelForCausalLM
 
     from tests.faults.__main__ import import_libraries

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -467,6 +468,19 @@ def test_logged_advantages_are_those_of_the_policy(tmp_path, path):
     groups = make(tmp_path, path, num_generations=2)
     rollout(groups)
     assert groups._metrics["train"]["frac_reward_zero_std"]
+
+
+def test_completions_are_printed_under_rewards_of_any_name(tmp_path, path, capsys):
+    def named(completion_ids, log_extra=None, **columns):
+        log_extra("[bold]", ["seen"] * len(completion_ids))
+        return low_ids(completion_ids)
+
+    named.__name__ = "[/x]"
+    trainer = make(tmp_path, path, rewards=(named,), log_completions=True, max_steps=1, num_completions_to_print=1)
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "[/x]" in printed and "[bold]" in printed and "Advantage" in printed
+    assert "[/x]" in pd.read_parquet(next((tmp_path / "completions").glob("*.parquet"))).columns
 
 
 async def gold(gold, **columns):

@@ -85,6 +85,7 @@ USED = {
     "_set_pg_timeout": _set_pg_timeout,
     "add_fused_lm_head": add_fused_lm_head,
     "create_model_from_path": grpo_trainer.create_model_from_path,
+    "print_prompt_completions_sample": grpo_trainer.print_prompt_completions_sample,
     "disable_gradient_checkpointing": disable_gradient_checkpointing,
     "is_async_callable": is_async_callable,
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
@@ -228,6 +229,11 @@ def test_stop_tokens_and_logged_advantages_are_those_we_set():
         'self._logs["advantages"].extend(all_process_advantages', '["frac_reward_zero_std"].append',
     ):  # fmt: skip
         assert text in source, text
+
+
+def test_log_prints_completions_by_the_name_we_replace():
+    source = inspect.getsource(GRPOTrainer.log)
+    assert source.count("print_prompt_completions_sample(") == 1 and 'self._logs["rewards"],' in source
 
 
 def test_rollouts_are_kept_and_counted_as_we_restore_them():

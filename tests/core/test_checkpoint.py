@@ -244,4 +244,5 @@ def test_a_folder_has_one_history(tmp_path):
 def test_full_disks_are_told_from_other_faults():
     assert is_lack_of_space(OSError(28, "x")) and not is_lack_of_space(OSError(5, "x"))
     assert is_lack_of_space(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    assert is_lack_of_space(RuntimeError("basic_ios::clear: iostream error"))  # of torch's writer, at its end
     assert not is_lack_of_space(RuntimeError("shapes differ"))

@@ -123,7 +123,27 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     assert checkpoints(tmp_path) == [] and "about 2 MB more are needed" in caplog.text
 
 
+def test_a_writer_that_does_not_say_what_failed_is_judged_by_the_disk(whole, tmp_path, monkeypatch, caplog):
+    trainer, save = make(tmp_path), torch.save
+
+    def refusing(state, path, *args, **kwargs):
+        if trainer.state.global_step == 3 and str(path).endswith("optimizer.pt"):
+            monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+            raise RuntimeError("stream")
+        save(state, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", refusing)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert same(trainer, whole) and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert "No checkpoint was saved at step 3: the disk is full" in caplog.text
+
+
 def test_what_fails_otherwise_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="saved at step 1: RuntimeError: shapes differ"):
+        make(tmp_path / "other").train()
+    monkeypatch.undo()
     monkeypatch.setattr(LineTrainer, "_save_scaler", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     trainer = make(tmp_path)
     with pytest.raises(RuntimeError, match="saved at step 1: OSError.*broken"):

@@ -3,6 +3,7 @@
 import math
 import time
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, IterableDataset, List, Sequence, Value
 
@@ -97,6 +98,22 @@ def test_right_rows(rows, tokenizer):
     assert check_rows(dataset, "train", tokenizer=tokenizer, **PAIRS) is dataset
     stream = IterableDataset.from_generator(lambda: iter(rows))
     assert list(checked_stream(stream, "train", tokenizer=tokenizer, **PAIRS)) == rows
+
+
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("messages", [False, True])
+def test_bytes_that_arrow_takes_for_a_text(row, messages, tokenizer):
+    """What a file declares a text; reading it fails."""
+    texts = pa.array([b"\x80" if index == row else b"good" for index in range(3)]).view(pa.string())
+    if messages:
+        structs = pa.StructArray.from_arrays([pa.array(["assistant"] * 3), texts], ["role", "content"])
+        texts = pa.ListArray.from_arrays([0, 1, 2, 3], structs)
+    rows = Dataset.from_list([conversation() if messages else pair()] * 3).data.table
+    dataset = Dataset(rows.set_column(rows.column_names.index("chosen"), "chosen", texts))
+    with pytest.raises(ValueError, match=f"Row {row} .*`chosen` holds bytes that are no text in UTF-8"):
+        check_rows(dataset, "train", tokenizer=tokenizer, **PAIRS)
+    with pytest.raises(ValueError, match="Row 0 .*`rejected` holds bytes that are no text in UTF-8"):
+        check_rows(Dataset.from_list([pair(rejected=["", b"\x80"])]), "train", tokenizer=tokenizer, **PAIRS)
 
 
 def test_rows_of_a_view_have_the_views_numbers():

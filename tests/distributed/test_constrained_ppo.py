@@ -52,6 +52,16 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     resumed = launch(launcher, model, tmp_path / "resumed", critic, "--resume", str(tmp_path / "checkpoint-3"))
     assert_same_numbers(resumed, found, 1e-6)
     assert resumed["multipliers"] == found["multipliers"] and resumed["states"] == found["states"]
+    if launcher == "ddp":
+        return
+    # One process takes up what two have ended with, and writes the same
+    options = ["--batch_size", "4", "--critic", critic, "--resume", str(tmp_path / "checkpoint-4")]
+    taken_up = run(launcher, SCRIPT, model, tmp_path / "one", *options, processes=1)
+    assert taken_up["world_size"] == 1 and taken_up["multipliers"] == found["multipliers"][:1]
+    for path in (tmp_path / "final").glob("*.safetensors"):
+        saved = load_file(tmp_path / "one" / "final" / path.name)
+        for name, tensor in load_file(path).items():
+            assert torch.equal(saved[name], tensor), (path.name, name)
 
 
 @pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])

@@ -48,7 +48,7 @@ def main() -> None:
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if options.lora else None,
     )
-    trainer.train(resume_from_checkpoint=options.resume)
+    trainer.train(resume_from_checkpoint={"true": True}.get(options.resume, options.resume))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     weights = trainer.token_masks(batch)
     trainer.save_model(str(Path(options.output) / "final"))

@@ -1,6 +1,8 @@
 """The experiments behind docs/results/adamp.md, at a size that takes seconds."""
 
 import gzip
+import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -127,3 +129,13 @@ def test_table_of_the_radial_family():
     lines = radial_family.table(tuning, tested).splitlines()
     assert lines[2] == "| Llama-like | AdamW | 0.01 | weight_decay 0.1 | 3.200 ± 0.283 |  |  |"
     assert lines[3] == "| Llama-like | AdamO | 0.03 | weight_decay 0.1 | 3.000 ± 0.141 | -0.200 | -0.100, -0.300 |"
+
+
+def test_the_page_has_the_tables_of_the_kept_runs():
+    results = Path(__file__).parents[2] / "docs" / "results"
+    with gzip.open(results / "adamp_radial_family_runs.jsonl.gz", "rt") as file:
+        runs = [radial_family.Run(**json.loads(line)["run"]) for line in file]
+    tuning, tested = ([run for run in runs if (run.seed == 0) == chosen] for chosen in (True, False))
+    assert len(tuning) == 3 * 5 * 6 and len(tested) == 3 * 5 * 5
+    page = (results / "adamp.md").read_text()
+    assert radial_family.table(tuning, tested) in page and radial_family.grid(tuning) in page

@@ -9,6 +9,7 @@ failure: another result, a traceback, a message that does not say what is wrong,
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -40,7 +41,11 @@ def main() -> int:
     for fault in options.faults:
         print(f"{fault} in all: {dict(sorted(ledger.counts(fault).items()))}")
     bad = ledger.bad()
-    print(f"{len(ledger.found)} tried, {len(bad)} failures, {time.monotonic() - begun:.0f} s; what they left: {kept}")
+    print(f"{len(ledger.found)} tried, {len(bad)} failures, {time.monotonic() - begun:.0f} s")
+    if bad:
+        print(f"What they left: {kept}")
+    else:
+        shutil.rmtree(kept)
     if ledger.out_of_time:
         print("The time was over before all were tried; the same command with this ledger goes on.")
     return int(bool(bad) or not ledger.found)

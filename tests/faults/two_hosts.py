@@ -6,21 +6,24 @@ without the right to make namespaces it says so.
     dies       one host is killed in mid-run: the other ends by itself, and a new start ends as if nothing had been
     cable      the cable is pulled: the hosts end after `ddp_timeout`
 
-With `--launcher accelerate` each host runs `accelerate launch --num_machines 2`; by default its process is forked from
-one that has imported the libraries, with the environment that the launcher gives.
+With `--launcher accelerate` each host runs `accelerate launch --num_machines 2`, with `--launcher deepspeed` what
+DeepSpeed's `deepspeed` starts on each host; by default its process is forked from one that has imported the libraries,
+with the environment that the launcher gives.
 """
 
 import argparse
+import base64
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -61,7 +64,16 @@ def hosts() -> Iterator[None]:
         yield
     finally:
         for host in made:
+            kill_all(host)
             subprocess.run(["ip", "netns", "delete", host], check=False, capture_output=True)
+
+
+def kill_all(host: str) -> None:
+    """Kills every process of a host."""
+    listed = subprocess.run(["ip", "netns", "pids", host], check=False, capture_output=True, text=True)
+    for pid in listed.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 class Pair:
@@ -70,7 +82,7 @@ class Pair:
     def __init__(self, launcher: str, bench, command: str, config: str, output: Path, overrides: tuple[str, ...]):
         from tests.helpers.launching import deepspeed_environment
 
-        self.output = output
+        self.output, self.launcher = output, launcher
         self.logs = [output.with_name(f"{output.name}.{rank}.log") for rank in (0, 1)]
         arguments = ("--ddp_timeout", "20", *overrides)
         self.deepspeed = deepspeed_environment(f"{config}.yaml", "train") if "zero" in config else {}
@@ -90,18 +102,34 @@ class Pair:
         return bench.start(command, self.output, *arguments, log=self.logs[rank], first=move)
 
     def _launched(self, rank: int, bench, command: str, config: str, arguments: tuple[str, ...]) -> subprocess.Popen:
-        from trl_ext.cli import TRAINING_COMMANDS, accelerate_config_path
+        from trl_ext.cli import TRAINING_COMMANDS
 
-        launcher = [
-            "ip", "netns", "exec", HOSTS[rank], sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-            accelerate_config_path(config), "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank),
-            "--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT), "--rdzv_backend", "static",
-            "--mixed_precision", "no", "-m", TRAINING_COMMANDS[command], "--config", str(bench.recipe(command)),
-            "--output_dir", str(self.output), "--trust_recipe_code", *arguments,
+        words = [
+            "ip", "netns", "exec", HOSTS[rank], sys.executable, *self.launcher_words(rank, config),
+            TRAINING_COMMANDS[command], "--config", str(bench.recipe(command)), "--output_dir", str(self.output),
+            "--trust_recipe_code", *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"trle{rank}", "DS_ACCELERATOR": "cpu"}
+        if self.launcher == "deepspeed":
+            environment |= self.deepspeed
         with self.logs[rank].open("w") as file:
-            return subprocess.Popen(launcher, env=environment, stdout=file, stderr=file, start_new_session=True)
+            return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+    def launcher_words(self, rank: int, config: str) -> list[str]:
+        """What stands between the interpreter and the module that trains."""
+        from trl_ext.cli import accelerate_config_path
+
+        if self.launcher == "deepspeed":  # what its `deepspeed` starts on each host, over ssh
+            world = base64.urlsafe_b64encode(json.dumps({"a": [0], "b": [0]}).encode()).decode()
+            return [
+                "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={rank}",
+                f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}", "--no_local_rank", "--module",
+            ]  # fmt: skip
+        return [
+            "-m", "accelerate.commands.launch", "--config_file", accelerate_config_path(config), "--num_machines", "2",
+            "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0],
+            "--main_process_port", str(PORT), "--rdzv_backend", "static", "--mixed_precision", "no", "-m",
+        ]  # fmt: skip
 
     def wait(self) -> list[int | None]:
         """The exit statuses; `None` for a process that was stuck."""
@@ -112,12 +140,6 @@ class Pair:
         while not (self.output / checkpoint).is_dir():
             assert time.monotonic() < end, self.said()
             time.sleep(0.01)
-
-    def kill(self, rank: int) -> None:
-        """Kills every process of a host."""
-        listed = subprocess.run(["ip", "netns", "pids", HOSTS[rank]], check=True, capture_output=True, text=True)
-        for pid in listed.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
 
     def said(self) -> str:
         return "\n".join(log.read_text(errors="replace")[-3000:] for log in self.logs)
@@ -152,7 +174,7 @@ def scenario(bench, launcher: str, command: str, config: str, parts: list[str]) 
     if "dies" in parts:
         pair = start("dies")
         pair.wait_for("checkpoint-2")
-        pair.kill(1)
+        kill_all(HOSTS[1])
         begun = time.monotonic()
         statuses = pair.wait()
         assert all(statuses), (statuses, pair.said())
@@ -177,7 +199,7 @@ def main() -> int:
     parser.add_argument("--commands", nargs="+", default=["sparse-po", "constrained-ppo"])
     parser.add_argument("--configs", nargs="+", default=["ddp", "cpu_zero2", "cpu_zero3"])
     parser.add_argument("--parts", nargs="+", default=["both", "dies", "cable"])
-    parser.add_argument("--launcher", choices=("fork", "accelerate"), default="fork")
+    parser.add_argument("--launcher", choices=("fork", "accelerate", "deepspeed"), default="fork")
     options = parser.parse_args()
     reason = why_not()
     if reason is not None:
@@ -189,13 +211,19 @@ def main() -> int:
     from tests.faults.__main__ import import_libraries
     from tests.faults.commands import Bench
 
+    if any("zero" in config for config in options.configs):
+        import tests.helpers.launched  # noqa: F401  (gloo in the place of an operation that takes minutes to compile)
     import_libraries()
     bench = Bench(folder)
+    # Each process draws tokens of its own, and two would have other completions than one
+    recipe = bench.recipe("constrained-ppo")
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "generation_kwargs": {"do_sample": False}}))
     with hosts():
         for config in options.configs:
             for command in options.commands:
                 for line in scenario(bench, options.launcher, command, config, options.parts):
                     print(line, flush=True)
+    shutil.rmtree(folder)
     return 0
 
 

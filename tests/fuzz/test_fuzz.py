@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments
@@ -144,7 +145,7 @@ def test_configurations(field, value, tmp_path_factory):
 
     with refusals(ValueError, TypeError, StrictDataclassFieldValidationError, naming=(name, "constraint")):
         built = cls(**settings_of)
-        hint = get_type_hints(cls)[name]
+        hint = get_type_hints(cls, localns={"torch": torch})[name]  # which transformers imports for checkers alone
         assert makes_sense(getattr(built, name), hint, name == "multiplier_max"), (cls.__name__, name, value)
 
 

@@ -64,9 +64,9 @@ def launch(argv: list[str], environments: list[dict[str, str]]) -> str:
     return printed
 
 
-def run(launcher, script, model, output, *options):
+def run(launcher, script, model, output, *options, processes=2):
     """Runs a training script alone, or in two processes; returns what it found."""
-    environments = [{}] if launcher == "single" else rank_environments(2)
+    environments = [{}] if launcher == "single" else rank_environments(processes)
     if launcher.startswith("zero"):
         # There is no configuration of stage 1
         config, stage = f"cpu_{launcher}.yaml".replace("zero1", "zero2"), launcher.removeprefix("zero")

@@ -1,11 +1,13 @@
 """
 Steps of the Triton kernels, in Triton's interpreter, against the equations in float64; started by a test.
 
-python -m tests.optim.plan_cases
+python -m tests.optim.plan_cases [--all]
 """
 
 import sys
+import time
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
@@ -18,16 +20,18 @@ from trl_ext.optim.weights import LocalTensor
 
 
 # Biases, narrow and wide rows, rows that are not divisible by 16, long rows that are cut in parts
-SHAPES = [(7,), (6, 5), (40, 1), (1, 40), (5, 3, 2, 2), (5, 64), (3, 70), (2, 600), (3, 8), (1, 1), (2, 300)]
+SHAPES = [(7,), (6, 5), (40, 1), (1, 40), (5, 3, 2, 2), (5, 64), (3, 70), (2, 600), (3, 8), (1, 1), (2, 200)]
 # One of each kind: what an option changes does not depend on the size
-FEW = [(7,), (6, 5), (5, 3, 2, 2), (3, 70), (2, 600)]
-KINDS = ("generic", "layer", "channel")
+FEW = [(7,), (6, 5), (5, 3, 2, 2), (3, 70), (2, 300)]
+# Gradients, step by step: what the last step expects of the next is right, at another level, or nothing
+TWICE = ("layer", "layer", "channel", "channel", "generic")
+CHANGES = ("layer", "channel", "channel", "generic")
 
 
 @contextmanager
 def interpreted():
     """Sends tensors on a CPU through the kernels, with chunks so small that every way of cutting is taken."""
-    sizes = {"DEVICE_TYPES": {"cpu"}, "CHUNK": 128, "MAX_ROW": 512, "SPLIT_ROWS": 2, "SPLIT_PARTS": 4, "SUM_BLOCK": 8}
+    sizes = {"DEVICE_TYPES": {"cpu"}, "CHUNK": 128, "MAX_ROW": 256, "SPLIT_ROWS": 2, "SPLIT_PARTS": 4, "SUM_BLOCK": 8}
     with mock.patch.multiple(plans, **sizes):
         yield
 
@@ -67,8 +71,8 @@ def gradient(kind, weight, generator):
     return (others + rows * (kind == "generic")).reshape(weight.shape)
 
 
-def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shapes=SHAPES, **options):
-    """Some steps in both; gradients pass at another level, or at none, every second step."""
+def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shapes=SHAPES, kinds=TWICE, **options):
+    """Some steps in both; gradients pass at the levels `kinds`, or at none."""
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     ours, exact = ([torch.nn.Parameter(start.to(kind)) for start in starts] for kind in (dtype, torch.float64))
@@ -79,7 +83,7 @@ def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shape
     optimizer = optimizer_class(groups[0], **{**common, **options})
     reference = optimizer_class(groups[1], **{**common, **reference_options}, foreach=False, fused=False)
     for step in range(steps):
-        kind = KINDS[(step // 2 + 1) % 3]
+        kind = kinds[step]
         for number, (param, other) in enumerate(zip(ours, exact, strict=True)):
             grad = gradient(kind, other, generator).to(dtype)
             is_missing = step == 3 and number % 5 == 1  # As an expert that no token chose
@@ -145,7 +149,7 @@ def compare_shards(num_processes, steps=3, **options):
         assert processes[0].cut_weights
         for step in range(steps):
             for weight in exact:
-                weight.grad = gradient(KINDS[(step + 1) % 3], weight, generator).float().double()
+                weight.grad = gradient(("layer", "channel", "generic")[step], weight, generator).float().double()
             grads = torch.cat([weight.grad.flatten() for weight in exact]).float()
             for rank, plan in enumerate(processes):
                 entry = plan.entries[0]
@@ -198,39 +202,66 @@ def check_rounding(shape, num_steps=4, **options):
     assert all(torch.equal(*pair) for pair in zip(*once, strict=True))
 
 
-def adamp_options():
-    yield {}
-    yield {"nesterov": True}
-    yield {"maximize": True}
-    yield {"capturable": True}
-    yield {"projection": "layer"}
-    yield {"projection": "channel"}
-    yield {"projection": "none"}
-    yield {"weight_decay": 60.0}  # Takes off more than half, so that no step can be taken back
+def check_adamp(options, shapes=FEW, steps=4, kinds=CHANGES):
+    optimizer, reference, *_ = compare(AdamP, shapes=shapes, steps=steps, kinds=kinds, **options)
+    if options != {"capturable": True} and options != {"projection": "none"}:
+        check_reports(optimizer, reference)
+
+
+def check_sgdp(options, shapes=FEW, steps=4, kinds=CHANGES):
+    check_reports(*compare(SGDP, shapes=shapes, steps=steps, kinds=kinds, **options)[:2])
+
+
+def check_bfloat16(state_dtype, steps=4, kinds=CHANGES):
+    compare(AdamP, torch.bfloat16, state_dtype=state_dtype, tolerance=0.05, shapes=FEW, steps=steps, kinds=kinds)
+
+
+def few_cases():
+    """Every branch of the kernels, options that do not meet taken together."""
+    heavy = {"weight_decay": 60.0}  # Takes off more than half, so that no step can be taken back
+    yield partial(check_adamp, {}, SHAPES, 5, TWICE)
+    for options in ({"nesterov": True, "maximize": True}, {"capturable": True}, heavy):
+        yield partial(check_adamp, options)
+    for level in ("layer", "channel", "none"):  # Nothing is tested, so that gradients make no difference
+        yield partial(check_adamp, {"projection": level}, steps=2)
+    for options in ({}, {"nesterov": True, "project_momentum": True}, {"dampening": 0.5, "maximize": True}):
+        yield partial(check_sgdp, options)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield partial(check_bfloat16, dtype)
+    # A bias, a weight that is tested, one that is known
+    for shape, options in (((300,), {}), ((15, 20), {}), ((15, 20), {"projection": "none"})):
+        yield partial(check_rounding, shape, **options)
+    yield partial(compare_shards, 7)
+    for level in ("channel", "layer"):
+        yield partial(compare_shards, 3, 2, projection=level)
+
+
+def all_cases():
+    """Every option alone, on more gradients and larger tensors; twice as long."""
+    options = [{"nesterov": True}, {"maximize": True}, {"capturable": True}, {"weight_decay": 60.0}]
+    options += [{"projection": level} for level in ("layer", "channel", "none")]
+    yield partial(check_adamp, {}, SHAPES, 5, TWICE)
+    for some in options:
+        yield partial(check_adamp, some, FEW, 5, TWICE)
+    yield partial(check_sgdp, {}, SHAPES, 5, TWICE)
+    for some in ({"nesterov": True}, {"project_momentum": True}, {"dampening": 0.5, "maximize": True}):
+        yield partial(check_sgdp, some, FEW, 5, TWICE)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield partial(check_bfloat16, dtype, 5, TWICE)
+    for shape, some in (((700,), {}), ((30, 20), {}), ((30, 20), {"projection": "none"})):
+        yield partial(check_rounding, shape, **some)
+    for num_processes, some in ((3, {}), (7, {}), (3, {"projection": "channel"}), (3, {"projection": "layer"})):
+        yield partial(compare_shards, num_processes, **some)
 
 
 def main() -> None:
-    num_checked = 0
-    for options in adamp_options():
-        sys.stderr.write(f"{options}\n")
-        optimizer, reference, *_ = compare(AdamP, shapes=FEW if options else SHAPES, **options)
-        if options != {"capturable": True} and options != {"projection": "none"}:
-            check_reports(optimizer, reference)
-        num_checked += 1
-    for options in ({}, {"nesterov": True}, {"project_momentum": True}, {"dampening": 0.5, "maximize": True}):
-        check_reports(*compare(SGDP, shapes=FEW if options else SHAPES, **options)[:2])
-        num_checked += 1
-    for dtype in (torch.bfloat16, torch.float32):
-        compare(AdamP, torch.bfloat16, state_dtype=dtype, tolerance=0.05, shapes=FEW)
-        num_checked += 1
-    # A bias, a weight that is tested, one that is known
-    for shape, options in (((700,), {}), ((30, 20), {}), ((30, 20), {"projection": "none"})):
-        check_rounding(shape, **options)
-        num_checked += 1
-    for num_processes, options in ((3, {}), (7, {}), (3, {"projection": "channel"}), (3, {"projection": "layer"})):
-        compare_shards(num_processes, **options)
-        num_checked += 1
-    sys.stdout.write(f"{num_checked}\n")
+    cases = list(all_cases() if "--all" in sys.argv[1:] else few_cases())
+    for check in cases:
+        start = time.process_time()
+        check()
+        seconds = time.process_time() - start
+        sys.stderr.write(f"{check.func.__name__} {check.args} {check.keywords}: {seconds:.1f} s\n")
+    sys.stdout.write(f"{len(cases)}\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tests.helpers import tiny
 from tests.helpers.launching import launch, rank_environments
 from tests.helpers.sparse_po import PLAIN, TRANSFORMS, head_inputs, paired
 from tests.helpers.tiny import FAMILIES, tiny_model
-from trl_ext.sparse_po.lm_head.paired_log_probs import logit_transform, paired_log_probs
+from trl_ext.sparse_po.lm_head import triton_kernels
+from trl_ext.sparse_po.lm_head.paired_log_probs import _uses_kernels, logit_transform, paired_log_probs
 
 
 def reference(policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, transforms):
@@ -297,34 +299,20 @@ def test_fsdp2_over_two_processes(tmp_path):
     assert launch([script], rank_environments(2)).count("agrees") == 2
 
 
-TRITON = """
-    import torch
-    from trl_ext.sparse_po.lm_head import paired_log_probs, triton_kernels
-    from tests.helpers.sparse_po import TRANSFORMS, head_inputs, paired
-
-    for transforms in TRANSFORMS:
-        found = []
-        for usable in (False, True):
-            paired_log_probs._uses_kernels = lambda tile: usable and triton_kernels.AVAILABLE
-            tensors = head_inputs(num_tokens=5, vocab=1500, dtype=torch.float32)
-            options = {'vocab_tile': 1300, 'return_statistics': True}
-            log_probs, ref_log_probs, kl, statistics = paired(tensors, transforms, **options)
-            (log_probs.sum() - 0.3 * kl.sum()).backward()
-            first = [x.grad.clone() for x in tensors[:3]]
-            log_probs = paired(tensors, transforms)[0]
-            log_probs.sum().backward()
-            found.append([log_probs, ref_log_probs, kl, *statistics, *first, *(x.grad for x in tensors[:3])])
-        for torch_tiles, kernels in zip(*found):
-            torch.testing.assert_close(kernels, torch_tiles, rtol=1e-4, atol=1e-5)
-    print("kernels agree")
-"""
-
-
-def test_triton_kernels_in_the_interpreter(tmp_path):
+def test_triton_kernels_in_the_interpreter():
+    """Against torch's tiles in float32, against float64 in bfloat16, and the bytes that they move."""
     pytest.importorskip("triton")
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TRITON)],
-        capture_output=True, text=True, timeout=900, env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "tests.sparse_po.head_cases"], capture_output=True, text=True, timeout=900,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "kernels agree" in result.stdout
+    assert result.stdout.split("\n")[-2] == "kernels agree"
+
+
+def test_float64_takes_no_kernels():
+    """They sum in float32."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert _uses_kernels(on_gpu) == (dtype != torch.float64 and triton_kernels.AVAILABLE)
+        assert not _uses_kernels(torch.empty(1, dtype=dtype))

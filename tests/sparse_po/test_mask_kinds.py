@@ -10,7 +10,7 @@ from datasets import Dataset
 from tests.helpers.sparse_po import LOG2, first_batch, losses, make_trainer, perturb
 from tests.helpers.tiny import tiny_pairs
 from trl_ext.sparse_po import mask_kinds
-from trl_ext.sparse_po.given_weights import TokenWeightsCollator, span_weights
+from trl_ext.sparse_po.given_weights import TokenWeightsCollator, completion_weights, span_weights
 from trl_ext.sparse_po.mask_kinds import TokenInputs, kind_weights, register_mask_kind
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 
@@ -172,11 +172,27 @@ def test_span_weights():
         ([0, 10, 1.0], "does not lie"),
         ([0.5, 2, 1.0], "does not lie"),
         ([1, 2], "no span"),
+        ([float("nan"), 2, 1.0], "does not lie"),
+        ([0, float("inf"), 1.0], "does not lie"),
+        ([None, "2", 1.0], "does not lie"),
+        ([0, 10**5000, 1.0], "does not lie"),
     ):
         with pytest.raises(ValueError, match=message):
             span_weights([span], offsets, 9)
     with pytest.raises(ValueError, match=r"no token meets the span \[4, 6, 1.0\]"):
         span_weights([[4, 6, 1.0]], [(0, 4), (6, 9)], 9)
+
+
+@pytest.mark.parametrize("weights", [False, 3, "ab", {"a": 1.0}])
+def test_token_weights_that_are_no_list(weights):
+    with pytest.raises(ValueError, match="is no list"):
+        completion_weights({"chosen_ids": [1, 2]}, "chosen", weights, None)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000, math.inf, None, "1", [], [[1]]], ids=lambda _: "")
+def test_token_weights_that_are_no_weights(number):
+    with pytest.raises(ValueError, match="is no (weight|span)"):
+        completion_weights({"chosen_ids": [1, 2]}, "chosen", [number, 1.0], None)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from ..optim.install import OwnOptimizerMixin
 from .adaptation import NonFiniteLossError, RolloutController, mean_divergences
 from .advantages import adaptive_lambda, gae, reward_streams, token_divergence
 from .checkpoint import STOP_FILE, CheckpointMixin, write_json
+from .completion_table import CompletionTableMixin
 from .constrained_ppo_config import ConstrainedPPOConfig, checked_config
 from .critic import (
     VALUE_HEADS,
@@ -85,6 +86,7 @@ class ConstrainedPPOTrainer(
     GroupRelativeMixin,
     GoldMetricMixin,
     CheckpointMixin,
+    CompletionTableMixin,
     CompanionMixin,
     MethodCardMixin,
     OwnOptimizerMixin,

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..core.files import warn_of_failure
 from ..core.log import LogHistory, NewestValues, best_value, last_value, reward_names
 from ..core.model_card import settings_table
+from ..core.reporters import is_last_log, report_image, report_table
 from ..core.safe_text import as_string, for_markdown, for_markdown_code, for_terminal
 from .calibration import Calibration, calibrate, cap_warnings
 from .constrained_ppo_config import ConstrainedPPOConfig
@@ -239,6 +240,24 @@ class CalibrationCallback(TrainerCallback):
             if not args.disable_tqdm:
                 Console().print(calibration_table(found))
             _save_calibration(found, args.output_dir)
+            columns = (
+                "reward",
+                "constraint",
+                "mean",
+                "spread",
+                "5%",
+                "25%",
+                "50%",
+                "75%",
+                "95%",
+                "rank",
+                "deviations",
+            )
+            rows = [
+                [one.reward, str(one.stated), one.mean, one.spread, *one.quantiles, one.rank, one.deviations]
+                for one in found
+            ]
+            report_table(trainer, "calibration", columns, rows, state.global_step)
         warnings = [warning for calibration in found for warning in calibration.warnings]
         if controller.multipliers is not None:
             signals = controller.constrained_signals(rewards, trainer.num_generations_eval)
@@ -300,6 +319,10 @@ class ConstraintDashboardCallback(TrainerCallback):
         self._last_shown: tuple[str, float | None] | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if is_last_log(logs) and state.is_world_process_zero and reward_names(state.log_history):
+            self._draw(state)
+            report_image(self.trainer, "dashboard", self.path, state.global_step)
+            self._report_multipliers(state)
         if not state.is_world_process_zero or not reward_names([logs or {}]):
             return
         if self.show_table:
@@ -307,12 +330,27 @@ class ConstraintDashboardCallback(TrainerCallback):
         if time.monotonic() >= self._next_drawing:
             self._draw(state)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.is_file():
+            report_image(self.trainer, "dashboard", self.path, state.global_step)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not reward_names(state.log_history):
             return
         if self.show_table and self._last_shown != self._shown(state):
             self._print(state)
         self._draw(state)
+
+    def _report_multipliers(self, state: Any) -> None:
+        log = self._newest.of(state.log_history)
+        parts = ("threshold", "violation", "multiplier", "weight", "saturation", "oscillation")
+        rows = []
+        for grouped in constraints_by_reward(self.constraints()).values():
+            for key, constraint in grouped:
+                found = [last_value(log, f"{part}/{key}") for part in parts]
+                rows.append([key, str(constraint), *("" if value is None else value for value in found)])
+        if rows:
+            report_table(self.trainer, "constraints", ("reward", "constraint", *parts), rows, state.global_step)
 
     def constraints(self) -> list[Constraint]:
         """The constraints with their thresholds of now, by name of their reward."""

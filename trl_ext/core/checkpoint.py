@@ -17,6 +17,7 @@ import os
 import pickletools
 import re
 import shutil
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,8 @@ MANIFEST_FILE = "trl_ext_checkpoint.json"
 FORMAT = 1
 # Folders of a run in which nothing is whole yet, or no longer
 SAVING, REMOVING = ".saving", ".removing"
+# Where a checkpoint of DeepSpeed lies that was cut for this run's number of processes, until it is read
+RECUT = ".recut"
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Written beside the weights for people, and never read by a resumed run
@@ -179,8 +182,8 @@ def prune(folder: Path, limit: int | None, kept: Path, best: str | None) -> None
 
 
 def clear_remains(folder: Path) -> None:
-    """Deletes what an interrupted save or removal has left."""
-    for name in (SAVING, REMOVING):
+    """Deletes what an interrupted save, removal or resume has left."""
+    for name in (SAVING, REMOVING, RECUT):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -294,6 +297,29 @@ def unsafe_files(checkpoint: str | Path) -> dict[str, list[str]]:
         if unknown:
             found[path.relative_to(folder).as_posix()] = sorted(unknown)
     return found
+
+
+def load_harmless(path: Path) -> Any:
+    """
+    Reads a file of `torch.save`, mapped into memory, if it names only what checkpoints are made of.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `Any`: what was saved, on the CPU.
+
+    Raises:
+        pickle.UnpicklingError: If it names anything else; nothing of that is run.
+    """
+    named: list[Any] = []
+    for name in _HARMLESS:
+        module, _, attribute = name.rpartition(".")
+        if module in sys.modules:
+            named.append(getattr(sys.modules[module], attribute, None))
+    with torch.serialization.safe_globals([one for one in named if callable(one)]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _globals_of_archive(path: Path) -> list[str]:

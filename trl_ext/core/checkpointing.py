@@ -32,6 +32,7 @@ from .._version import __version__
 from .agreement import first_fault, from_main, on_each_node, wait_for_all
 from .checkpoint import (
     MANIFEST_FILE,
+    RECUT,
     SAVING,
     checkpoints,
     fault_of,
@@ -56,6 +57,7 @@ from .run_folder import RunLock, prepare_folder
 from .safe_text import known_secrets
 from .signals import RequeueCallback
 from .status import RunError
+from .zero_recut import num_pieces, recut_checkpoint
 
 
 logger = get_logger(__name__)
@@ -109,12 +111,13 @@ class WholeCheckpointsMixin(Trainer):
     # One run for a folder
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from, self._changes, self._ended = None, {}, None
+        self._resumed_from, self._changes, self._ended, self._other_world = None, {}, None, False
         if kwargs.get("trial") is not None or args:  # a search for hyperparameters has folders of its own
             return super().train(resume_from_checkpoint, *args, **kwargs)
         with ExitStack() as stack:
             stack.enter_context(self._folder_locked())
             stack.callback(self._wait_for_publishing)
+            stack.callback(self._remove_recut)
             stack.enter_context(naming_lost_peers(self.args.ddp_timeout))
             checkpoint = self._prepare_resume(resume_from_checkpoint)
             if self._run_settings.save_on_signal:
@@ -167,6 +170,8 @@ class WholeCheckpointsMixin(Trainer):
             from_main(lambda: prepare_folder(folder, checkpoint, overwrite, passed_over))
         self._trained_before = True
         self._resumed_from = checkpoint
+        if checkpoint is not None and self._other_world and self.is_deepspeed_enabled:
+            checkpoint = self._recut(checkpoint)
         return None if checkpoint is None else str(checkpoint)
 
     def _newest_whole(self, folder: Path) -> tuple[Path | None, list[Path]]:
@@ -216,12 +221,13 @@ class WholeCheckpointsMixin(Trainer):
                 f"{checkpoint} has no {MANIFEST_FILE}, so its files and settings could not be compared.{fresh}",
                 main_process_only=True,
             )
+            self._compare_world(num_pieces(checkpoint) or self.args.world_size, checkpoint)
             return
         settings = without_places(manifest["settings"])  # those of earlier versions have paths
         saved = {"trainer": manifest["trainer"], "engine": manifest["engine"], **settings}
         own = {"trainer": self._trainer_name(), "engine": self._engine(), **self._settings()}
         self._changes = compare_settings(saved, own, {"trainer", "engine", *self._fixed_settings}, checkpoint.name)
-        self._refuse_other_world(manifest, checkpoint)
+        self._compare_world(manifest["world_size"], checkpoint)
         if self._changes:
             logger.warning(
                 f"Settings that differ from those of {checkpoint.name}, and hold from here on: "
@@ -231,23 +237,41 @@ class WholeCheckpointsMixin(Trainer):
         elif manifest["ended"] is not None:
             self._ended = manifest["ended"]
 
-    def _refuse_other_world(self, manifest: Settings, checkpoint: Path) -> None:
-        before, now = manifest["world_size"], self.args.world_size
+    def _compare_world(self, before: int, checkpoint: Path) -> None:
+        now = self.args.world_size
         self._other_world = before != now
         if before == now:
             return
-        if self.is_deepspeed_enabled:
-            raise RunError(
-                f"The checkpoint {checkpoint} was written by {before} processes under DeepSpeed, which cuts the "
-                f"optimizer's state into as many parts, and this run has {now}. Resume with {before} processes, or "
-                "train from its weights without `resume_from_checkpoint`."
-            )
         logger.warning(
             f"{checkpoint.name} was written by {before} processes and this run has {now}: weights, optimizer and all "
             "other states go on, while the order of the rows and the random numbers are not those of a run that was "
             "not interrupted.",
             main_process_only=True,
         )
+
+    def _recut(self, checkpoint: Path) -> Path:
+        """A folder with the checkpoint as DeepSpeed would have cut it for this run's number of processes."""
+        folder, fault = Path(self.args.output_dir) / RECUT / checkpoint.name, None
+        if self._owns_folder:
+            try:
+                recut_checkpoint(checkpoint, folder, self.args.world_size)
+            except Exception as error:  # whatever it is, the other processes wait to hear of it
+                shutil.rmtree(folder, ignore_errors=True)
+                fault = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        fault = first_fault(fault)
+        if fault is not None:
+            raise RunError(
+                f"The checkpoint {checkpoint} was written by another number of processes under DeepSpeed, and could "
+                f"not be cut for {self.args.world_size}: {fault}. Resume with as many as wrote it, or train from its "
+                "weights without `resume_from_checkpoint`."
+            )
+        return folder
+
+    def _remove_recut(self, parts: str = RECUT) -> None:
+        """What [`_recut`] has made: all of it, or DeepSpeed's files, once they are read."""
+        if self._owns_folder:
+            for path in Path(self.args.output_dir).glob(parts):
+                shutil.rmtree(path, ignore_errors=True)
 
     # Settings
 
@@ -281,6 +305,9 @@ class WholeCheckpointsMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if own is not None:
             _set_options(self.optimizer, self.lr_scheduler, own)
+        if checkpoint is not None and Path(checkpoint).parent.name == RECUT:
+            wait_for_all()
+            self._remove_recut(f"{RECUT}/*/global_step*")
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: str | None, trial: Any
@@ -416,10 +443,14 @@ class WholeCheckpointsMixin(Trainer):
     def _agreed_fault(self) -> str | None:
         """What has failed on any process; all processes must call it."""
         failure, partial = self._failure, Path(self.args.output_dir) / SAVING
-        if failure is None or not is_lack_of_space(failure):
-            return first_fault(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is None:
+            return first_fault(None)
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         missing = self._expected_size() - written - shutil.disk_usage(partial.parent).free
+        # An error of the system has its number; a writer that passes it on in words of its own is judged by the disk
+        lack = is_lack_of_space(failure) or (not isinstance(failure, OSError) and missing > 0)
+        if not lack:
+            return first_fault(f"{type(failure).__name__}: {failure}")
         return first_fault(f"{_LACK}, about {max(missing, _MEGABYTE) / _MEGABYTE:.0f} MB more are needed")
 
     def _expected_size(self) -> int:

@@ -164,7 +164,7 @@ class _RowCheck:
     def whole(self, dataset: Dataset) -> None:
         """Checks every row; Arrow's own types are judged without making Python objects of them."""
         chosen = dataset.select_columns(self.columns)
-        self(chosen[0], 0)
+        self._check_row(chosen, 0)
         if self.needs_prompt and "prompt" not in self.columns:
             self._each(chosen)
             return
@@ -176,14 +176,27 @@ class _RowCheck:
                     self._each(chosen)
                     return
                 if found is not None:
-                    row = start + found
-                    self(chosen[row], row)
+                    self._check_row(chosen, start + found)
             self._try_batch(table, chosen, start)
             start += len(table)
 
     def _each(self, dataset: Dataset) -> None:
-        for row, values in enumerate(dataset):
+        rows = iter(dataset)
+        for row in range(len(dataset)):
+            try:
+                values = next(rows)
+            except UnicodeDecodeError:
+                self._check_row(dataset, row)
+                raise
             self(values, row)
+
+    def _check_row(self, dataset: Dataset, row: int) -> None:
+        for column in self.columns:
+            try:
+                dataset.select_columns([column])[row]
+            except UnicodeDecodeError as error:  # Arrow takes bytes for a text until somebody reads it
+                raise self._error(row, column, f"holds bytes that are no text in UTF-8 ({error.reason})") from error
+        self(dataset[row], row)
 
     def _try_batch(self, table: Any, dataset: Dataset, start: int) -> None:
         """Roles that no template is sure to know, and prompts without a character, of a batch without other faults."""
@@ -192,14 +205,12 @@ class _RowCheck:
             if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
                 bare = pc.equal(pc.binary_length(values), 0)
                 if column == "prompt" and self.needs_prompt and not self._empty_is_text and pc.any(bare).as_py():
-                    row = pc.index(bare, True).as_py()
-                    self(dataset[start + row], start + row)
+                    self._check_row(dataset, start + pc.index(bare, True).as_py())
                 continue
             roles = pc.struct_field(pc.list_flatten(values), "role")
             for role in set(pc.unique(roles).to_pylist()) - _ROLES - self._tried:
                 place = pc.index(roles, pa.scalar(role, roles.type)).as_py()
-                row = start + pc.list_parent_indices(values)[place].as_py()
-                self(dataset[row], row)
+                self._check_row(dataset, start + pc.list_parent_indices(values)[place].as_py())
 
     def _try_roles(self, messages: list[dict[str, Any]], row: int, column: str) -> None:
         unknown = {message["role"] for message in messages} - _ROLES - self._tried
@@ -237,6 +248,10 @@ class _RowCheck:
 def _arrow_fault(values: Any) -> Any:
     """The first row that is neither text nor messages, `None`, or `NotImplemented` where Arrow's type does not say."""
     kind = values.type
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:  # bytes that are no text
+        return NotImplemented
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _first(pc.is_null(values))
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):

@@ -12,7 +12,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What writers say that don't pass the error's number on; torch's says nothing else where the disk is full
 _NO_SPACE_WORDS = (
     "no space left", "os error 28", "disk quota exceeded", "os error 122", "pytorchstreamwriter failed",
-    "enforce fail at inline_container",
+    "enforce fail at inline_container", "iostream error",
 )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def finish_model_card(
         method_section (`str`):
             Markdown put into the training procedure.
         known (`Mapping[str, Any]`, *optional*):
-            Arguments of [`completed_metadata`], what is known of data, base model and results.
+            Arguments of [`completed_metadata`], what is known of data, base model and results; and `recipe`, the
+            settings that were given, as YAML.
 
     Returns:
         `str`
@@ -59,13 +60,23 @@ def finish_model_card(
     content = content.replace('model="None"', f"model={as_string(model_id)}")
     card = ModelCard(content)
     body = card.text
+    facts = dict(known or {})
+    recipe = facts.pop("recipe", None)
+    if recipe:
+        method_section = f"{method_section.strip()}\n\n{_recipe_section(recipe)}"
     versions = "### Framework versions\n\n"
     if versions not in body:
         body += f"\n{versions}"
     body = body.replace(versions, f"{method_section.strip()}\n\n{versions}- trl_ext: {__version__}\n", 1)
     card.text = re.sub(r"[ \t]+\n", "\n", body)
-    card.data = completed_metadata(card.data.to_dict(), **(known or {}))
+    card.data = completed_metadata(card.data.to_dict(), **facts)
     return str(card)
+
+
+def _recipe_section(recipe: str) -> str:
+    # Longer than any row of backticks in it, so that nothing in the recipe ends the block
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
+    return f"### Recipe\n\nThe settings that were given; all others are defaults.\n\n{fence}yaml\n{recipe}\n{fence}"
 
 
 def write_method_card(
@@ -106,11 +117,12 @@ def write_method_card(
 
 
 def known_of(trainer: Any, base_model: str | None) -> dict[str, Any]:
-    """What a trainer knows for the metadata of its card, as arguments of [`completed_metadata`]."""
+    """What a trainer knows for its card, as `known` of [`finish_model_card`]."""
     return {
         "datasets": hub_datasets(getattr(trainer, "train_dataset", None), getattr(trainer, "dataset_names", ())),
         "base_model": base_model,
         "log_history": trainer.state.log_history,
+        "recipe": getattr(trainer.args, "given_recipe", None),  # set by a command that parsed it
     }
 
 

@@ -115,6 +115,15 @@ def to_rich(text: WeightedText, highest: float) -> Text:
     return result
 
 
+def to_numbers(text: WeightedText) -> Text:
+    """One weighted text for a terminal or a file without colours: behind each weighted token its weight."""
+    result = Text()
+    for piece, weight in zip(text.pieces, text.weights, strict=True):
+        shown = piece.replace("\n", f"{NEWLINE}\n").translate(_CONTROL_SIGNS)
+        result.append(shown if np.isnan(weight) else f"{shown}[{weight:.2f}]")
+    return result
+
+
 def to_html(texts: list[WeightedText], heading: str) -> str:
     """A whole HTML page; hovering over a token shows its weight."""
     highest = highest_weight(texts)

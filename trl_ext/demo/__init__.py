@@ -4,7 +4,6 @@ GRPO with and without constraints, and a reward model that learns by equilibrium
 import argparse
 import importlib
 import os
-import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         FileNotFoundError: If the recipe is missing.
     """
+    from ..core.quiet import VERBOSE_VARIABLE, quiet_run
     from ..scripts.recipe.packaged import find_packaged
 
     parser = argparse.ArgumentParser("trl-ext demo", description=__doc__)
@@ -35,16 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
     parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
+    parser.add_argument("--verbose", action="store_true", help="print all that is logged, and what libraries warn of")
     options = parser.parse_args(arguments)
     if not Path(options.config).is_file() and find_packaged(options.config) is None:
         raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # TRL 1.16 warns of names that transformers 5.23 changed; nothing a reader of the demo can act on
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    warnings.simplefilter("ignore", FutureWarning)
+    if options.verbose:
+        os.environ[VERBOSE_VARIABLE] = "1"  # for the commands that the demo runs too
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(width=max(Console().width, 100))
+    with quiet_run():
+        _demonstrate(options, output_dir, Console())
+    return 0
+
+
+def _demonstrate(options: argparse.Namespace, output_dir: Path, console: Console) -> None:
     from ..playground import resolve
 
     console.rule("Base model of the playground")
@@ -55,4 +60,3 @@ def main(arguments: list[str] | None = None) -> int:
             demonstrate(output_dir, options.config, console, options.max_steps)
         else:
             demonstrate(output_dir / part, console, options.max_steps)
-    return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -118,9 +119,7 @@ def demonstrate_constrained_ppo(
 
 
 def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedGRPOTrainer":
-    from transformers import PrinterCallback
-
-    from .. import ConstrainedGRPOConfig, ConstrainedGRPOTrainer, playground
+    from .. import ConstrainedGRPOConfig, ConstrainedGRPOTrainer, ConstraintDashboardCallback, playground
 
     shutil.rmtree(folder, ignore_errors=True)
     policy = playground.BaseModelSettings.of_one_mind()
@@ -139,7 +138,9 @@ def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedGRPOTra
         eval_dataset=playground.preference_dataset(NUM_VALIDATION_PROMPTS, split="validation"),
         gold_reward=playground.playground_gold,
     )
-    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ConstraintDashboardCallback):
+            callback.show_table = False  # the picture will do beside the lines of the log
     trainer.train()
     trainer.save_model()
     return trainer
@@ -170,6 +171,8 @@ def comparison_table(points: Sequence[Point]) -> Table:
         title="Two proxies and the gold metric",
         caption=f"Means over {2 * NUM_VALIDATION_PROMPTS} responses to validation prompts. gold: grammaticality * "
         "(1 + sentiment) / 2; KL: nats per response",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for column in ("policy", "step", "positive\nwords (share)", "similarity to\nreference", "gold", "KL"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)

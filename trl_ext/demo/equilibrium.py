@@ -1,10 +1,12 @@
 """The demo's part on equilibrium propagation: a reward model whose head starts with feedback at 90 degrees."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,26 @@ from rich.console import Console
 from rich.table import Table
 
 
-# Run: overrides of the recipe. The first is launched as a user would launch it
+# Run: overrides of the recipe
 RUNS: dict[str, list[str]] = {
     "with homeostasis": [],
     "without": ["--homeostasis_coef", "0"],
 }
-NUM_PAIRS = 200
+SEEDS = (42, 1, 2)
+NUM_PAIRS = 1000
+WORKERS = 2  # trainings at a time
 
 
 def demonstrate_equilibrium(
     output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
 ) -> list[dict[str, Any]]:
     """
-    Trains reward models with and without the homeostasis objective, prints one table and draws gradient cosine and
-    weight angle through training.
+    Trains reward models with and without the homeostasis objective, each with [`SEEDS`], prints one table of means and
+    draws gradient cosine and weight angle through the first seed's training.
 
     Args:
         output_dir (`str` or `Path`):
-            Folder; each run has its own below it, and the picture is `alignment.png`.
+            Folder; each training has its own below it, and the picture is `alignment.png`.
         console ([`~rich.console.Console`], *optional*):
             Console to print on.
         max_steps (`int`, *optional*):
@@ -43,15 +47,25 @@ def demonstrate_equilibrium(
     from ..equilibrium.report import draw_alignment
 
     console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    steps = [] if max_steps is None else ["--max_steps", str(max_steps)]
+    console.rule("Equilibrium propagation, feedback at 90 degrees")
+    console.print(
+        f"{len(RUNS) * len(SEEDS)} trainings, {WORKERS} at a time, each on one thread, with a log beside its folder."
+    )
+    folders = {(name, seed): output_dir / f"{name.replace(' ', '_')}_{seed}" for name in RUNS for seed in SEEDS}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        trainings = [
+            pool.submit(_train, folder, [*RUNS[name], *steps, *seed_overrides(seed)])
+            for (name, seed), folder in folders.items()
+        ]
+        for training in trainings:
+            training.result()
     rows, histories = [], {}
-    for name, overrides in RUNS.items():
-        console.rule(f"Equilibrium propagation, feedback at 90 degrees, {name}")
-        folder = output_dir / name.replace(" ", "_")
-        shutil.rmtree(folder, ignore_errors=True)
-        steps = [] if max_steps is None else ["--max_steps", str(max_steps)]
-        _train(folder, [*overrides, *steps], launch=not overrides)
-        histories[name] = json.loads((folder / "alignment.json").read_text())
-        rows.append({"run": name, **histories[name][-1], **reward_quality(folder)})
+    for name in RUNS:
+        histories[name] = json.loads((folders[name, SEEDS[0]] / "alignment.json").read_text())
+        quality = mean_quality([reward_quality(folders[name, seed]) for seed in SEEDS])
+        rows.append({"run": name, **histories[name][-1], **quality})
     console.print(equilibrium_table(rows))
     draw_alignment(histories, output_dir / "alignment.png")
     (output_dir / "results.json").write_text(json.dumps(rows, indent=1))
@@ -59,18 +73,28 @@ def demonstrate_equilibrium(
     return rows
 
 
-def _train(folder: Path, overrides: list[str], launch: bool) -> None:
-    arguments = ["--config", "equilibrium/playground_reward", "--output_dir", str(folder), *overrides]
-    if launch:
-        subprocess.run([sys.executable, "-m", "trl_ext.cli", "equilibrium-reward", *arguments], check=True)
-        return
-    from ..scripts.equilibrium_reward import main, make_parser
+def seed_overrides(seed: int) -> list[str]:
+    """Overrides of the recipe for a seed: evaluation, and the picture that needs it, are of the first seed alone."""
+    others = [] if seed == SEEDS[0] else ["--eval_strategy", "no", "--show_alignment", "0"]
+    return ["--seed", str(seed), *others]
 
-    main(*make_parser().parse_args_and_config(arguments))
+
+def _train(folder: Path, overrides: list[str]) -> None:
+    """Trains as a user would, in a process of its own on one thread."""
+    shutil.rmtree(folder, ignore_errors=True)
+    log = folder.with_suffix(".log")
+    command = [sys.executable, "-m", "trl_ext.cli", "equilibrium-reward", "--config", "equilibrium/playground_reward"]
+    with log.open("w") as file:
+        code = subprocess.run(
+            [*command, "--output_dir", str(folder), *overrides], check=False, stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).returncode  # fmt: skip
+    if code:
+        raise RuntimeError(f"A training of the demo ended with exit code {code}; what it said is in {log}.")
 
 
 @torch.no_grad()
-def reward_quality(folder: Path) -> dict[str, float]:
+def reward_quality(folder: Path, num_pairs: int = NUM_PAIRS) -> dict[str, float]:
     """Accuracy of a saved reward model on test pairs, and the correlation of its rewards with the exact sentiment."""
     from transformers import AutoTokenizer
 
@@ -79,13 +103,18 @@ def reward_quality(folder: Path) -> dict[str, float]:
 
     model = EPModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = preference_dataset(NUM_PAIRS, split="test")
+    rows = preference_dataset(num_pairs, split="test")
     rewards: dict[str, np.ndarray] = {}
     truth: dict[str, np.ndarray] = {}
     for side in ("chosen", "rejected"):
         texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in rows]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        rewards[side] = model(**inputs).logits[:, 0].numpy()
+        parts = []
+        for start in range(0, num_pairs, 100):
+            inputs = tokenizer(
+                texts[start : start + 100], padding=True, return_tensors="pt", return_token_type_ids=False
+            )
+            parts.append(model(**inputs).logits[:, 0].numpy())
+        rewards[side] = np.concatenate(parts)
         truth[side] = np.array([sentiment(row[side]) for row in rows])
     all_rewards, all_truth = (np.concatenate([values["chosen"], values["rejected"]]) for values in (rewards, truth))
     return {
@@ -94,19 +123,26 @@ def reward_quality(folder: Path) -> dict[str, float]:
     }
 
 
+def mean_quality(qualities: list[dict[str, float]]) -> dict[str, Any]:
+    """Means over the seeds of what [`reward_quality`] measures, and every seed's accuracy as `accuracies`."""
+    means = {name: float(np.mean([quality[name] for quality in qualities])) for name in qualities[0]}
+    return {**means, "accuracies": [quality["accuracy"] for quality in qualities]}
+
+
 def equilibrium_table(rows: list[dict[str, Any]]) -> Table:
     """The runs as a table."""
     table = Table(
-        title=f"Reward models with an equilibrium-propagation head on the playground ({NUM_PAIRS} test pairs)",
-        caption="cosine: of estimated and exact error vectors, first and last layer; angle: between forward and "
-        "feedback weights; correlation: of reward and exact sentiment",
+        title=f"Reward models with an equilibrium-propagation head on the playground ({NUM_PAIRS:,} test pairs)",
+        caption=f"accuracy: mean and range over {len(SEEDS)} seeds; correlation: of reward and exact sentiment, mean; "
+        "cosine: of estimated and exact error vectors, first and last layer; angle: between forward and "
+        "feedback weights; both of the first seed",
     )
     for column in ("homeostasis", "accuracy", "correlation", "cosine", "angle"):
         table.add_column(column, justify="left" if column == "homeostasis" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["run"],
-            f"{row['accuracy']:.3f}",
+            f"{row['accuracy']:.3f} ({min(row['accuracies']):.2f} to {max(row['accuracies']):.2f})",
             f"{row['correlation']:.2f}",
             f"{row['cosines'][0]:.2f} / {row['cosines'][-1]:.2f}",
             f"{row['weight_angle']:.0f}\N{DEGREE SIGN}",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -180,6 +181,8 @@ def results_table(results: list[MethodResult]) -> Table:
         caption="reward: exact sentiment; KL(policy || reference), nats per response; preference: accuracy on test "
         "pairs; sparsity: share of zero weights; AUC: how well a mask finds the sentiment-bearing tokens (0.5 is "
         "chance)",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     columns = ("method", "reward", "KL", "gram-\nmatical", "prefe-\nrence", "sparsity\nm_u / m_d",
                "AUC\nm_u / m_d")  # fmt: skip

@@ -12,6 +12,7 @@ from .._upstream import gathered_state_dict
 from ..core.figures import COLORS, MARKERS, new_axes, save_figure
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table, write_method_card
+from ..core.reporters import is_last_log, report_image, report_table
 from ..core.safe_text import as_string
 from .configuration import EPConfig
 from .head import EPHead
@@ -154,15 +155,27 @@ class EPAlignmentCallback(TrainerCallback):
         self.num_examples = num_examples
         self.history: list[dict[str, Any]] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self._measure(state.global_step)
+        if is_last_log(logs) and state.is_world_process_zero:
+            self._write(args)
+            self._report(Path(args.output_dir) / "alignment.png", state.global_step)
 
     on_train_begin = on_log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._measure(state.global_step)
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._write(args)
+
+    def _report(self, picture: Path, step: int) -> None:
+        report_image(self.trainer, "alignment", picture, step)
+        layers = range(1, 1 + len(self.history[-1]["cosines"]))
+        columns = ["step", *(f"cosine of layer {layer}" for layer in layers), "angle of the weights in degrees"]
+        rows = [[entry["step"], *entry["cosines"], entry["weight_angle"]] for entry in self.history]
+        report_table(self.trainer, "alignment_of_layers", columns, rows, step)
+
+    def _write(self, args: Any) -> None:
         folder = Path(args.output_dir)
         with warn_of_failure("The report of the head's alignment could not be written"):
             folder.mkdir(parents=True, exist_ok=True)

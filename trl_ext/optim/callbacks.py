@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from .. import _upstream
 from ..core.files import warn_of_failure
+from ..core.reporters import report_table
 from .names import named_optimizer
 from .step import ProjectedOptimizer
 
@@ -119,11 +120,13 @@ class OptimizerReportCallback(TrainerCallback):
     def attach(cls, trainer: Trainer) -> "OptimizerReportCallback":
         """Adds the callback to a trainer, before all others."""
         callback = cls()
+        callback.trainer = trainer
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
     def __init__(self) -> None:
         self._learning_rates: list[Any] = []
+        self.trainer: Any = None  # whose reporters get the report as a table, where it is known
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self._learning_rates = [group["lr"] for group in bottom_optimizer(optimizer).param_groups]
@@ -140,6 +143,10 @@ class OptimizerReportCallback(TrainerCallback):
             with warn_of_failure(f"{REPORT_FILE} could not be written"):
                 Path(args.output_dir).mkdir(parents=True, exist_ok=True)
                 (Path(args.output_dir) / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+            if self.trainer is not None:
+                columns = sorted({column for row in report.values() for column in row})
+                rows = [[name, *(row.get(column, "") for column in columns)] for name, row in report.items()]
+                report_table(self.trainer, "optimizer_report", ("weight", *columns), rows, state.global_step)
 
     def _report(self, optimizer: Any) -> dict[str, dict[str, Any]]:
         bottom = None if optimizer is None else bottom_optimizer(optimizer)

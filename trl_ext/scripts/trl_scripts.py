@@ -9,6 +9,8 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..core.checks import check_fields
 
 
@@ -66,22 +68,68 @@ def _of_trl(name: str) -> ModuleType:
 
 
 @contextmanager
-def _whole_checkpoints(name: str, run_args: Any) -> Iterator[None]:
-    """Lets TRL's script, which takes its trainer from `trl`, find it with [`WholeCheckpointsMixin`]."""
+def _whole_checkpoints(name: str, run_args: Any, report: Any = None) -> Iterator[None]:
+    """
+    Lets TRL's script, which takes its trainer from `trl`, find it with whole checkpoints and our model card; the
+    callback `report` learns of the trainer.
+    """
     import trl
 
     from ..core.checkpointing import WholeCheckpointsMixin
+    from ..core.model_card import MethodCardMixin
     from ..core.run_arguments import RunArguments
 
     trainer = _TRAINERS[name]
     plain = getattr(trl, trainer)
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if report is not None:
+            report.trainer = self
+        return super(whole, self).train(*args, **kwargs)
+
+    stated = {
+        "run_arguments": run_args or RunArguments(),
+        "_method_section": lambda self, model_id: "",
+        "train": train,
+    }
     # Under TRL's own name, which goes into cards and manifests
-    whole = type(trainer, (WholeCheckpointsMixin, plain), {"run_arguments": run_args or RunArguments()})
+    whole: Any = type(trainer, (WholeCheckpointsMixin, MethodCardMixin, plain), stated)
     setattr(trl, trainer, whole)
     try:
         yield
     finally:
         setattr(trl, trainer, plain)
+
+
+@contextmanager
+def _playground_known(name: str) -> Iterator[None]:
+    """Lets TRL's script, which takes `load_dataset` from `datasets`, find the playground under its name."""
+    import datasets
+
+    from .recipe.loading import PLAYGROUND
+
+    plain = datasets.load_dataset
+
+    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        return _playground(name) if path == PLAYGROUND else plain(path, *args, **kwargs)
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield
+    finally:
+        datasets.load_dataset = plain
+
+
+def _playground(name: str) -> Any:
+    """The playground's pairs in the form that a TRL script takes: SFT the better completion, KTO one at a time."""
+    from trl import unpair_preference_dataset
+
+    from .. import playground
+
+    pairs = playground.load_playground_dataset()
+    if name == "sft":
+        return pairs.rename_column("chosen", "completion").remove_columns("rejected")
+    return unpair_preference_dataset(pairs) if name == "kto" else pairs
 
 
 def make_parser(name: str, prog: str | None = None) -> "StrictParser":
@@ -107,7 +155,7 @@ def main(
     """Runs a TRL script on parsed arguments, with checkpoints and resumption as in our own scripts."""
     from ..optim.callbacks import OptimizerReportCallback, default_callback
     from ..optim.names import check_optim_args
-    from .recipe.loading import last_checkpoint, require_model_and_data, resolve_model
+    from .recipe.loading import last_checkpoint, left_behind, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
     if training_args.hub_token is not None:  # TRL's configurations would write it into `training_args.bin`
@@ -116,7 +164,11 @@ def main(
     model_args.model_name_or_path = resolve_model(model_args.model_name_or_path)
     training_args.resume_from_checkpoint = last_checkpoint(training_args)
     with ExitStack() as stack:
-        stack.enter_context(_whole_checkpoints(name, run_args))
-        if optimizer_args.log_optimizer_report:
-            stack.enter_context(default_callback(OptimizerReportCallback()))
+        report = OptimizerReportCallback() if optimizer_args.log_optimizer_report else None
+        stack.enter_context(_whole_checkpoints(name, run_args, report))
+        stack.enter_context(_playground_known(name))
+        if report is not None:
+            stack.enter_context(default_callback(report))
         _of_trl(name).main(script_args, training_args, model_args, dataset_args)
+    if training_args.process_index == 0:
+        Console(markup=False, highlight=False, soft_wrap=True).print(left_behind(training_args.output_dir))

@@ -5,7 +5,7 @@ characters of its text; tokens outside every span weigh one. `chosen_divergence_
 `rejected_divergence_weights`, where the data has them, weight the divergences, and the former the rewards only.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ..core.checks import shown
 from .preference_data import ROW
 
 
 SIDES = ("chosen", "rejected")
 TERMS = ("reward", "divergence")
+_LARGEST = sys.float_info.max
 # Of a prepared pair: one list of numbers for each side and term
 WEIGHT_COLUMNS = tuple(f"{side}_{term}_mask" for side in SIDES for term in TERMS)
 
@@ -91,11 +93,13 @@ def completion_weights(
     num_tokens = len(pair[f"{side}_ids"])
     if weights is None:
         raise ValueError("there are no weights. Fill them in, or filter the row.")
+    if not isinstance(weights, list | tuple):
+        raise ValueError(f"{shown(weights)} is no list. Give numbers, or spans `[start, end, weight]`.")
     spans = [span for span in weights if isinstance(span, list | tuple)]
     numbers = [span[-1] if isinstance(span, list | tuple) and span else span for span in weights]
     for number in numbers:
-        if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
-            raise ValueError(f"{number!r} is no weight. Weights are finite and not negative.")
+        if not isinstance(number, int | float) or not 0 <= number <= _LARGEST:
+            raise ValueError(f"{shown(number)} is no weight. Weights are finite and not negative.")
     if spans:
         offsets, length = _token_offsets(pair, side, tokenizer)
         return span_weights(weights, offsets, length)
@@ -129,16 +133,21 @@ def span_weights(spans: list[Any], offsets: list[tuple[int, int]], length: int) 
     weights = [1.0] * len(offsets)
     for span in spans:
         if not isinstance(span, list | tuple) or len(span) != 3:
-            raise ValueError(f"{span!r} is no span `[start, end, weight]`.")
+            raise ValueError(f"{shown(span)} is no span `[start, end, weight]`.")
         start, end, weight = span
-        if start != int(start) or end != int(end) or not 0 <= start < end <= length:
-            raise ValueError(f"the span {list(span)} does not lie in the text, which has {length} characters.")
+        if not (_is_place(start) and _is_place(end) and 0 <= start < end <= length):
+            raise ValueError(f"the span {shown(list(span))} does not lie in the text, which has {length} characters.")
         met = [place for place, (first, last) in enumerate(offsets) if max(first, start) < min(last, end)]
         if not met:
             raise ValueError(f"no token meets the span {list(span)}. Widen it to whole words.")
         for place in met:
             weights[place] = float(weight)
     return weights
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a value counts characters; Arrow makes 3.0 of a 3 beside a weight."""
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def _token_offsets(

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table
+from ..core.reporters import is_last_log, report_image, report_table
 from ..core.safe_text import as_string
 from .masks import TOKEN_MASKS_FILE
 from .sparse_po_config import SparsePOConfig
@@ -72,7 +73,8 @@ def _loading(config: SparsePOConfig, model_id: str) -> str:
 class TokenMaskCallback(TrainerCallback):
     """
     After every evaluation and at the end of training, shows a few pairs with each response token coloured by its
-    weight: a table on the terminal, and `token_masks/step_<n>.html` and `.png` in the output folder.
+    weight: a table on the terminal, and `token_masks/step_<n>.html` and `.png` in the output folder. On
+    a terminal without colours, and in a log file, the table has each weight as a number.
 
     Args:
         trainer ([`SparsePOTrainer`]):
@@ -106,6 +108,10 @@ class TokenMaskCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state.global_step)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if is_last_log(logs):
+            self._show(state.global_step)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state.global_step)
 
@@ -127,16 +133,25 @@ class TokenMaskCallback(TrainerCallback):
             (self.output_dir / f"step_{step}.html").write_text(to_html(texts, heading), encoding="utf-8")
             save_png(texts, heading, self.output_dir / f"step_{step}.png")
             self._print(texts, heading)
+            self._report(texts, step)
+
+    def _report(self, texts: "list[WeightedText]", step: int) -> None:
+        from ..core.token_colors import to_numbers
+
+        report_image(self.trainer, "token_masks", self.output_dir / f"step_{step}.png", step)
+        rows = [(text.title, to_numbers(text).plain) for text in texts]
+        report_table(self.trainer, "token_weights", ("response", "tokens with their weights"), rows, step)
 
     def _print(self, texts: "list[WeightedText]", heading: str) -> None:
-        from ..core.token_colors import highest_weight, shortened, to_rich
+        from ..core.token_colors import highest_weight, shortened, to_numbers, to_rich
 
-        highest = highest_weight(texts)
-        table = Table(title=f"{heading} (darkest = {highest:.3f})", show_lines=True, expand=True)
+        highest, in_colour = highest_weight(texts), self.console.color_system is not None
+        how = f"darkest = {highest:.3f}" if in_colour else "the weight behind each token"
+        table = Table(title=f"{heading} ({how})", show_lines=True, expand=True)
         table.add_column("", no_wrap=True)
         table.add_column("response", ratio=1)
         for text in texts:
-            table.add_row(text.title, to_rich(shortened(text), highest))
+            table.add_row(text.title, to_rich(shortened(text), highest) if in_colour else to_numbers(shortened(text)))
         self.console.print(table)
 
     @torch.no_grad()

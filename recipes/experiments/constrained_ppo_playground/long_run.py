@@ -34,8 +34,8 @@ from .run import OveroptimizationArguments, playground_task
 # Fields that every method has, and those of a critic
 SHARED = (
     "per_device_train_batch_size", "max_completion_length", "temperature", "num_iterations", "optim", "learning_rate",
-    "max_grad_norm", "lr_scheduler_type", "max_steps", "use_cpu", "bf16", "gradient_checkpointing", "output_dir",
-    "logging_steps", "save_strategy", "report_to", "disable_tqdm",
+    "max_grad_norm", "lr_scheduler_type", "warmup_steps", "max_steps", "use_cpu", "bf16", "gradient_checkpointing",
+    "output_dir", "logging_steps", "save_strategy", "report_to", "disable_tqdm",
 )  # fmt: skip
 CRITIC = ("gamma", "gae_lambda", "critic_learning_rate", "critic_detach")
 KNOWN = {**ARMS, **CONTROLLERS}

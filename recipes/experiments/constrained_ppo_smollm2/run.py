@@ -20,12 +20,12 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
+from ..adapted_model import AdaptedModelArguments
 from ..runner import FinishedRuns
 from .gold import Judge, mean_surprisals
 from .report import write_report
@@ -39,9 +39,9 @@ QUESTION = " ... This movie is"
 
 
 @dataclass
-class SmolArguments:
+class SmolArguments(AdaptedModelArguments):
     """
-    Arguments of the experiment.
+    Arguments of the experiment, beside those of [`AdaptedModelArguments`].
 
     Args:
         imdb_dir (`str`, *optional*):
@@ -52,12 +52,6 @@ class SmolArguments:
             Methods, of `ARMS`.
         seeds (`list[int]`):
             Seeds of training.
-        prompt_words (`int`):
-            Words of a review that make a prompt.
-        lora_rank (`int`):
-            Rank of the adapter.
-        lora_layers (`int`):
-            How many of the last layers have one; 0 for all.
     """
 
     imdb_dir: str | None = field(default=None, metadata={"help": "Folder with the IMDB parquet files."})
@@ -66,9 +60,6 @@ class SmolArguments:
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Methods."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training."})
-    prompt_words: int = field(default=5, metadata={"help": "Words of a review that make a prompt."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_layers: int = field(default=10, metadata={"help": "How many of the last layers have one; 0 for all."})
 
 
 class ObservedGRPOTrainer(GRPOTrainer):
@@ -144,7 +135,7 @@ def train(arm: str, seed: int, config: Any, arguments: SmolArguments, folder: Pa
         reward_funcs=[SentimentScore(folder), distinct_share],
         args=config_class(**given),
         train_dataset=review_openings(str(arguments.imdb_dir), arguments.prompt_words),
-        peft_config=adapter(arguments),
+        peft_config=arguments.adapter(arguments.model_name_or_path),
     )
     start, cpu_start = time.monotonic(), time.process_time()
     trainer.train()
@@ -170,18 +161,6 @@ def kl_of_response(entry: dict[str, float]) -> float:
     if "kl/per_response" in entry:
         return entry["kl/per_response"]
     return entry["kl"] * entry["completions/mean_length"]
-
-
-def adapter(arguments: SmolArguments) -> LoraConfig:
-    """LoRA on all linear layers of the last blocks."""
-    from transformers import AutoConfig
-
-    number = AutoConfig.from_pretrained(arguments.model_name_or_path).num_hidden_layers
-    layers = list(range(number - arguments.lora_layers, number)) if arguments.lora_layers else None
-    return LoraConfig(
-        r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, layers_to_transform=layers, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    )  # fmt: skip
 
 
 def main(training_args: GRPOConfig, arguments: SmolArguments) -> None:

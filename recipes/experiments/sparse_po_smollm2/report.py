@@ -1,4 +1,4 @@
-"""Table and picture of the runs: reward against KL with intervals over the seeds."""
+"""Table and picture of the runs: reward against KL, with 95% intervals over the seeds in the table."""
 
 import json
 from pathlib import Path
@@ -44,6 +44,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), half
 
 
+def standard_error(values: list[float]) -> float:
+    """The standard error of the mean; 0 for a single value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
 def mean(rows: list[dict[str, Any]], key: str) -> str:
     return f"{np.mean([row[key] for row in rows]):.2f}"
 
@@ -67,12 +72,13 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
     """
     figure, (axes,) = new_axes(width=8, height=5.2)
     cells = []
-    for position, method in enumerate(METHODS):
+    for place, method in enumerate(METHODS):
         points = []
         own = [row for row in rows if row["method"] == method and not row["tuning"]]
         for beta in sorted({row["beta"] for row in own}):
             runs = [row for row in own if row["beta"] == beta]
-            reward, divergence = (interval([run[key] for run in runs]) for key in ("reward", "divergence"))
+            values = [[run[key] for run in runs] for key in ("reward", "divergence")]
+            reward, divergence = map(interval, values)
             auc = [run["lexicon_auc"] for run in runs if "lexicon_auc" in run]
             cells.append([
                 method, f"{beta:g}", f"{runs[0]['factor']:g}", f"{reward[0]:.3f} ± {reward[1]:.3f}",
@@ -80,13 +86,15 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
                 f"{mean(runs, 'sparsity_reward')} / {mean(runs, 'sparsity_divergence')}",
                 f"{np.mean(auc):.3f}" if auc else "", str(len(runs)),
             ])  # fmt: skip
-            points.append((divergence[0], reward[0], divergence[1], reward[1]))
+            points.append((divergence[0], reward[0], standard_error(values[1]), standard_error(values[0])))
         if points:
             x, y, dx, dy = np.array(sorted(points)).T
             axes.errorbar(
-                x, y, xerr=np.nan_to_num(dx), yerr=np.nan_to_num(dy), capsize=2, label=method, **line_style(position)
-            )
-    axes.set_xlabel("KL(policy || reference), nats per response; bars: 95% intervals over seeds")
+                x, y, xerr=dx, yerr=dy, capsize=2,
+                elinewidth=0.8, label=method, **line_style(place),
+            )  # fmt: skip
+    axes.set_xlabel("KL(policy || reference), nats per response; bars are standard errors over seeds")
+    axes.set_xlim(left=0)
     axes.set_ylabel(REWARDS[task])
     if cells:
         axes.legend(frameon=False)

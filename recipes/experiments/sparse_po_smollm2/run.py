@@ -27,9 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoConfig
 from trl import ModelConfig
 
 from trl_ext import SparsePOConfig, SparsePOTrainer
@@ -39,6 +37,7 @@ from trl_ext.sparse_po.evaluation import mask_recovery, reward_and_divergence
 from trl_ext.sparse_po.reference_pass import decoder_layers
 from trl_ext.sparse_po.report import TokenMaskCallback
 
+from ..adapted_model import AdaptedModelArguments
 from ..runner import FinishedRuns
 from ..sparse_po_sentiment.run import METHODS, review_prompts, train_classifier
 from .frozen_layers import FrozenLayerCache
@@ -51,9 +50,9 @@ LEXICON = "opinion_lexicon/{}-words.txt"
 
 
 @dataclass
-class SmolArguments:
+class SmolArguments(AdaptedModelArguments):
     """
-    Arguments of the experiment.
+    Arguments of the experiment, beside those of [`AdaptedModelArguments`].
 
     Args:
         task (`str`):
@@ -82,14 +81,10 @@ class SmolArguments:
             Prompts (of sentiment) or pairs (of harmless) to evaluate on; masks are shown on held-out pairs.
         max_words (`int`):
             Words that responses are cut to.
+        max_prompt_words (`int`):
+            Harmless only: longest dialogue before the answer, in words; longer ones are left out.
         new_tokens (`int`):
             Length of the samples in tokens.
-        prompt_words (`int`):
-            Words of a review that make a prompt.
-        lora_rank (`int`):
-            Rank of the adapter.
-        lora_layers (`int`):
-            How many of the last layers have one; 0 for all.
         only_size (`bool`):
             Whether to print what the runs will take, and stop.
         max_minutes (`float`, *optional*):
@@ -110,10 +105,8 @@ class SmolArguments:
     num_pairs: int = field(default=800, metadata={"help": "Pairs to train on."})
     num_held_out: int = field(default=128, metadata={"help": "Pairs and prompts to evaluate on."})
     max_words: int = field(default=30, metadata={"help": "Words that responses are cut to."})
+    max_prompt_words: int = field(default=40, metadata={"help": "Longest dialogue before the answer, in words."})
     new_tokens: int = field(default=32, metadata={"help": "Length of the samples in tokens."})
-    prompt_words: int = field(default=5, metadata={"help": "Words of a review that make a prompt."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_layers: int = field(default=10, metadata={"help": "How many of the last layers have one; 0 for all."})
     only_size: bool = field(default=False, metadata={"help": "Print what the runs will take, and stop."})
     max_minutes: float | None = field(default=None, metadata={"help": "Start no run after so many minutes."})
 
@@ -141,15 +134,16 @@ def scored_pairs(path: str, max_words: int, reward: Callable[[list[str]], list[f
     return rows
 
 
-def dialogue_pairs(path: str, max_words: int) -> list[dict[str, Any]]:
-    """Whole dialogues, cut before the last turn of the assistant, where both have the same turns before it."""
+def dialogue_pairs(path: str, max_words: int, max_prompt_words: int) -> list[dict[str, Any]]:
+    """Dialogues, cut before the last turn of the assistant, where both have the same few words before it."""
     mark = "\n\nAssistant:"
     rows = []
     for pair in pd.read_json(path, lines=True).to_dict("records"):
         prompt, _, chosen = pair["chosen"].rpartition(mark)
         other, _, rejected = pair["rejected"].rpartition(mark)
         answers = [" " + " ".join(text.split()[:max_words]) for text in (chosen, rejected)]
-        if prompt == other and answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
+        short = len(prompt.split()) <= max_prompt_words
+        if short and prompt == other and answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
             rows.append({"prompt": prompt + mark, "chosen": answers[0], "rejected": answers[1]})
     return rows
 
@@ -159,7 +153,7 @@ def make_pairs(arguments: SmolArguments, classifier: Any) -> tuple[Dataset, Data
     if arguments.task == "sentiment":
         rows = scored_pairs(str(arguments.pairs_file), arguments.max_words, classifier.reward)
     else:
-        rows = dialogue_pairs(str(arguments.pairs_file), arguments.max_words)
+        rows = dialogue_pairs(str(arguments.pairs_file), arguments.max_words, arguments.max_prompt_words)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     order = np.random.default_rng(0).permutation(len(prompts))
     held_out_prompts = {prompts[i] for i in order[: max(1, len(prompts) // 5)]}
@@ -179,15 +173,10 @@ def make_trainer(
     settings["learning_rate"] = config.learning_rate * run.factor
     if settings["mask_type"] != "learned":
         settings["mask_learning_rate"] = None
-    num_layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-    used = min(arguments.lora_layers or num_layers, num_layers)
-    adapter = LoraConfig(
-        r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(num_layers - used, num_layers)),
-    )  # fmt: skip
     config = replace(config, **{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-    trainer = SparsePOTrainer(model, args=config, train_dataset=pairs[0], eval_dataset=pairs[1], peft_config=adapter)
+    trainer = SparsePOTrainer(
+        model, args=config, train_dataset=pairs[0], eval_dataset=pairs[1], peft_config=arguments.adapter(model)
+    )
     # Activation masks observe what happens inside the reference's layers
     cache.attach(decoder_layers(base_policy(trainer.model)), while_no_grad=config.mask_type != "activation")
     return trainer

@@ -19,6 +19,7 @@ _LEFT_BEHIND = {
     "dashboard": "dashboard.png",
     "gradients": "alignment.png",
     "token masks": "token_masks",
+    "optimizer": "optimizer_report.json",
     "log": "trainer_state.json",
 }
 
@@ -127,5 +128,10 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, datas
 
 def saved_text(what: str, folder: str | Path) -> str:
     """Where a run has left its model, and what else lies there to be looked at."""
+    return "\n".join(filter(None, [f"{what} saved to {folder}.", left_behind(folder)]))
+
+
+def left_behind(folder: str | Path) -> str:
+    """What a run has left in its folder to be looked at, a line for each."""
     found = [(name, Path(folder) / file) for name, file in _LEFT_BEHIND.items() if (Path(folder) / file).exists()]
-    return "\n".join([f"{what} saved to {folder}.", *(f"  {name:<12} {path}" for name, path in found)])
+    return "\n".join(f"  {name:<12} {path}" for name, path in found)

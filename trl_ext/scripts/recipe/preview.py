@@ -1,11 +1,14 @@
 """`--print_config` and `--dry_run`: what a command line comes to, without loading or importing what it names."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ...core.checkpoint_settings import without_places
+from ...core.safe_text import known_secrets, shown_folder
 from .usage import field_groups
 
 
@@ -40,6 +43,30 @@ def config_text(parser: Any) -> str:
         if block:
             texts.append(f"# {title}\n{yaml.safe_dump(block, sort_keys=False, width=100, allow_unicode=True)}")
     return "\n".join(texts).rstrip()
+
+
+def given_text(parser: Any) -> str:
+    """
+    The settings that a checked command line gives, for the eyes of others.
+
+    Args:
+        parser ([`StrictParser`]):
+            Parser that has checked it.
+
+    Returns:
+        `str`: YAML in the order in which they are given; without secrets, and without folders outside the working one.
+    """
+    settings = {name: _plain(getattr(parser.parsed, name)) for name in parser.given if name != "hub_token"}
+    shown = without_places(_shown(settings), known_secrets(getattr(parser.parsed, "hub_token", None)))
+    return yaml.safe_dump(shown, sort_keys=False, width=100, allow_unicode=True).rstrip()
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown_folder(value) if Path(value).is_absolute() else value
+    if isinstance(value, dict):
+        return {key: _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list) else value
 
 
 def dry_run_text(parser: Any, module: str, accelerate_config: str, processes: int) -> str:
@@ -80,7 +107,9 @@ def dry_run_text(parser: Any, module: str, accelerate_config: str, processes: in
 
 def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)
-    return list(value) if isinstance(value, tuple) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a data set of `datasets`
+        return {name: _plain(one) for name, one in vars(value).items() if one is not None}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -16,11 +16,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from ...core.checks import described, fits, shown
+from ...core.quiet import is_verbose, quiet_run
 from ...core.status import RunError
 from ...launcher import end_with_parent
 from .environment import PRECISION, checked_environment, environment_kept_on_success, stated_precision
 from .named_code import check_trust, named_code
 from .overrides import apply_overrides, take_option
+from .preview import given_text
 from .reading import Lines, RecipeError, read_recipe
 
 
@@ -75,11 +77,15 @@ class StrictParser(TrlParser):
         remaining, environment = self._check(sys.argv[1:] if args is None else args)
         with environment_kept_on_success(environment):
             try:
-                return self.parse_args_into_dataclasses(args=remaining, look_for_args_file=False)
+                parsed = self.parse_args_into_dataclasses(args=remaining, look_for_args_file=False)
             except RecipeError:
                 raise
             except (ValueError, TypeError) as error:
                 raise RecipeError(str(error)) from error
+        for configuration in parsed:
+            if hasattr(configuration, "output_dir"):  # the trainer's, which its card reads
+                configuration.given_recipe = given_text(self)
+        return parsed
 
     def check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> dict[str, str]:
         """
@@ -104,6 +110,7 @@ class StrictParser(TrlParser):
         remaining = list(args)
         path = take_option(remaining, "--config")
         trusted = take_flag(remaining, "--trust_recipe_code")
+        self.verbose = take_flag(remaining, "--verbose") or is_verbose()
         recipe, lines = ({}, {}) if path is None else read_recipe(path)
         check_trust(recipe, lines, path, trusted)
         path = path or f"({_COMMAND_LINE[4:]})"
@@ -353,7 +360,8 @@ def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
     """Parses the process's arguments and runs `main` on them; a refused recipe ends the process with its message."""
     end_with_parent()
     try:
-        main(*parser.parse_args_and_config())
+        with quiet_run(verbose=take_flag(sys.argv[1:], "--verbose")):
+            main(*parser.parse_args_and_config())
     except (RecipeError, RunError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     except Exception as error:

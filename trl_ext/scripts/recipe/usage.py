@@ -13,6 +13,7 @@ _COMMAND_OPTIONS = (
     ("--num_processes N", "Processes, in place of the accelerate config's number."),
     ("--print_config", "Print every setting, given and default, as a recipe, and train nothing."),
     ("--dry_run", "Say what would be loaded, the effective batch and the steps, and train nothing."),
+    ("--verbose", "Print all that is logged, every bar, and what other libraries warn of."),
     ("--trust_recipe_code", "Run a recipe outside the working folder that names code to import."),
     ("--FIELD.PLACE VALUE", "One value of a nested field, such as --constraints.0.threshold 0.5."),
 )

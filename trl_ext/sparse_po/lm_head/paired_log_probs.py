@@ -7,7 +7,8 @@ For a token with the models' logits `z` and `z_ref` over the vocabulary, label `
 
 The logits exist only as tiles of a few tokens by a few vocabulary entries, in the forward and, recomputed, in the
 backward pass, which leaves out the tokens that no gradient reaches: those whose weights are zero. [`_PairedLogProbs`]
-is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes.
+is what runs; `tests/sparse_po/test_lm_head.py` holds it equal to whole softmaxes. On a GPU with Triton a tile has the
+dtype of the projection, as in TRL's own heads, and one kernel reads it in each pass; elsewhere it is float32 or wider.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from . import triton_kernels
 
 
 # Tokens by vocabulary entries of one tile of logits. On a CPU, 4 MB in float32, which stays in the caches; on an
-# accelerator, 512 MB, enough to fill its matrix units
+# accelerator, 256 MB in bfloat16, enough to fill its matrix units
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 32768)
 
@@ -35,7 +36,7 @@ class HeadStatistics(NamedTuple):
     Attributes:
         entropy (`torch.Tensor` of shape `(N,)`, float32): Entropy in nats.
         mean_logits (`torch.Tensor` of shape `(N,)`, float32): Mean logit over the vocabulary.
-        is_top1 (`torch.Tensor` of shape `(N,)`, bool): Whether the label has the highest logit.
+        is_top1 (`torch.Tensor` of shape `(N,)`, bool): Whether no logit is higher than the label's.
     """
 
     entropy: torch.Tensor
@@ -108,8 +109,10 @@ def paired_log_probs(
     Log-probabilities of the labels under policy and reference, and the full-vocabulary KL(reference || policy).
 
     Everything is accumulated in float32 (float64 for float64 inputs); under autocast the projections run on inputs
-    rounded to the autocast dtype. No tensor of shape `(N, V)` is ever held. Gradient flows to the policy's hidden
-    states, weight and bias only.
+    rounded to the autocast dtype. On a GPU with Triton a projection is rounded to the dtype of its inputs once, before
+    bias and scale, as in TRL's fused heads: in bfloat16 one between 16 and 32 to a multiple of 1/8. Elsewhere it is
+    kept in float32. No tensor of shape `(N, V)` is ever held. Gradient flows to the policy's hidden states, weight and
+    bias only.
 
     Args:
         policy_hidden (`torch.Tensor` of shape `(N, H)`):
@@ -205,8 +208,8 @@ class _Head(NamedTuple):
     def weight_tile(self, columns: slice) -> torch.Tensor:
         return self.weight[columns].to(self.hidden.dtype)
 
-    def logits(self, buffer: torch.Tensor, rows: slice, columns: slice, weight_tile: torch.Tensor) -> torch.Tensor:
-        """Logits of one tile, written into `buffer`."""
+    def projection(self, buffer: torch.Tensor, rows: slice, weight_tile: torch.Tensor) -> torch.Tensor:
+        """The product of one tile, written into `buffer`."""
         hidden = self.hidden[rows]
         tile = buffer[: hidden.size(0) * weight_tile.size(0)].view(hidden.size(0), weight_tile.size(0))
         if hidden.dtype == tile.dtype:
@@ -215,9 +218,25 @@ class _Head(NamedTuple):
             torch.mm(hidden, weight_tile.t(), out_dtype=tile.dtype, out=tile)
         else:
             torch.mm(hidden.to(tile.dtype), weight_tile.t().to(tile.dtype), out=tile)
+        return tile
+
+    def logits(self, buffer: torch.Tensor, rows: slice, columns: slice, weight_tile: torch.Tensor) -> torch.Tensor:
+        """Logits of one tile, written into `buffer`."""
+        tile = self.projection(buffer, rows, weight_tile)
         if self.bias is not None:
             tile.add_(self.bias[columns].to(tile.dtype))
         return self.transform.apply_(tile)
+
+    def side(
+        self, buffer: torch.Tensor, rows: slice, columns: slice, weight_tile: torch.Tensor
+    ) -> triton_kernels.Side:
+        """One tile for the kernels, which make the logits themselves."""
+        bias = None if self.bias is None else self.bias[columns].contiguous()
+        return triton_kernels.Side(self.projection(buffer, rows, weight_tile), bias, *self.transform)
+
+    def tile_dtype(self, accumulated: torch.dtype) -> torch.dtype:
+        """What a tile is held in: the kernels sum in float32 whatever they read."""
+        return self.hidden.dtype if _uses_kernels(self.hidden) else accumulated
 
 
 def _heads(
@@ -257,11 +276,6 @@ class _RunningStatistics:
             label.copy_(torch.where(inside, logits.gather(1, local).squeeze(1), label))
         if statistics:
             self.logit_sum[rows] += policy.sum(dim=1)
-        if _uses_kernels(policy):
-            running = (self.policy_max, self.ref_max, self.policy_sum, self.ref_sum, self.policy_weighted,
-                       self.gap_weighted)  # fmt: skip
-            triton_kernels.fold(policy, ref, [values[rows] for values in running])
-            return
         weights = _fold_maximum(ref, self.ref_max[rows], scratch, (self.ref_sum[rows], self.gap_weighted[rows]))
         self.ref_sum[rows] += weights.sum(dim=1)
         self.gap_weighted[rows] += _row_dot(weights, ref.sub_(policy))
@@ -270,6 +284,10 @@ class _RunningStatistics:
         self.policy_sum[rows] += weights.sum(dim=1)
         if statistics:
             self.policy_weighted[rows] += _row_dot(weights, policy)
+
+    def of_rows(self, rows: slice) -> triton_kernels.Running:
+        """What the kernels write."""
+        return triton_kernels.Running(*(getattr(self, name)[rows] for name in triton_kernels.Running._fields))
 
     def policy_log_normalizer(self) -> torch.Tensor:
         return self.policy_max + self.policy_sum.log()
@@ -290,8 +308,8 @@ def _fold_maximum(
     return torch.sub(logits, new_maximum.unsqueeze(1), out=scratch).exp_()
 
 
-def _uses_kernels(tile: torch.Tensor) -> bool:
-    return tile.is_cuda and triton_kernels.AVAILABLE
+def _uses_kernels(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and triton_kernels.AVAILABLE and hidden.dtype != torch.float64
 
 
 def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -339,9 +357,15 @@ class _PairedLogProbs(torch.autograd.Function):
             _check(policy_hidden, ref_hidden, labels, (policy_weight.size(0), ref_weight.size(0)))
             policy, ref = _heads(policy_hidden, ref_hidden, parameters, options, projection_dtype)
             vocab_size = policy_weight.size(0)
-            for columns, rows, buffers, weight_tiles in _walk(policy, ref, vocab_size, options, dtype, 3):
-                policy_logits = policy.logits(buffers[0], rows, columns, weight_tiles[0])
-                ref_logits = ref.logits(buffers[1], rows, columns, weight_tiles[1])
+            has_kernels = _uses_kernels(policy.hidden)
+            walk = _walk(policy, ref, vocab_size, options, dtype, 2 if has_kernels else 3)
+            for columns, rows, buffers, weight_tiles in walk:
+                places = [(buffers[side], rows, columns, weight_tiles[side]) for side in range(2)]
+                if has_kernels:
+                    sides = policy.side(*places[0]), ref.side(*places[1])
+                    triton_kernels.fold(*sides, running.of_rows(rows), labels[rows], columns.start)
+                    continue
+                policy_logits, ref_logits = policy.logits(*places[0]), ref.logits(*places[1])
                 scratch = buffers[2][: policy_logits.numel()].view_as(policy_logits)
                 running.fold(policy_logits, ref_logits, scratch, rows, labels, columns.start, options.statistics)
         policy_normalizer, ref_normalizer = running.policy_log_normalizer(), running.ref_log_normalizer()
@@ -384,18 +408,27 @@ class _PairedLogProbs(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
             policy, ref = _heads(live_hidden, live_ref_hidden, parameters, ctx.options, ctx.projection_dtype)
             gradients.allocate_head(policy_weight, policy_bias)
-            walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, 3 if policy.transform.softcap else 2)
+            has_kernels = _uses_kernels(policy.hidden)
+            num_buffers = 3 if policy.transform.softcap and not has_kernels else 2
+            walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, num_buffers)
             for columns, rows, buffers, weight_tiles in walk:
-                logits = policy.logits(buffers[0], rows, columns, weight_tiles[0])
-                capped = None
-                if policy.transform.softcap is not None:
-                    capped = buffers[2][: logits.numel()].view_as(logits).copy_(logits)
-                ref_logits = None if grad_kl is None else ref.logits(buffers[1], rows, columns, weight_tiles[1])
-                gradient = _logit_gradient_(
-                    logits, ref_logits, [normalizer[rows] for normalizer in live_normalizers], grad_log_probs[rows],
-                    None if grad_kl is None else grad_kl[rows], live_labels[rows] - columns.start,
-                )  # fmt: skip
-                policy.transform.chain_(gradient, capped)
+                per_row = [normalizer[rows] for normalizer in live_normalizers], grad_log_probs[rows]
+                divergence = None if grad_kl is None else grad_kl[rows]
+                places = [(buffers[side], rows, columns, weight_tiles[side]) for side in range(2)]
+                if has_kernels:
+                    sides = policy.side(*places[0]), None if divergence is None else ref.side(*places[1])
+                    gradient = triton_kernels.logit_gradient_(
+                        *sides, *per_row, divergence, live_labels[rows], columns.start
+                    )
+                else:
+                    logits = policy.logits(*places[0])
+                    capped = None
+                    if policy.transform.softcap is not None:
+                        capped = buffers[2][: logits.numel()].view_as(logits).copy_(logits)
+                    ref_logits = None if divergence is None else ref.logits(*places[1])
+                    local = live_labels[rows] - columns.start
+                    gradient = _logit_gradient_(logits, ref_logits, *per_row, divergence, local)
+                    policy.transform.chain_(gradient, capped)
                 gradients.add(gradient, policy.hidden[rows], weight_tiles[0], rows, columns)
         return (*gradients.finish(policy_hidden, policy_weight, policy_bias, alive), *(None,) * 5)
 
@@ -410,10 +443,14 @@ def _alive_tokens(grad_log_probs: torch.Tensor, grad_kl: torch.Tensor | None) ->
 def _walk(
     policy: _Head, ref: _Head, vocab_size: int, options: _Options, dtype: torch.dtype, num_buffers: int
 ) -> Iterator[tuple[slice, slice, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-    """Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once."""
+    """
+    Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once. Of the buffers,
+    the first two are for the heads' tiles, and a third has `dtype`.
+    """
     num_tokens = policy.hidden.size(0)
     size = min(num_tokens, options.token_tile) * min(vocab_size, options.vocab_tile)
-    buffers = [torch.empty(size, device=policy.hidden.device, dtype=dtype) for _ in range(num_buffers)]
+    dtypes = [policy.tile_dtype(dtype), ref.tile_dtype(dtype), dtype][:num_buffers]
+    buffers = [torch.empty(size, device=policy.hidden.device, dtype=kind) for kind in dtypes]
     for columns in _tiles(vocab_size, options.vocab_tile):
         weight_tiles = (policy.weight_tile(columns), ref.weight_tile(columns))
         for rows in _tiles(num_tokens, options.token_tile):
@@ -429,8 +466,6 @@ def _logit_gradient_(
     local_labels: torch.Tensor,
 ) -> torch.Tensor:
     """`(g_kl - g_log_prob) p_policy - g_kl p_ref + g_log_prob onehot(label)`, in place of the policy's logits."""
-    if _uses_kernels(logits):
-        return triton_kernels.logit_gradient_(logits, ref_logits, normalizers, grad_log_probs, grad_kl, local_labels)
     coefficient = -grad_log_probs if grad_kl is None else grad_kl - grad_log_probs
     gradient = logits.sub_(normalizers[0].unsqueeze(1)).exp_().mul_(coefficient.unsqueeze(1))
     if ref_logits is not None and grad_kl is not None:
@@ -457,7 +492,7 @@ class _Gradients:
         self, gradient: torch.Tensor, hidden: torch.Tensor, weight_tile: torch.Tensor, rows: slice, columns: slice
     ) -> None:
         if self.bias is not None:
-            self.bias[columns] += gradient.sum(dim=0)
+            self.bias[columns] += gradient.sum(dim=0, dtype=self.dtype)
         rounded = gradient.to(hidden.dtype)
         if self.hidden is not None:
             _add_product_(self.hidden[rows], rounded, weight_tile)
