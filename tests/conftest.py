@@ -79,6 +79,7 @@ SLOW = (
     "sparse_po/test_wrong_input.py",
     "test_cli.py",
     "test_plan.py",
+    "tests/test_notebooks.py",
 )
 
 

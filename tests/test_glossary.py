@@ -7,7 +7,7 @@ import pytest
 from tests import glossary
 
 
-# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, a projection's level
+# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, a projection's level, wandb's axis
 NO_KEYS = {
     "mask/<>/sparsity",
     "mask/<>/sum",
@@ -19,6 +19,7 @@ NO_KEYS = {
     "equilibrium/playground_reward",
     "constrained_ppo/helpful_harmless",
     "head/<>",
+    "train/global_step",
 }
 # Defaults that code takes from a name
 NAMED = {"_KL_COEF": "0.2", "AUTO": "'auto'", "GRPOConfig.disable_dropout": "False"}

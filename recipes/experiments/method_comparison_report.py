@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 
 from .runner import markdown_table
 
 
 Results = Sequence[dict[str, Any]]
-COLORS = (
-    "#6b6b6b", "#b0b0b0", "#222222", "#3b7dd8", "#7b4fb5", "#e88a1a", "#2f9e5b", "#c1272d", "#17a2b8", "#8c564b",
-)  # fmt: skip
 
 
 def methods_of(results: Results) -> list[str]:
@@ -95,48 +92,47 @@ def draw_overoptimization(results: Results, names: dict[str, str], path: Path, g
     figure, axes = new_axes(1, len(names), width=11 / len(names), height=4.4)
     for axis, (reward, method) in zip(axes, names.items(), strict=True):
         own = [result for result in results if result["name"] == method]
-        for key, color, label in [
-            ("gold", "#c1272d", gold),
-            *zip(names, ("#3b7dd8", "#2f9e5b", "#7b4fb5"), names, strict=False),
-        ]:
-            _band(axis, own, key, color, label, dashed=key not in ("gold", reward))
+        for position, (key, label) in enumerate([("gold", gold), *zip(names, names, strict=True)]):
+            _band(axis, own, key, line_style(position), label)
         axis.set_title(f"only {reward} is maximised, without KL", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
+    axes[0].set_ylabel("value of the metric, mean and standard error over seeds")
     axes[0].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
 def draw_methods(results: Results, path: Path, gold: str) -> None:
     """The gold metric of every method as training goes on, mean over seeds, and at its end, seed by seed."""
-    figure, (by_step, at_end) = new_axes(1, 2, width=5.5, height=4.4)
-    for position, (name, color) in enumerate(zip(methods_of(results), COLORS * 2, strict=False)):
-        own = [result for result in results if result["name"] == name]
+    figure, (by_step, at_end) = new_axes(1, 2, width=6.0, height=5.2)
+    for position, name in enumerate(methods_of(results)):
+        own, style = [result for result in results if result["name"] == name], line_style(position)
+        color = style["color"]
         if len({len(result["curve"]) for result in own}) == 1:
-            _band(by_step, own, "gold", color, name)
+            _band(by_step, own, "gold", style, name)
         else:
-            for result in own:
+            for number, result in enumerate(own):
                 points = [(point["step"], point["gold"]) for point in result["curve"]]
-                by_step.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.6)
+                label = {"label": f"{name}, a line a seed"} if number == 0 else {}
+                by_step.plot(*zip(*points, strict=True), **style, **label, linewidth=0.6, alpha=0.6, markersize=3)
         values = [result["test"]["gold"] for result in own]
         mean, error = mean_and_error(values)
-        at_end.errorbar(mean, -position, xerr=error, color=color, marker="o", capsize=3)
+        at_end.errorbar(mean, -position, xerr=error, color=color, marker=style["marker"], capsize=3)
         at_end.plot(values, [-position - 0.2] * len(values), ".", color=color, markersize=4, alpha=0.7)
     by_step.set_xlabel("optimizer step")
     by_step.set_ylabel(gold)
     by_step.set_title("validation prompts, mean and standard error", loc="left", fontsize=10)
+    by_step.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     at_end.set_yticks([-position for position in range(len(methods_of(results)))], methods_of(results), fontsize=8)
-    for label, color in zip(at_end.get_yticklabels(), COLORS * 2, strict=False):
-        label.set_color(color)
     at_end.set_xlabel(gold)
     at_end.set_title("test prompts at the end; dots: seeds", loc="left", fontsize=10)
     save_figure(figure, path)
 
 
-def _band(axis: Any, results: Results, key: str, color: str, label: str, dashed: bool = False) -> None:
+def _band(axis: Any, results: Results, key: str, style: dict[str, Any], label: str) -> None:
     steps = [point["step"] for point in results[0]["curve"]]
     values = np.array([[point[key] for point in result["curve"]] for result in results])
     mean = values.mean(axis=0)
-    axis.plot(steps, mean, color=color, label=label, linestyle="--" if dashed else "-", linewidth=1.6)
+    axis.plot(steps, mean, label=label, linewidth=1.6, markersize=4, **style)
     if len(results) > 1:
         error = values.std(axis=0, ddof=1) / len(results) ** 0.5
-        axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+        axis.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.12, linewidth=0)

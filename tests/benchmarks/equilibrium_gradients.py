@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from trl_ext import EPHead
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
@@ -95,33 +96,28 @@ def cosines_of(activation: str, seeds: int, correction: str) -> list[dict[str, f
 
 
 def plot_errors(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), sharey=True)
+    figure, axes = new_axes(1, len(tables), width=4.2, height=3.6, dpi=110, sharey=True)
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
-        for name, values in table.items():
-            axis.loglog(RADII, values, label=name, marker="o", markersize=3, linewidth=1.2)
+        for position, (name, values) in enumerate(table.items()):
+            axis.loglog(RADII, values, label=name, markersize=5, linewidth=1.2, **line_style(position))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("radius")
     axes[0].set_ylabel("relative error of the gradient")
-    axes[-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes[-1].legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
 def plot_cosines(tables: dict[str, list[dict[str, float]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.4), sharey=True)
+    figure, axes = new_axes(1, len(tables), width=4.2, height=3.4, dpi=110, sharey=True)
     for axis, (title, rows) in zip(axes, tables.items(), strict=True):
-        for name in rows[0]:
-            axis.plot(ANGLES, [row[name] for row in rows], label=name, marker="o", markersize=3, linewidth=1.2)
+        for position, name in enumerate(rows[0]):
+            style = {**line_style(position), "markersize": 8 - 2 * position}  # lines that coincide stay visible
+            axis.plot(ANGLES, [row[name] for row in rows], label=name, linewidth=1.2, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("angle of the feedback (degrees)")
     axes[0].set_ylabel("cosine to the exact gradient")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes[0].legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
 def argument_parser() -> argparse.ArgumentParser:

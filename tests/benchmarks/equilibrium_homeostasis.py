@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from trl_ext import EPHead
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
@@ -107,23 +108,24 @@ def table(results: dict[str, list[list[dict[str, float]]]]) -> str:
 
 
 def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
-    titles = {"accuracy": "test accuracy (%)", "symmetry": "|S| / (|S| + |A|)", "cosine_1": "cosine, layer 1",
-              "cosine_2": "cosine, layer 2"}  # fmt: skip
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for arm, runs in results.items():
+    figure, axes = new_axes(1, 4, width=3.5, height=3.4, dpi=110)
+    labels = {"accuracy": "test accuracy (%)", "symmetry": "|S| / (|S| + |A|)",
+              "cosine_1": "cosine of estimated and exact errors, layer 1",
+              "cosine_2": "cosine of estimated and exact errors, layer 2"}  # fmt: skip
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        for position, (arm, runs) in enumerate(results.items()):
             values = np.array([[epoch[name] for epoch in run] for run in runs])
             mean, spread = values.mean(0), values.std(0)
-            line = axis.plot(mean, label=arm, linewidth=1.2)[0]
-            axis.fill_between(range(len(mean)), mean - spread, mean + spread, alpha=0.2, color=line.get_color())
-        axis.set_title(title, fontsize=10)
+            style = {**line_style(position), "markersize": 8 - position}  # lines that coincide stay visible
+            axis.plot(mean, label=arm, linewidth=1.2, **style)
+            axis.fill_between(
+                range(len(mean)), mean - spread, mean + spread, alpha=0.2, color=style["color"], linewidth=0
+            )
         axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
     axes[0].set_ylim(bottom=60)
-    axes[-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes[-1].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
 
 
 def argument_parser() -> argparse.ArgumentParser:

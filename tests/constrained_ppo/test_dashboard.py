@@ -105,14 +105,14 @@ def test_picture_shows_every_panel(tmp_path, monkeypatch):
     axes = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     assert list(axes) == [
         "reward: brevity", "reward: _help", "reward: $free_x$", "violation (positive asks for more weight)",
-        "multiplier, before squashing", "effective weight", "KL to the reference, nats per response",
+        "multiplier, before squashing", "effective weight", "KL(policy || reference), nats per response",
         "gold metric, validation", "critic loss",
     ]  # fmt: skip
     lines = {line.get_label(): line for line in axes["reward: brevity"].get_lines()}
     assert list(lines["rollouts"].get_ydata()) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert set(lines["threshold (== 0.5)"].get_ydata()) == {0.5} and "running average" in lines
     assert [line.get_label() for line in axes["effective weight"].get_lines()] == ["brevity", "help", "objective"]
-    assert set(axes["KL to the reference, nats per response"].get_lines()[1].get_ydata()) == {9.0}
+    assert set(axes["KL(policy || reference), nats per response"].get_lines()[1].get_ydata()) == {9.0}
     assert [line.get_label() for line in axes["critic loss"].get_lines()] == ["brevity", "help", "$free_x$"]
     assert axes["critic loss"].get_yscale() == "log"
 

@@ -16,7 +16,6 @@ def test_two_methods(tmp_path, monkeypatch):
     for split in ("train", "test", "unsup"):
         pd.DataFrame({"text": texts, "label": labels}).to_parquet(tmp_path / f"imdb_{split}.parquet")
     monkeypatch.setattr(sentiment, "METHODS", {name: sentiment.METHODS[name] for name in ("DPO", "SparsePO common")})
-    monkeypatch.setattr(sentiment, "COLORS", sentiment.COLORS[:2])
     out = tmp_path / "out"
     arguments = [
         "--imdb_dir", str(tmp_path), "--model_name_or_path", save_tiny_model(tmp_path / "model"), "--betas", "0.1",

@@ -264,7 +264,7 @@ def _kl_panel(log_history: LogHistory, kl_ceiling: float | None) -> Panel:
         lines.append(
             _Line(([], [kl_ceiling]), f"ceiling {kl_ceiling:.3g}", _THRESHOLD_COLOR, linewidth=1.2, linestyle="-.")
         )
-    return "KL to the reference, nats per response", lines
+    return "KL(policy || reference), nats per response", lines
 
 
 def _gold_panel(log_history: LogHistory) -> Panel:

@@ -12,6 +12,26 @@ if TYPE_CHECKING:
 # Told apart without red against green, and in grey by their order with MARKERS
 COLORS = ("#3b7dd8", "#e88a1a", "#2f9e5b", "#8e5bb5", "#17a2a2", "#a0632a", "#d36ba6", "#7f8c2a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 3)))
+
+
+def line_style(position: int) -> dict[str, Any]:
+    """
+    Colour, marker and dashes of a line, told apart in grey and without red against green.
+
+    Args:
+        position (`int`):
+            Place of the line among its panel's; every eighth has the same colour and other dashes.
+
+    Returns:
+        `dict[str, Any]`: keyword arguments of `Axes.plot`.
+    """
+    turn = position // len(COLORS)
+    return {
+        "color": COLORS[position % len(COLORS)],
+        "marker": MARKERS[(position + 3 * turn) % len(MARKERS)],
+        "linestyle": LINES[(position + turn) % len(LINES)],
+    }
 
 
 def new_figure(width: float, height: float, dpi: int = 130) -> "Figure":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -153,6 +153,11 @@ def to_html(texts: list[WeightedText], heading: str) -> str:
     )
 
 
+def color_scale() -> ListedColormap:
+    """The colours of weights from just above 0, which has white beneath them, to the highest."""
+    return ListedColormap([to_hex(COLOR_MAP(0.85 * x)) for x in np.linspace(0, 1, 128)]).with_extremes(under="#ffffff")
+
+
 def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
     """
     Draws the texts with a colour bar.
@@ -167,7 +172,7 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     highest = highest_weight(texts)
@@ -194,9 +199,11 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
             fontweight="bold" if is_title else "normal", va="center", parse_math=False,
             color="#222222" if is_title else "#8a8a8a" if color is None else _ink(color),
         )  # fmt: skip
-    shown = ListedColormap([to_hex(COLOR_MAP(0.85 * x)) if x else "#ffffff" for x in np.linspace(0, 1, 128)])
     bar_axes = figure.add_axes((0.935, 0.2, 0.014, 0.6))
-    figure.colorbar(ScalarMappable(Normalize(0, highest or 1.0), shown), cax=bar_axes, label="token weight")
+    figure.colorbar(
+        ScalarMappable(Normalize(0, highest or 1.0), color_scale()), cax=bar_axes, extend="min", extendrect=True,
+        extendfrac=0.06, label="token weight",
+    )  # fmt: skip
     figure.savefig(path)
 
 

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..core.figures import new_axes, save_figure
+from ..core.figures import line_style, new_axes, save_figure
 
 
 # In the order of the table; the first is launched as a user would launch it
@@ -25,13 +25,6 @@ METHODS: dict[str, list[str]] = {
     "MaPO": ["--mask_type", "activation", "--mask_learning_rate", "0"],
     "TDPO1": ["--mask_type", "ones", "--mask_learning_rate", "0"],
     "DPO": ["--mask_type", "ones", "--mask_learning_rate", "0", "--divergence_coef", "0"],
-}
-COLORS = {
-    "SparsePO common": "#c1272d",
-    "SparsePO independent": "#e88a1a",
-    "MaPO": "#3b7dd8",
-    "TDPO1": "#2f9e5b",
-    "DPO": "#6b6b6b",
 }
 NUM_PROMPTS = 256
 
@@ -185,8 +178,9 @@ def results_table(results: list[MethodResult]) -> Table:
     """The results as one table."""
     table = Table(
         title=f"SparsePO on the playground ({NUM_PROMPTS} sampled responses, 200 test pairs)",
-        caption="reward: exact sentiment; KL to the reference, nats per response; preference: accuracy on test pairs; "
-        "sparsity: share of zero weights; AUC: how well a mask finds the sentiment-bearing tokens (0.5 is chance)",
+        caption="reward: exact sentiment; KL(policy || reference), nats per response; preference: accuracy on test "
+        "pairs; sparsity: share of zero weights; AUC: how well a mask finds the sentiment-bearing tokens (0.5 is "
+        "chance)",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -213,12 +207,14 @@ def results_table(results: list[MethodResult]) -> Table:
 def draw_frontier(results: list[MethodResult], path: Path) -> None:
     """Reward against KL of every checkpoint of every method."""
     figure, (axes,) = new_axes(width=8, height=5.2, dpi=140)
-    for result in results:
+    for position, result in enumerate(results):
         divergences, rewards = zip(*result.points, strict=True)
-        axes.plot(
-            divergences, rewards, marker="o", markersize=5, linewidth=1.8, color=COLORS[result.name], label=result.name
+        style = line_style(position)
+        axes.plot(divergences, rewards, markersize=5, linewidth=1.8, label=result.name, **style)
+        axes.plot(divergences[-1], rewards[-1], marker="*", markersize=15, color=style["color"])
+        axes.annotate(
+            result.name, (divergences[-1], rewards[-1]), xytext=(8, 6), textcoords="offset points", fontsize=8
         )
-        axes.plot(divergences[-1], rewards[-1], marker="*", markersize=14, color=COLORS[result.name])
     axes.set_xlabel("KL(policy || reference), nats per response")
     axes.set_ylabel("sentiment reward")
     axes.set_title("Reward against divergence through training (star: the end)", loc="left", fontsize=11)

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from .._upstream import gathered_state_dict
-from ..core.figures import new_axes, save_figure
+from ..core.figures import COLORS, MARKERS, new_axes, save_figure
 from ..core.files import warn_of_failure
 from ..core.model_card import settings_table, write_method_card
 from ..core.reporters import is_last_log, report_image, report_table
@@ -208,12 +208,13 @@ def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path)
     """Draws cosines and weight angle through training into a PNG, from each run's [`EPAlignmentCallback.history`]."""
     figure, (left, right) = new_axes(1, 2, width=5, height=4.2, dpi=140)
     for index, (name, history) in enumerate(histories.items()):
-        steps, color = [entry["step"] for entry in history], f"C{index}"
+        steps, color = [entry["step"] for entry in history], COLORS[index % len(COLORS)]
         for layer, cosines in enumerate(zip(*(entry["cosines"] for entry in history), strict=True), start=1):
             style = ("-", "--", ":", "-.")[(layer - 1) % 4]
-            left.plot(steps, cosines, style, color=color, label=f"{name} layer {layer}".strip())
-        right.plot(steps, [entry["weight_angle"] for entry in history], color=color, label=name or None)
-    left.set(ylim=(-0.3, 1.05), xlabel="step", ylabel="cosine")
+            left.plot(steps, cosines, style, color=color, label=f"{name}, layer {layer}" if name else f"layer {layer}")
+        marker = {"marker": MARKERS[index % len(MARKERS)], "markevery": 0.15, "markersize": 5}
+        right.plot(steps, [entry["weight_angle"] for entry in history], color=color, label=name or None, **marker)
+    left.set(ylim=(None, 1.05), xlabel="step", ylabel="cosine")
     left.set_title("Estimated against exact error vectors", loc="left", fontsize=11)
     right.set(ylim=(0, 100), xlabel="step", ylabel="degrees")
     right.set_title("Angle between forward and feedback weights", loc="left", fontsize=11)

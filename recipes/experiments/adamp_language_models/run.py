@@ -30,7 +30,7 @@ from transformers import (
     get_scheduler,
 )
 
-from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.core.parameter_groups import decay_groups
 from trl_ext.optim import AdamP
 from trl_ext.optim.step_geometry import StepRecorder
@@ -44,7 +44,7 @@ console = Console(highlight=False)
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"AdamW": torch.optim.AdamW, "AdamP": AdamP}
 FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {}, "gemma3_text": {"sliding_window": 4096}}
 TITLES = {"llama": "Llama-like", "qwen3": "Qwen3-like", "gemma3_text": "Gemma-3-like"}
-COLORS = {"AdamW": "#6b6b6b", "AdamP": "#c1272d"}
+STYLES = {name: line_style(position) for position, name in enumerate(("AdamW", "AdamP"))}
 
 
 @dataclass
@@ -273,13 +273,13 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
     figure, panels = new_axes(2, len(families), width=4, height=3.2, dpi=110)
     for by_rate, by_step, family in zip(panels, panels[len(families) :], families, strict=False):
         rate = best_learning_rate([r for r in runs if (r.family, r.optimizer) == (family, "AdamW")])
-        for name, color in COLORS.items():
+        for name, style in STYLES.items():
             own = [run for run in runs if (run.family, run.optimizer) == (family, name)]
             rates = sorted({run.learning_rate for run in own})
             losses = [[run.test_loss for run in own if run.learning_rate == r] for r in rates]
             by_rate.errorbar(
                 rates, [np.mean(values) for values in losses], [np.std(values) for values in losses],
-                color=color, marker="o", label=name, capsize=2,
+                **style, label=name, capsize=2,
             )  # fmt: skip
             kept = [
                 t["trace"] for t in traces if (t["family"], t["optimizer"], t["learning_rate"]) == (family, name, rate)
@@ -288,7 +288,7 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 kept = [trace[1:] for trace in kept]  # The first step of a warm-up is none
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
-                by_step.plot(steps, angles, color=color, label=name)
+                by_step.plot(steps, angles, **style, markevery=5, markersize=4, label=name)
         by_rate.set(title=TITLES[family], xscale="log", xlabel="learning rate", ylabel="test loss")
         by_step.set(xlabel=f"step (learning rate {rate:g})", ylabel="effective step size (radians)", yscale="log")
         by_rate.legend(frameon=False)

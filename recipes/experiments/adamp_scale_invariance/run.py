@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 from transformers import get_scheduler
 
-from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.optim import SGDP, AdamP
 from trl_ext.optim.step_geometry import StepRecorder
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
@@ -32,7 +32,7 @@ from ..runner import markdown_table
 
 
 console = Console(highlight=False)
-COLORS = {"SGD": "#6b6b6b", "SGDP": "#2f9e5b", "Adam": "#3b7dd8", "AdamP": "#c1272d"}
+STYLES = {name: line_style(position) for position, name in enumerate(("SGD", "SGDP", "Adam", "AdamP"))}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "SGDP": lambda params, lr: SGDP(params, lr=lr, momentum=0.9),
@@ -194,15 +194,16 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
     toy_axes, network_axes = panels[:3], panels[3:]
     for name, trace in toys.items():
         for axis, key in zip(toy_axes, ("norm", "angle", "gap"), strict=True):
-            axis.plot(trace[key], color=COLORS[name], label=name)
-    for name, color in COLORS.items():
+            axis.plot(trace[key], **STYLES[name], markevery=0.1, markersize=4, label=name)
+    for name, style in STYLES.items():
         own = [row for row in rows if (row["name"], row["schedule"]) == (name, rows[0]["schedule"])]
         rates = sorted({row["learning_rate"] for row in own})
         chosen = [row for row in own if row["learning_rate"] == rates[len(rates) // 2]]
         for axis, key in zip(network_axes, ("growth", "angle"), strict=False):
-            axis.plot(chosen[0]["step"], np.mean([row[key] for row in chosen], axis=0), color=color, label=name)
+            axis.plot(chosen[0]["step"], np.mean([row[key] for row in chosen], axis=0), **style,
+                      markevery=0.1, markersize=4, label=name)  # fmt: skip
         accuracy = [np.mean([row["accuracy"] for row in own if row["learning_rate"] == rate]) for rate in rates]
-        network_axes[2].plot(rates, accuracy, color=color, marker="o", label=name)
+        network_axes[2].plot(rates, accuracy, **style, label=name)
     labels = ("norm", "effective step (radians)", "distance to the minimum")
     for axis, label in zip(panels, labels * 2, strict=True):
         axis.set(xlabel="step", ylabel=label)

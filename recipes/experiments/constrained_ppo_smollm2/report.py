@@ -84,7 +84,7 @@ def draw(results: Results, path: Path) -> None:
             by_divergence.plot(run["kl"], run["gold"], linewidth=1.0, markersize=4, **style, **label)
         mean = np.mean([run["sentiment_score"] for run in runs], axis=0)
         by_step.plot(runs[0]["step"], mean, linewidth=2.0, **style, label=arm)
-    by_divergence.set_xlabel("KL of a response from the base model, nats")
+    by_divergence.set_xlabel("KL(policy || base model) of a response, nats")
     by_divergence.set_ylabel(f"gold, mean of {WINDOW} updates")
     by_divergence.set_title("what matters; a line a seed", loc="left", fontsize=10)
     by_step.set_xlabel("update")

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from trl_ext.core.figures import new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.equilibrium import EPHead
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
@@ -34,7 +34,6 @@ ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "EP from 90 degrees, no objective": (ASYMMETRIC, False),
     "EP from 90 degrees, homeostasis": (ASYMMETRIC, True),
 }
-COLORS = dict(zip(ARMS, ("#6b6b6b", "#3b7dd8", "#c1272d", "#2f9e5b"), strict=True))
 
 
 @dataclass
@@ -155,13 +154,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, entry, title in zip(
         axes, ("accuracy", "cosine"), ("test accuracy (%)", "cosine of the first layer's errors"), strict=True
     ):
-        for arm, color in COLORS.items():
+        for position, arm in enumerate(ARMS):
             own = [row for row in rows if row["arm"] == arm and entry in row]
             depths = sorted({row["depth"] for row in own})
             values = [[row[entry] for row in own if row["depth"] == depth] for depth in depths]
             if values:
                 means, spreads = [np.mean(v) for v in values], [np.std(v) for v in values]
-                axis.errorbar(depths, means, spreads, color=color, marker="o", capsize=3, label=arm)
+                axis.errorbar(depths, means, spreads, **line_style(position), capsize=3, label=arm)
         axis.set(xlabel="layers", ylabel=title, xticks=sorted({row["depth"] for row in rows}))
     axes[0].legend(frameon=False, fontsize=8)
     save_figure(figure, path)

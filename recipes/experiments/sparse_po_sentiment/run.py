@@ -35,11 +35,11 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_ext import SparsePOConfig, SparsePOTrainer
-from trl_ext.core.figures import new_axes, save_figure
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 from trl_ext.sparse_po.evaluation import RewardAndDivergence, reward_and_divergence
 
 from ..runner import FinishedRuns, markdown_table
+from .report import Frontier, draw_frontiers
 
 
 logger = get_logger(__name__)
@@ -52,7 +52,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparsePO common": {"mask_type": "learned"},
     "SparsePO independent": {"mask_type": "learned", "independent_masks": True},
 }
-COLORS = ("#6b6b6b", "#2f9e5b", "#7b4fb5", "#3b7dd8", "#c1272d", "#e88a1a")
 
 
 @dataclass
@@ -283,11 +282,11 @@ def run(
 
 def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> str:
     """Writes the table (returned, Markdown) and the plot of reward against KL."""
-    figure, (axes,) = new_axes(width=8, height=5.2, dpi=140)
     columns = ["method", "beta", "reward", "KL", "sparsity m_u / m_d", "accuracy on ODPO pairs", "seeds"]
     rows = []
-    for method, color in zip(METHODS, COLORS, strict=True):
-        points = []
+    frontiers: dict[str, Frontier] = {}
+    for method in METHODS:
+        points: Frontier = []
         for beta in sorted({run["beta"] for run in runs}):
             chosen = [run for run in runs if run["method"] == method and run["beta"] == beta]
             if not chosen:
@@ -303,19 +302,8 @@ def report(runs: list[dict[str, Any]], facts: dict[str, Any], folder: Path) -> s
             ]
             rows.append([method, str(beta), *cells, str(len(chosen))])
         if points:
-            x, y, dx, dy, betas = zip(*sorted(points), strict=True)
-            axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", color=color, label=method, capsize=2, linewidth=1.5)
-            for px, py, beta in zip(x, y, betas, strict=True):
-                axes.annotate(
-                    f"{beta:g}", (px, py), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color
-                )
-    axes.set_xlabel("KL(policy || reference), nats per response")
-    axes.set_ylabel("probability of positive sentiment")
-    axes.set_title(
-        "IMDB sentiment: reward against KL (labels: beta; bars: spread over seeds)", loc="left", fontsize=10
-    )
-    axes.legend(frameon=False)
-    save_figure(figure, folder / "sentiment_frontier.png")
+            frontiers[method] = points
+    draw_frontiers(frontiers, folder / "sentiment_frontier.png")
     table = markdown_table(columns, rows)
     (folder / "sentiment_frontier.md").write_text(f"{table}\n\nShared by all runs: `{json.dumps(facts)}`\n")
     return table

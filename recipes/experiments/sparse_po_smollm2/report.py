@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from trl_ext.core.figures import MARKERS, new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 
 from ..runner import markdown_table
-from ..sparse_po_sentiment.run import COLORS, METHODS
+from ..sparse_po_sentiment.run import METHODS
 
 
 REWARDS = {"sentiment": "P(positive sentiment)", "harmless": "accuracy on held-out pairs"}
-LINES = ("-", "--", "-.", ":")
 _COLUMNS = (
     "method",
     "beta",
@@ -73,7 +72,7 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
     """
     figure, (axes,) = new_axes(width=8, height=5.2)
     cells = []
-    for place, (method, color) in enumerate(zip(METHODS, COLORS, strict=True)):
+    for place, method in enumerate(METHODS):
         points = []
         own = [row for row in rows if row["method"] == method and not row["tuning"]]
         for beta in sorted({row["beta"] for row in own}):
@@ -91,8 +90,8 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
         if points:
             x, y, dx, dy = np.array(sorted(points)).T
             axes.errorbar(
-                x, y, xerr=dx, yerr=dy, marker=MARKERS[place], linestyle=LINES[place % len(LINES)], capsize=2,
-                elinewidth=0.8, color=color, label=method,
+                x, y, xerr=dx, yerr=dy, capsize=2,
+                elinewidth=0.8, label=method, **line_style(place),
             )  # fmt: skip
     axes.set_xlabel("KL(policy || reference), nats per response; bars are standard errors over seeds")
     axes.set_xlim(left=0)

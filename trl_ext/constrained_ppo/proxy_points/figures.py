@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core.figures import new_axes, save_figure
+from ...core.figures import COLORS, new_axes, save_figure
 from .fit import Peak
 from .logged_runs import Measurements
 
 
-BLUE, RED, GREY = "#3b7dd8", "#c1272d", "#6b6b6b"
+BLUE, ORANGE, GREY = COLORS[0], COLORS[1], "#6b6b6b"
 
 
 def draw_curve(
@@ -23,9 +23,9 @@ def draw_curve(
     at = peak.candidates[:, 0]
     axes.fill_between(at, *peak.band, color=BLUE, alpha=0.2, linewidth=0, label="bootstrap interval")
     axes.plot(at, peak.fitted, color=BLUE, linewidth=2, label="fitted")
-    axes.axvspan(*peak.interval[:, 0], color=RED, alpha=0.1, linewidth=0)
+    axes.axvspan(*peak.interval[:, 0], color=ORANGE, alpha=0.1, linewidth=0)
     edge = " (at the edge of the data)" if peak.at_edge else ""
-    axes.axvline(float(peak.point[0]), color=RED, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
+    axes.axvline(float(peak.point[0]), color=ORANGE, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel(gold_label, parse_math=False)
     axes.legend(loc="lower center", frameon=False, fontsize=9)  # below the peak
@@ -48,7 +48,9 @@ def draw_joint(
         axes.plot(
             *measurements.rewards[:, [i, j]].T, ".", color="white", markeredgecolor=GREY, markersize=5, alpha=0.7
         )
-        axes.plot(peak.point[i], peak.point[j], "*", color=RED, markeredgecolor="white", markersize=16, label="joint")
+        axes.plot(
+            peak.point[i], peak.point[j], "*", color=ORANGE, markeredgecolor="white", markersize=16, label="joint"
+        )
         axes.plot(independent[i], independent[j], "X", color=BLUE, markeredgecolor="white", markersize=10,
                   label="independent")  # fmt: skip
         axes.set_xlabel(names[i], parse_math=False)
