@@ -317,20 +317,18 @@ def tensor_parallel(mesh, layers, data_mesh=None):
 
 
 @functools.cache
-def references():
-    return {
-        "decay": alone(adamp.AdamP, 2), "groups": alone(adamp.AdamP, 3), "bf16": alone_in_bf16(dist.get_world_size()),
-        "in_bf16": alone(adamp.AdamP, 1, dtype=torch.bfloat16),
-        "bf16_optimizer": alone_in_bf16(dist.get_world_size(), torch.float32),
-        "half": alone(adamp.AdamP, 1, NUM_STEPS // 2), "one": alone(adamp.AdamP, 1),
-        "sgdp": alone(adamp.SGDP, 1, momentum=0.9),
+def reference_of(kind):
+    if kind in OTHERS:
+        return other_alone(functools.partial(OTHERS[kind], **({} if kind == "muon" else {"fused": False})))
+    make = {
+        "decay": lambda: alone(adamp.AdamP, 2), "groups": lambda: alone(adamp.AdamP, 3),
+        "bf16": lambda: alone_in_bf16(dist.get_world_size()),
+        "in_bf16": lambda: alone(adamp.AdamP, 1, dtype=torch.bfloat16),
+        "bf16_optimizer": lambda: alone_in_bf16(dist.get_world_size(), torch.float32),
+        "half": lambda: alone(adamp.AdamP, 1, NUM_STEPS // 2), "one": lambda: alone(adamp.AdamP, 1),
+        "sgdp": lambda: alone(adamp.SGDP, 1, momentum=0.9),
     }  # fmt: skip
-
-
-@functools.cache
-def other_references():
-    equation = {name: {} if name == "muon" else {"fused": False} for name in OTHERS}
-    return {name: other_alone(functools.partial(make, **equation[name])) for name, make in OTHERS.items()}
+    return make[kind]()
 
 
 def other_of(mode):
@@ -347,9 +345,9 @@ def reference(mode):
     }  # fmt: skip
     other = other_of(mode)
     if other is not None:
-        return other_references()[other]
+        return reference_of(other)
     kind = next((kind for ending, kind in endings.items() if mode.endswith(ending)), "one")
-    return references()[kind]
+    return reference_of(kind)
 
 
 def run_modes(output, modes):
@@ -433,7 +431,8 @@ def run_modes(output, modes):
     results = {}
     for mode in modes:
         found, facts = available[mode]()
-        results[mode] = {**facts, "difference": difference(found, reference(mode))}
+        if dist.get_rank() == 0:  # Which alone writes them
+            results[mode] = {**facts, "difference": difference(found, reference(mode))}
     return results
 
 

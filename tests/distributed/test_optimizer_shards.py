@@ -28,25 +28,32 @@ TORCH = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", 
 MODES = {
     1: ["zero2", "zero3", "fsdp2", "fsdp2_in_bf16", "fsdp1"],
     2: [
-        "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero3_groups", "zero2_round_robin_groups",
-        "zero2_alignment_round_robin", "zero3_small_sub_group", "zero2_offload", "zero3_offload", "zero2_bf16",
-        "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero3_fused", "zero2_sgdp", "fsdp1",
-        "fsdp1_flat", "fsdp1_groups", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
+        "ddp", "zero1", "zero2", "zero3", "zero2_groups", "zero2_round_robin_groups", "zero3_small_sub_group",
+        "zero2_offload", "zero3_offload", "zero2_bf16", "zero3_bf16", "bf16_optimizer", "zero2_fused", "zero2_sgdp",
+        "fsdp1", "fsdp1_flat", "fsdp2_groups", "fsdp2_sgdp", "fsdp2_save", "zero2_decay", "zero3_decay",
         "tensor_parallel", "fsdp2_tensor_parallel_of_one", "row_parallel",
     ],
-    3: ["zero2_universal", "zero1", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
+    3: ["zero2_universal", "zero3", "zero2_alignment_round_robin", "fsdp1", "fsdp2", "fsdp2_load"],
     4: ["hsdp", "zero3_groups", "fsdp1_groups", "fsdp2_over_tensor_parallel"],
 }  # fmt: skip
+# Each wrapper with one rule that measures before its moments or one that does not, each rule with each kind of wrapper
 OTHERS = {
     2: [
-        *(f"{wrapper}_{name}" for wrapper in ("zero1", "zero2", "zero3", "fsdp1", "fsdp2", "row_parallel")
-          for name in ("adamo", "adamh")),
-        "zero2_rows_adamo", "zero3_rows_adamh", "row_parallel_rows_adamo",
-        "zero2_muon", "zero3_muon", "fsdp1_muon", "row_parallel_muon",
+        "zero1_adamo", "zero2_adamh", "zero3_adamo", "fsdp1_adamh", "fsdp2_adamo", "row_parallel_adamh",
+        "zero2_rows_adamo", "zero3_rows_adamh", "row_parallel_rows_adamo", "zero2_muon", "zero3_muon",
+        "fsdp1_muon", "row_parallel_muon",
     ],
-    4: ["hsdp_adamo", "hsdp_adamh", *(f"fsdp2_over_tensor_parallel_{name}" for name in
-        ("adamo", "adamh", "rows_adamh", "muon"))],
+    4: ["hsdp_adamh", "fsdp2_over_tensor_parallel_adamo", "fsdp2_over_tensor_parallel_rows_adamh",
+        "fsdp2_over_tensor_parallel_muon"],
 }  # fmt: skip
+# What is left of both, for `make kernels`
+if os.environ.get("TRL_EXT_ALL_CASES") == "1":
+    MODES[2] += ["zero3_groups", "zero2_alignment_round_robin", "zero3_fused", "fsdp1_groups"]
+    MODES[3].insert(1, "zero1")
+    OTHERS[2] += [
+        "zero1_adamh", "zero2_adamo", "zero3_adamh", "fsdp1_adamo", "fsdp2_adamh", "row_parallel_adamo",
+    ]  # fmt: skip
+    OTHERS[4] += ["hsdp_adamo", "fsdp2_over_tensor_parallel_adamh"]
 
 
 def run(command, output):

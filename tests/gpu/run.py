@@ -8,6 +8,7 @@ python -m tests.gpu.run --output_dir outputs/gpu
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -125,6 +126,8 @@ def run_sections(names: list[str], folder: Path, dry: bool) -> None:
             module = importlib.import_module(f"tests.gpu.{section.module}")
             if section.function == "run" and hasattr(module, "prepare"):
                 module.prepare(dry)
+            # The collections between measurements are spared the libraries
+            gc.freeze()
         except Exception:
             traceback.print_exc()
             status = "failed to start"

@@ -6,6 +6,7 @@ The processes get the environment that a launcher would give them, and see what 
 hashes of strings are the same, and they never import anew. The real commands are run by tests of their own.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -110,6 +111,9 @@ def main():
     os.dup2(2, 1)
     for name in MODULES:
         importlib.import_module(name)
+    # A collection in a forked process is spared the libraries' objects, whose pages it would copy by walking over them
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
