@@ -102,7 +102,7 @@ def completion_weights(
             raise ValueError(f"{shown(number)} is no weight. Weights are finite and not negative.")
     if spans:
         offsets, length = _token_offsets(pair, side, tokenizer)
-        return span_weights(weights, offsets, length)
+        return span_weights(list(weights), offsets, length)
     if len(numbers) != num_tokens:
         raise ValueError(
             f"there are {len(numbers)} weights, and the completion has {num_tokens} tokens, template and end token "
