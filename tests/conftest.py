@@ -66,7 +66,6 @@ SLOW = (
     "optim/test_memory.py",
     "optim/test_official.py",
     "optim/test_trl_scripts.py",
-    "recipes/test_as_written.py",
     "recipes/test_recipes.py",
     "sparse_po/test_lm_head.py",
     "sparse_po/test_mask_kinds.py",

@@ -161,6 +161,7 @@ def test_scripts_take_their_trainer_from_the_package_when_they_run(script):
     """There they find it with checkpoints that are whole."""
     name = _TRAINERS[script.__name__.split(".")[-1]]
     assert f"    from trl import {name}," in inspect.getsource(script.main) and not hasattr(script, name)
+    assert "    from datasets import load_dataset\n" in inspect.getsource(script.main)
 
 
 def test_loss_reads_what_we_hand_it():
@@ -316,6 +317,10 @@ def test_optimizers_are_looked_up_in_the_tables_we_add_to():
         assert len(getattr(OptimizerNames, table)) == len(list(OptimizerNames))
     assert "DEFAULT_CALLBACKS + " in inspect.getsource(Trainer.__init__)
     assert isinstance(trainer_module.DEFAULT_CALLBACKS, list)
+    # `progress_shown_by` replaces both
+    assert "PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK" in inspect.getsource(
+        Trainer.__init__
+    )
     # Called without an instance
     assert "self." not in inspect.getsource(Trainer.get_decay_parameter_names)
 

@@ -117,7 +117,12 @@ def _build(config: Any, num_layers: int | None, dtype: torch.dtype, peft_config:
         if getattr(text, "layer_types", None):
             text.layer_types = list(text.layer_types[:num_layers])
     with torch.device("meta"), _flash_attention():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION
+            )
+        except KeyError:  # classes of attention by name, as GPT-J's, which know none but their own
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         if peft_config is not None:
             from peft import get_peft_model
 
