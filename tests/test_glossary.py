@@ -7,7 +7,7 @@ import pytest
 from tests import glossary
 
 
-# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, a projection's level, wandb's axis
+# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, a level, wandb's axis
 NO_KEYS = {
     "mask/<>/sparsity",
     "mask/<>/sum",

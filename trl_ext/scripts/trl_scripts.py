@@ -69,10 +69,8 @@ def _of_trl(name: str) -> ModuleType:
 
 @contextmanager
 def _whole_checkpoints(name: str, run_args: Any, report: Any = None) -> Iterator[None]:
-    """
-    Lets TRL's script, which takes its trainer from `trl`, find it with whole checkpoints and our model card; the
-    callback `report` learns of the trainer.
-    """
+    """Lets TRL's script, which takes its trainer from `trl`, find it with whole checkpoints and our model card."""
+    # The callback `report` learns of the trainer
     import trl
 
     from ..core.checkpointing import WholeCheckpointsMixin

@@ -443,10 +443,8 @@ def _alive_tokens(grad_log_probs: torch.Tensor, grad_kl: torch.Tensor | None) ->
 def _walk(
     policy: _Head, ref: _Head, vocab_size: int, options: _Options, dtype: torch.dtype, num_buffers: int
 ) -> Iterator[tuple[slice, slice, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-    """
-    Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once. Of the buffers,
-    the first two are for the heads' tiles, and a third has `dtype`.
-    """
+    """Vocabulary tiles outside, token tiles inside, so that each weight tile is read and converted once."""
+    # The first two buffers are for the heads' tiles, a third for what is computed of them
     num_tokens = policy.hidden.size(0)
     size = min(num_tokens, options.token_tile) * min(vocab_size, options.vocab_tile)
     dtypes = [policy.tile_dtype(dtype), ref.tile_dtype(dtype), dtype][:num_buffers]
