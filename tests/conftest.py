@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import random
@@ -87,6 +88,8 @@ def pytest_collection_finish():
     names = sys.modules.get("trl_ext.optim.names")
     if names is not None and names._added:
         raise pytest.UsageError("A test file registers optimizers when it is imported; register them in a test.")
+    # What the libraries made when they were imported stays; walking it at each collection took a part of every test
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -112,7 +112,7 @@ def draw_methods(results: Results, path: Path, gold: str) -> None:
         else:
             for number, result in enumerate(own):
                 points = [(point["step"], point["gold"]) for point in result["curve"]]
-                label = {"label": f"{name}, a line a seed"} if number == 0 else {}
+                label: dict[str, Any] = {"label": f"{name}, a line a seed"} if number == 0 else {}
                 by_step.plot(*zip(*points, strict=True), **style, **label, linewidth=0.6, alpha=0.6, markersize=3)
         values = [result["test"]["gold"] for result in own]
         mean, error = mean_and_error(values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import ListedColormap, to_hex, to_rgb
+from matplotlib.colors import Colormap, ListedColormap, to_hex, to_rgb
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -153,7 +153,7 @@ def to_html(texts: list[WeightedText], heading: str) -> str:
     )
 
 
-def color_scale() -> ListedColormap:
+def color_scale() -> Colormap:
     """The colours of weights from just above 0, which has white beneath them, to the highest."""
     return ListedColormap([to_hex(COLOR_MAP(0.85 * x)) for x in np.linspace(0, 1, 128)]).with_extremes(under="#ffffff")
 

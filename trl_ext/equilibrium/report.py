@@ -212,7 +212,7 @@ def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path)
         for layer, cosines in enumerate(zip(*(entry["cosines"] for entry in history), strict=True), start=1):
             style = ("-", "--", ":", "-.")[(layer - 1) % 4]
             left.plot(steps, cosines, style, color=color, label=f"{name}, layer {layer}" if name else f"layer {layer}")
-        marker = {"marker": MARKERS[index % len(MARKERS)], "markevery": 0.15, "markersize": 5}
+        marker: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markevery": 0.15, "markersize": 5}
         right.plot(steps, [entry["weight_angle"] for entry in history], color=color, label=name or None, **marker)
     left.set(ylim=(None, 1.05), xlabel="step", ylabel="cosine")
     left.set_title("Estimated against exact error vectors", loc="left", fontsize=11)
