@@ -22,8 +22,8 @@ from recipes.experiments.runner import FinishedRuns, markdown_table
 from trl_ext.demo.equilibrium import reward_quality
 from trl_ext.equilibrium.modeling import pooled_states
 from trl_ext.playground import base_model_path, preference_dataset
+from trl_ext.scripts import equilibrium_reward
 from trl_ext.scripts.equilibrium_reward import main as train
-from trl_ext.scripts.equilibrium_reward import make_parser
 
 
 LEARNING = 0.6  # a training accuracy above this, over the ten steps of a log, is beyond chance by three deviations
@@ -77,7 +77,7 @@ def run(overrides: list[str], seed: int, folder: Path) -> dict[str, object]:
         str(seed),
     ]
     arguments += ["--eval_strategy", "no", "--show_alignment", "0", "--disable_tqdm", "true", *overrides]
-    train(*make_parser().parse_args_and_config(arguments))
+    train(*equilibrium_reward.make_parser().parse_args_and_config(arguments))
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     log = [entry for entry in log if "loss" in entry]
     learning = next((entry for entry in log if entry["accuracy"] > LEARNING), {"step": None, "ep/weight_angle": None})
@@ -112,14 +112,18 @@ def table(rows: list[dict[str, object]], names: list[str]) -> str:
     return markdown_table(columns, lines)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/equilibrium_playground_seeds"))
     parser.add_argument("--poolings", nargs="*", default=["last", "mean"], help="For the probes.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--name", default="recipe", help="Under which runs are kept.")
     parser.add_argument("overrides", nargs="*", help="Of the recipe, after `--`.")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
     torch.set_num_threads(1)
     finished = FinishedRuns(options.output_dir)
     for pooling in options.poolings:

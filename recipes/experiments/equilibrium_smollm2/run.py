@@ -32,7 +32,7 @@ from trl_ext import (
     EPRewardConfig,
     EPRewardTrainer,
 )
-from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
+from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser, run_strictly
 
 from ..runner import FinishedRuns, markdown_table
 
@@ -54,7 +54,7 @@ class SmolLM2Arguments:
     Args:
         model_name_or_path (`str`):
             Model that becomes reward model and policy.
-        hh_file (`str`):
+        hh_file (`str`, *optional*):
             Preference pairs (`chosen`, `rejected`: whole dialogues), JSON lines, maybe gzipped.
         reward_models (`list[str]`):
             `LINEAR` and names in `POOLINGS`.
@@ -74,8 +74,10 @@ class SmolLM2Arguments:
             Passes over the pairs.
     """
 
-    model_name_or_path: str = field(metadata={"help": "Reward model and policy."})
-    hh_file: str = field(metadata={"help": "Preference pairs, JSON lines."})
+    model_name_or_path: str = field(
+        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Reward model and policy."}
+    )
+    hh_file: str | None = field(default=None, metadata={"help": "Preference pairs, JSON lines."})
     reward_models: list[str] = field(
         default_factory=lambda: [LINEAR, *POOLINGS], metadata={"help": "Reward models to train."}
     )
@@ -99,7 +101,7 @@ class SmolLM2Arguments:
 
 def read_pairs(args: SmolLM2Arguments, tokenizer: Any) -> dict[str, Dataset]:
     """Short pairs in a fixed random order, `train` and `test`, with the columns `prompt`, `chosen` and `rejected`."""
-    frame = pd.read_json(args.hh_file, lines=True).sample(frac=1, random_state=0)
+    frame = pd.read_json(str(args.hh_file), lines=True).sample(frac=1, random_state=0)
     lengths = [
         max(map(len, tokenizer([chosen, rejected])["input_ids"]))
         for chosen, rejected in zip(frame["chosen"], frame["rejected"], strict=True)
@@ -240,6 +242,10 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def main(config: ConstrainedPPOConfig, args: SmolLM2Arguments) -> None:
     """Runs what is missing of the experiment and writes `results.md`."""
+    if args.hh_file is None:
+        raise RecipeError(
+            "`hh_file` is missing. Name a file of preference pairs, JSON lines of `chosen` and `rejected`."
+        )
     torch.set_num_threads(1)
     finished, output_dir = FinishedRuns(config.output_dir), Path(config.output_dir)
     data = read_pairs(args, AutoTokenizer.from_pretrained(args.model_name_or_path))
