@@ -36,7 +36,7 @@ def test_every_method_has_as_many_trials_and_a_valid_configuration(tmp_path):
         assert len(arm.trials) == (NUM_TRIALS if has_choice else 1)
         for trial in arm.trials:
             args = long_run.configured(arm.config, base, 3, trial, group_size=8)
-            assert (args.seed, args.max_steps, args.learning_rate) == (3, 128, 0.8)
+            assert (args.seed, args.max_steps, args.learning_rate, args.warmup_steps) == (3, 128, 0.8, 8)
             has_group = name in ("GRPO", "GDPO", "constrained GRPO")
             assert args.num_generations == (8 if has_group else 1)
     with pytest.raises(ValueError, match="`trials` must be 4, or 1"):
