@@ -6,173 +6,29 @@
  * if the test fails. Elsewhere the first pass updates the moments and adds up the dot products, and the second applies
  * decay and the projected update. All ways round alike, so that the guess has no influence on the result.
  *
- * Sums run over stretches of STRETCH elements of a row in float32, lane by lane, whose results are added in float64: in
- * the same order whatever the compiler makes of it, and however long the processor's vectors are. What does not lie within the lengths that a caller gives is refused
- * before anything is read or written.
+ * Sums run over stretches of STRETCH elements of a row in float32, lane by lane (lanes.h), whose results are added in
+ * float64: in the same order whatever the compiler makes of it. What does not lie within the lengths that the table
+ * gives is refused before anything is read or written.
  */
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "lanes.h"
+#include "table.h"
+
 #define STRETCH 16384
-#define NUM_LANES 16
 /* Rows shorter than this are worked on together, BLOCK elements at a time */
 #define SHORT_ROW 128
 #define BLOCK 1024
 
-enum { NONE, CHANNEL, LAYER, TEST };
 enum { DONE, DOES_NOT_FIT = -1 };
-
-/* Vectors no longer than the processor's: of longer ones compilers keep the pieces in memory */
-#if defined(__AVX512F__)
-#define VECTOR 16
-#elif defined(__AVX__)
-#define VECTOR 8
-#else
-#define VECTOR 4
-#endif
-#define NUM_VECTORS (NUM_LANES / VECTOR)
-
-typedef float Vector __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
-typedef uint16_t HalfWords __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
-typedef struct {
-    Vector of[NUM_VECTORS];
-} Lanes;
-typedef struct {
-    double of[NUM_LANES];
-} Sums;
-
-typedef struct {
-    double norm_eps, delta;
-    float beta1, beta2, rest1, rest2, eps, inverse_root_correction2, inverse_correction1, sign, lr;
-    float keep, keep_projected; /* What decay leaves of a weight */
-    int32_t nesterov, rounds_at_random;
-    uint32_t seed;
-} Options;
-
-typedef struct {
-    void *memory;
-    int64_t length; /* Elements that lie there */
-} Span;
-
-/* Elements [start, start + size) of a tensor, the first of which is in column `column` of its row, and in the place
- * `offset` of its weight */
-typedef struct {
-    Span weight, grad, exp_avg, exp_avg_sq;
-    int64_t start, size, row_size, column, offset;
-    int64_t level, expected, is_half, options;
-} Part;
-
-static int fits(const Part *p)
-{
-    const Span *spans = &p->weight;
-    for (int place = 0; place < 4; ++place) {
-        uintptr_t alignment = place < 2 && p->is_half ? 2 : 4;
-        if (!spans[place].memory || (uintptr_t)spans[place].memory % alignment) return 0;
-        if (p->size > spans[place].length || p->start > spans[place].length - p->size) return 0;
-    }
-    return p->start >= 0 && p->size > 0 && p->row_size > 0 && p->column >= 0 && p->column < p->row_size;
-}
-
-static int is_whole(const Part *p) { return p->column == 0 && p->size % p->row_size == 0; }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ------------------------------------------------------------------ values */
+static int is_whole(const Part *p) { return p->column == 0 && p->size % p->row_size == 0; }
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE const void *element(const void *memory, int64_t i, int is_half)
-{
-    return (const char *)memory + i * (is_half ? 2 : 4);
-}
-
-INLINE float value_at(const void *memory, int64_t i, int is_half)
-{
-    if (!is_half) return ((const float *)memory)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)memory)[i] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* A random number for each element of a weight and each step */
-INLINE uint32_t noise_at(uint32_t seed, int64_t offset)
-{
-    uint32_t x = (uint32_t)offset * 0x9E3779B1u + (uint32_t)(offset >> 32) * 0x85EBCA77u + seed;
-    x = (x ^ (x >> 15)) * 0x2C1B3C6Du + seed;
-    x = (x ^ (x >> 12)) * 0x297A2D39u;
-    return x ^ (x >> 15);
-}
-
-/* Rounds to the nearest; or up or down, with odds that make the mean right */
-INLINE void put(void *memory, int64_t i, float value, int is_half, int rounds_at_random, uint32_t seed, int64_t offset)
-{
-    if (!is_half) {
-        ((float *)memory)[i] = value;
-        return;
-    }
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t added = rounds_at_random ? noise_at(seed, offset) & 0xFFFF : 0x7FFF + ((bits >> 16) & 1);
-    uint32_t size = bits & 0x7FFFFFFF;
-    uint32_t rounded = size < 0x7F800000 ? (bits + added) >> 16 : size > 0x7F800000 ? 0x7FC0 : bits >> 16;
-    ((uint16_t *)memory)[i] = (uint16_t)rounded;
-}
-
-#define EACH_VECTOR for (int n = 0; n < NUM_VECTORS; ++n)
-
-INLINE Lanes lanes_at(const void *memory, int64_t i, int is_half)
-{
-    Lanes found;
-    EACH_VECTOR {
-        if (!is_half) {
-            found.of[n] = *(const Vector *)((const float *)memory + i + n * VECTOR);
-        } else {
-            HalfWords half = *(const HalfWords *)((const uint16_t *)memory + i + n * VECTOR);
-            found.of[n] = (Vector)(__builtin_convertvector(half, Words) << 16);
-        }
-    }
-    return found;
-}
-
-static const uint32_t MASKS[2 * NUM_LANES] = {[0 ... NUM_LANES - 1] = 0xFFFFFFFFu};
-
-/* The first `count` elements, zeros behind; elements up to `end` may be read */
-INLINE Lanes some_lanes_at(const void *memory, int64_t i, int count, int64_t end, int is_half)
-{
-    if (i + NUM_LANES <= end) {
-        const uint32_t *mask = MASKS + NUM_LANES - count;
-        Lanes found = lanes_at(memory, i, is_half);
-        EACH_VECTOR found.of[n] = (Vector)((Words)found.of[n] & *(const Words *)(mask + n * VECTOR));
-        return found;
-    }
-    float found[NUM_LANES] = {0};
-    for (int lane = 0; lane < count; ++lane) found[lane] = value_at(memory, i + lane, is_half);
-    return lanes_at(found, 0, 0);
-}
-
-/* sums += a * b, rounded twice */
-INLINE void add_product(Lanes *sums, Lanes a, Lanes b)
-{
-    EACH_VECTOR sums->of[n] += a.of[n] * b.of[n];
-}
-
-INLINE void add_lanes(Sums *sums, Lanes lanes)
-{
-    float found[NUM_LANES];
-    EACH_VECTOR *(Vector *)(found + n * VECTOR) = lanes.of[n];
-    for (int lane = 0; lane < NUM_LANES; ++lane) sums->of[lane] += found[lane];
-}
-
-INLINE double sum_of(Sums sums)
-{
-    double total = 0.0;
-    for (int lane = 0; lane < NUM_LANES; ++lane) total += sums.of[lane];
-    return total;
-}
+static int64_t num_rows_of(const Part *p) { return (p->column + p->size - 1) / p->row_size + 1; }
 
 INLINE float update_of(float grad, float first, float second, const Options *o)
 {
@@ -317,7 +173,7 @@ INLINE int test_short_rows(const Part *p, const Options *o, double limit, int is
     int64_t row_size = p->row_size, most = BLOCK / row_size, num_rows = 1;
     for (int64_t start = p->start, end = p->start + p->size; start < end; num_rows *= 2) {
         num_rows = smaller(smaller(num_rows, most), (end - start) / row_size);
-        sum_short_rows(element(p->weight.memory, start, is_half), element(p->grad.memory, start, is_half), NULL,
+        sum_short_rows(element(p->weight, start, is_half), element(p->grad, start, is_half), NULL,
                        num_rows, row_size, dots, is_half);
         if (!all_pass(num_rows, dots, limit, o->norm_eps)) return 0;
         start += num_rows * row_size;
@@ -341,49 +197,62 @@ INLINE void sum_up_part(const Part *p, double *totals, int is_half)
     int64_t row_size = p->row_size;
     if (row_size < SHORT_ROW) { /* Whatever the rows */
         for (; start < end; start += BLOCK)
-            add_stretch(p->weight.memory, p->grad.memory, start, smaller(start + BLOCK, end), end, sums, is_half);
+            add_stretch(p->weight, p->grad, start, smaller(start + BLOCK, end), end, sums, is_half);
     }
     while (start < end) {
         int64_t stop = smaller(smaller(start + STRETCH, end), start + row_size - column);
-        add_stretch(p->weight.memory, p->grad.memory, start, stop, end, sums, is_half);
+        add_stretch(p->weight, p->grad, start, stop, end, sums, is_half);
         column = (column + stop - start) % row_size;
         start = stop;
     }
     for (int place = 0; place < 3; ++place) totals[place] += sum_of(sums[place]);
 }
 
-/* Adds <g, w>, <g, g> and <w, w> over a part to `totals` */
-int adamp_sum_up(const Part *p, double *totals)
+static void sum_up(const Part *p, double *totals)
 {
-    if (!fits(p)) return DOES_NOT_FIT;
     if (p->is_half) sum_up_part(p, totals, 1);
     else sum_up_part(p, totals, 0);
+}
+
+/* Adds <g, w>, <g, g> and <w, w> over an item to `totals` */
+int adamp_sum_up(const Item *item, double *totals)
+{
+    if (!fits(item) || !totals) return DOES_NOT_FIT;
+    Part p = part_of(item);
+    sum_up(&p, totals);
     return DONE;
 }
 
 /* Whether each row of a whole weight passes; most are given up in their first row */
-int adamp_test_rows(const Part *p, const Options *o)
+static int test_rows(const Part *p, const Options *o)
 {
-    if (!fits(p) || !is_whole(p)) return DOES_NOT_FIT;
     Part row = *p;
     double limit = limit_of(o, p->row_size);
     if (p->row_size < SHORT_ROW) return p->is_half ? test_short_rows(p, o, limit, 1) : test_short_rows(p, o, limit, 0);
     row.size = p->row_size;
     for (; row.start < p->start + p->size; row.start += p->row_size) {
         double dots[3] = {0};
-        if (p->is_half) sum_up_part(&row, dots, 1);
-        else sum_up_part(&row, dots, 0);
+        sum_up(&row, dots);
         if (!passes(dots[0], dots[1], dots[2], limit, o->norm_eps)) return 0;
     }
     return 1;
+}
+
+/* Whether each row of an item passes that is a whole weight */
+int adamp_test_rows(const Item *item, const Group *groups, int64_t num_groups)
+{
+    if (!fits(item) || !has_options(item, num_groups)) return DOES_NOT_FIT;
+    Part p = part_of(item);
+    Options o = options_of(item, groups);
+    return is_whole(&p) ? test_rows(&p, &o) : DOES_NOT_FIT;
 }
 
 /* The level at which a whole weight passes */
 static int find_level(const Part *p, const Options *o)
 {
     double totals[3] = {0};
-    if (adamp_test_rows(p, o)) return CHANNEL;
-    adamp_sum_up(p, totals);
+    if (test_rows(p, o)) return CHANNEL;
+    sum_up(p, totals);
     return passes(totals[0], totals[1], totals[2], limit_of(o, p->size), o->norm_eps) ? LAYER : NONE;
 }
 
@@ -403,9 +272,9 @@ int adamp_test(int64_t num_rows, const double *dots, double row_limit, double wh
 
 INLINE void step_part(const Part *p, const Options *o, int is_half, int rounds_at_random)
 {
-    void *restrict weight = p->weight.memory;
-    const void *restrict grad = p->grad.memory;
-    float *restrict exp_avg = p->exp_avg.memory, *restrict exp_avg_sq = p->exp_avg_sq.memory;
+    void *restrict weight = p->weight;
+    const void *restrict grad = p->grad;
+    float *restrict exp_avg = p->exp_avg, *restrict exp_avg_sq = p->exp_avg_sq;
     Options own = *o;
     int64_t offset = p->offset - p->start;
     for (int64_t i = p->start; i < p->start + p->size; ++i) {
@@ -420,12 +289,19 @@ INLINE void step_part(const Part *p, const Options *o, int is_half, int rounds_a
 }
 
 /* AdamW's step: moments and w = keep * w - lr * u */
-int adamp_step(const Part *p, const Options *o)
+static void take_step(const Part *p, const Options *o)
 {
-    if (!fits(p)) return DOES_NOT_FIT;
     if (!p->is_half) step_part(p, o, 0, 0);
     else if (o->rounds_at_random) step_part(p, o, 1, 1);
     else step_part(p, o, 1, 0);
+}
+
+int adamp_step(const Item *item, const Group *groups, int64_t num_groups)
+{
+    if (!fits(item) || !has_options(item, num_groups)) return DOES_NOT_FIT;
+    Part p = part_of(item);
+    Options o = options_of(item, groups);
+    take_step(&p, &o);
     return DONE;
 }
 
@@ -476,9 +352,9 @@ INLINE void measure_stretch(const Part *p, int64_t begin, int64_t size, const Op
     Lanes sums[4] = {{{{0}}}};
     for (int64_t start = begin; start < begin + size; start += BLOCK) {
         float updates[BLOCK];
-        const void *weight = element(p->weight.memory, start, is_half), *grad = element(p->grad.memory, start, is_half);
+        const void *weight = element(p->weight, start, is_half), *grad = element(p->grad, start, is_half);
         int64_t count = smaller(BLOCK, begin + size - start);
-        advance(grad, (float *)p->exp_avg.memory + start, (float *)p->exp_avg_sq.memory + start, count, o, updates,
+        advance(grad, p->exp_avg + start, p->exp_avg_sq + start, count, o, updates,
                 is_half);
         add_products(weight, grad, updates, 0, count, count, sums, is_half);
     }
@@ -490,9 +366,9 @@ INLINE void measure_short_rows(const Part *p, int64_t begin, int64_t size, const
 {
     float updates[BLOCK];
     double dots[BLOCK][4];
-    const void *weight = element(p->weight.memory, begin, is_half), *grad = element(p->grad.memory, begin, is_half);
+    const void *weight = element(p->weight, begin, is_half), *grad = element(p->grad, begin, is_half);
     int64_t num_rows = size / p->row_size;
-    advance(grad, (float *)p->exp_avg.memory + begin, (float *)p->exp_avg_sq.memory + begin, size, o, updates,
+    advance(grad, p->exp_avg + begin, p->exp_avg_sq + begin, size, o, updates,
             is_half);
     sum_short_rows(weight, grad, updates, num_rows, p->row_size, dots, is_half);
     end_rows(rows, num_rows, dots);
@@ -528,11 +404,14 @@ static void measure_rows(const Part *p, const Options *o, Rows *rows)
 }
 
 /* Updates the moments, and adds the dot products of each row to `dots` of shape (num_rows, 4) */
-int adamp_measure(const Part *p, const Options *o, double *dots, int64_t num_rows)
+int adamp_measure(const Item *item, const Group *groups, int64_t num_groups, double *dots, int64_t num_rows)
 {
+    if (!fits(item) || !has_options(item, num_groups) || !dots) return DOES_NOT_FIT;
+    Part p = part_of(item);
+    if (num_rows != num_rows_of(&p)) return DOES_NOT_FIT;
+    Options o = options_of(item, groups);
     Rows rows = {.dots = dots};
-    if (!fits(p) || !dots || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
-    measure_rows(p, o, &rows);
+    measure_rows(&p, &o, &rows);
     return DONE;
 }
 
@@ -542,9 +421,9 @@ int adamp_measure(const Part *p, const Options *o, double *dots, int64_t num_row
 INLINE void apply_stretch(const Part *p, const Options *o, float keep, int64_t start, int64_t stop, const float *radial,
                           float whole_radial, int is_half, int rounds_at_random)
 {
-    void *restrict weight = p->weight.memory;
-    const void *restrict grad = p->grad.memory;
-    const float *restrict exp_avg = p->exp_avg.memory, *restrict exp_avg_sq = p->exp_avg_sq.memory;
+    void *restrict weight = p->weight;
+    const void *restrict grad = p->grad;
+    const float *restrict exp_avg = p->exp_avg, *restrict exp_avg_sq = p->exp_avg_sq;
     Options own = *o;
     int64_t offset = p->offset - p->start;
     for (int64_t i = start; i < stop; ++i) {
@@ -577,31 +456,39 @@ INLINE void apply_part(const Part *p, const Options *o, float keep, const float 
 }
 
 /* Decay and the update without its radial part, with one coefficient for each row */
-int adamp_apply(const Part *p, const Options *o, float keep, const float *coefficients, int64_t num_rows)
+static void apply_update(const Part *p, const Options *o, float keep, const float *coefficients)
 {
-    if (!fits(p) || !coefficients || num_rows != (p->column + p->size - 1) / p->row_size + 1) return DOES_NOT_FIT;
     if (!p->is_half) apply_part(p, o, keep, coefficients, 0, 0);
     else if (o->rounds_at_random) apply_part(p, o, keep, coefficients, 1, 1);
     else apply_part(p, o, keep, coefficients, 1, 0);
+}
+
+int adamp_apply(const Item *item, const Group *groups, int64_t num_groups, float keep, const float *coefficients,
+                int64_t num_rows)
+{
+    if (!fits(item) || !has_options(item, num_groups) || !coefficients) return DOES_NOT_FIT;
+    Part p = part_of(item);
+    if (num_rows != num_rows_of(&p)) return DOES_NOT_FIT;
+    Options o = options_of(item, groups);
+    apply_update(&p, &o, keep, coefficients);
     return DONE;
 }
 
 /* ------------------------------------------------------------------ whole weights */
 
-static int update_weight(const Part *p, const Options *o, float *coefficients, int64_t num_coefficients)
+static int update_weight(const Part *p, const Options *o, int known_level, int was_projected, float *coefficients)
 {
-    int level = (int)p->level;
+    int level = known_level;
     Part whole = *p;
     whole.row_size = p->size;
     /* Of short rows the sums of the test are others than those of the first pass: always the former decide */
-    if (level == TEST && (!p->expected || p->row_size < SHORT_ROW)) {
+    if (level == TEST && (!was_projected || p->row_size < SHORT_ROW)) {
         level = find_level(p, o);
-        if (level == NONE) return adamp_step(p, o), NONE;
+        if (level == NONE) return take_step(p, o), NONE;
     }
-    if (level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
     Rows rows = {.limit = limit_of(o, p->row_size), .eps = o->norm_eps, .rows_pass = 1};
     /* A test that has come first leaves nothing to do in rows where the whole weight passes */
-    int by_rows = p->level != LAYER && !(level == LAYER && p->row_size < SHORT_ROW);
+    int by_rows = known_level != LAYER && !(level == LAYER && p->row_size < SHORT_ROW);
     if (level != LAYER) rows.coefficients = coefficients;
     rows.is_known = level != TEST;
     measure_rows(by_rows ? p : &whole, o, &rows);
@@ -612,33 +499,37 @@ static int update_weight(const Part *p, const Options *o, float *coefficients, i
             level = NONE;
     }
     if (level == CHANNEL) {
-        adamp_apply(p, o, o->keep_projected, coefficients, p->size / p->row_size);
+        apply_update(p, o, o->keep_projected, coefficients);
         return CHANNEL;
     }
     float radial = level == LAYER ? (float)radial_coefficient(rows.totals, o->norm_eps) : 0.0f;
-    adamp_apply(&whole, o, level == LAYER ? o->keep_projected : o->keep, &radial, 1);
+    apply_update(&whole, o, level == LAYER ? o->keep_projected : o->keep, &radial);
     return level;
 }
 
-/* The step of weights [first, last) of a table, each held whole. Writes the level at which each was projected where the
- * next step will look for it, and counts it in `hits` of shape (number of weights, 2). Those without a gradient are
- * passed over. Returns the number of weights that were updated, or DOES_NOT_FIT before anything is changed. */
-int64_t adamp_update_weights(Part *parts, int64_t first, int64_t last, const Options *options, int64_t num_options,
-                       float *coefficients, int64_t num_coefficients, float *hits)
+/* Whether an item can be updated on its own, with room for a coefficient of each row */
+static int is_whole_weight(const Item *item, int64_t num_groups, int64_t num_coefficients)
+{
+    if (!fits(item) || !has_options(item, num_groups) || item->level < TEST || item->level > LAYER) return 0;
+    return item->offset == 0 && item->size == item->numel && item->size % item->row_size == 0 &&
+           (item->level == LAYER || item->size / item->row_size <= num_coefficients);
+}
+
+/* The step of items [first, last) of a table, each a whole weight. Writes for the next step whether each was projected,
+ * and counts the level in `hits` of shape (number of items, 2). Those without a gradient are passed over. Returns the
+ * number of weights that were updated, or DOES_NOT_FIT before anything is changed. */
+int64_t adamp_update_weights(const Item *items, int64_t first, int64_t last, const Group *groups, int64_t num_groups,
+                             int32_t *was_projected, float *coefficients, int64_t num_coefficients, float *hits)
 {
     int64_t count = 0;
+    for (int64_t place = first; place < last; ++place)
+        if (items[place].grad && !is_whole_weight(items + place, num_groups, num_coefficients)) return DOES_NOT_FIT;
     for (int64_t place = first; place < last; ++place) {
-        const Part *p = parts + place;
-        if (!p->grad.memory) continue;
-        if (!fits(p) || !is_whole(p) || p->options < 0 || p->options >= num_options) return DOES_NOT_FIT;
-        if (p->level < CHANNEL || p->level > TEST) return DOES_NOT_FIT;
-        if (p->level != LAYER && p->size / p->row_size > num_coefficients) return DOES_NOT_FIT;
-    }
-    for (int64_t place = first; place < last; ++place) {
-        Part *p = parts + place;
-        if (!p->grad.memory) continue;
-        int level = update_weight(p, options + p->options, coefficients, num_coefficients);
-        p->expected = level;
+        if (!items[place].grad) continue;
+        Part p = part_of(items + place);
+        Options o = options_of(items + place, groups);
+        int level = update_weight(&p, &o, (int)items[place].level, was_projected[place], coefficients);
+        was_projected[place] = level != NONE;
         if (level == CHANNEL) hits[2 * place] += 1.0f;
         if (level == LAYER) hits[2 * place + 1] += 1.0f;
         ++count;
