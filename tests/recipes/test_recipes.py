@@ -92,9 +92,10 @@ def stand_ins(path, recipe, tmp_path):
         rows = [{"prompt": row["prompt"], **columns} for row in rows]
     if path.name == "maths_length.yaml":  # the first needs a package that reads answers
         recipe["reward_funcs"] = ["trl_ext.playground.sentiment_reward", recipe["reward_funcs"][1]]
-    if path.name == "helpful_harmless.yaml":
-        names = recipe["reward_funcs"]
-        recipe["reward_funcs"] = [tiny_reward_model(tmp_path / f"reward_{i}", i) for i in range(len(names))]
+    models = [name for name in recipe.get("reward_funcs", ()) if "/" in name]
+    if models:
+        small = {name: tiny_reward_model(tmp_path / f"reward_{i}", i) for i, name in enumerate(models)}
+        recipe["reward_funcs"] = [small.get(name, name) for name in recipe["reward_funcs"]]
     return rows
 
 

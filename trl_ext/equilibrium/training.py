@@ -238,6 +238,7 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
 
     Raises:
         TypeError: If `args` is not an [`EPRewardConfig`], or the model has no equilibrium head.
+        ValueError: If `peft_config` is for a model that generates.
 
     Example:
 
@@ -275,6 +276,13 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             set_seed(args.seed)
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
+        for value in (*positional, *kwargs.values()):
+            task = str(getattr(getattr(value, "task_type", None), "value", getattr(value, "task_type", None)))
+            if hasattr(value, "peft_type") and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+                raise ValueError(
+                    f"`peft_config.task_type={task}` is not for a classifier: PEFT would look for what a model that "
+                    "generates has, and leave the new head untrained. Use `task_type='SEQ_CLS'`."
+                )
         super().__init__(model, args, *positional, **kwargs)
         check_tokenizer(self.processing_class, self.model)
         # TRL casts all that trains on a quantized backbone to bf16
