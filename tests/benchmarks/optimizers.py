@@ -51,8 +51,14 @@ def lora_shapes(rank: int = 8, num_layers: int = 16) -> list[tuple[int, ...]]:
 NARROW: dict[str, list[tuple[int, ...]]] = {
     "LoRA r=8": lora_shapes(8), "LoRA r=16": lora_shapes(16), "LoRA r=32": lora_shapes(32),
     "(524288, 8)": [(524288, 8)], "(131072, 24)": [(131072, 24)], "(65536, 48)": [(65536, 48)],
-    "(65536, 1, 3, 3)": [(65536, 1, 3, 3)], "(4194304, 1)": [(4194304, 1)],
+    "(65536, 1, 3, 3)": [(65536, 1, 3, 3)], "(4194304, 1)": [(4194304, 1)], "(262144, 3)": [(262144, 3)],
+    "(49152, 16)": [(49152, 16)], "(32768, 1, 5, 5)": [(32768, 1, 5, 5)], "(32768, 3, 3, 3)": [(32768, 3, 3, 3)],
+    "(16384, 1, 7, 7)": [(16384, 1, 7, 7)], "(8192, 100)": [(8192, 100)],
 }  # fmt: skip
+
+
+# Orthogonal to no weight, to each weight as a whole, to each of its rows
+GRADIENTS = ("generic", "orthogonal", "rows")
 
 
 class Uncompiled(AdamP):
@@ -89,16 +95,17 @@ def builders(projected: bool) -> dict[str, Callable[[list], torch.optim.Optimize
     return found
 
 
-def make_params(shapes, device: str, projected: bool) -> list[torch.nn.Parameter]:
-    """Weights with a gradient that is orthogonal to each of them, or to none."""
+def make_params(shapes, device: str, gradients: str) -> list[torch.nn.Parameter]:
+    """Weights with a gradient that is orthogonal to each as a whole, to each of its rows, or to none."""
     generator = torch.Generator().manual_seed(0)
     params = []
     for shape in shapes:
         weight, grad = (torch.randn(shape, generator=generator) for _ in range(2))
         if len(shape) > 1:
-            cosine = torch.dot(weight.flatten(), grad.flatten()) / weight.square().sum()
+            rows = [tensor.view(shape[0] if gradients == "rows" else 1, -1) for tensor in (weight, grad)]
+            cosine = (rows[0] * rows[1]).sum(1, keepdim=True) / rows[0].square().sum(1, keepdim=True)
             # A cosine of 0, or one that does not pass by chance
-            grad.sub_(weight, alpha=float(cosine if projected else cosine - 1e-2))
+            rows[1].addcmul_(rows[0], cosine - (1e-2 if gradients == "generic" else 0), value=-1)
         params.append(torch.nn.Parameter(weight.mul_(0.02).to(device)))
         params[-1].grad = grad.mul_(1e-3).to(device)
     return params
@@ -128,12 +135,12 @@ def held_by(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(shapes, device: str, projected: bool, rounds: int, only: list[str]) -> list[str]:
-    params = make_params(shapes, device, projected)
+def measure(shapes, device: str, gradients: str, rounds: int, only: list[str]) -> list[str]:
+    params = make_params(shapes, device, gradients)
     base = torch.optim.AdamW(params, lr=1e-8, weight_decay=0.01, fused=True)
     base.step()
     lines = []
-    for name, build in builders(projected).items():
+    for name, build in builders(gradients == "orthogonal").items():
         if only and name not in only:
             continue
         pair = [base, build(params)]
@@ -160,9 +167,9 @@ def measure(shapes, device: str, projected: bool, rounds: int, only: list[str]) 
     return lines
 
 
-def compare_sgd(shapes, device: str, projected: bool, rounds: int) -> str:
+def compare_sgd(shapes, device: str, gradients: str, rounds: int) -> str:
     """SGDP and the official one against torch's fused SGD, all with momentum."""
-    params = make_params(shapes, device, projected)
+    params = make_params(shapes, device, gradients)
     options = {"lr": 1e-9, "momentum": 0.9}
     optimizers = {
         "torch SGD fused": torch.optim.SGD(params, **options, fused=True),
@@ -183,8 +190,10 @@ def narrow_rows(device: str, rounds: int) -> str:
     """AdamP with and without its kernels on shapes with short rows, as multiples of fused AdamW."""
     lines = ["| shapes | gradients | fused AdamW, ms | AdamP | AdamP, no C compiler |", "|---|---|---|---|---|"]
     for name, shapes in NARROW.items():
-        for gradients in ("generic", "orthogonal"):
-            rows = measure(shapes, device, gradients == "orthogonal", rounds, ["AdamP", "AdamP, no C compiler"])
+        for gradients in GRADIENTS:
+            if gradients == "rows" and shapes[0][-1] == 1:
+                continue  # A single number is orthogonal to none
+            rows = measure(shapes, device, gradients, rounds, ["AdamP", "AdamP, no C compiler"])
             cells = [[cell.strip() for cell in row.split("|")] for row in rows]
             lines.append(f"| {name} | {gradients} | {cells[0][2]} | {cells[0][4]} | {cells[1][4]} |")
     return "\n".join(lines)
@@ -192,7 +201,7 @@ def narrow_rows(device: str, rounds: int) -> str:
 
 def half_precision(shapes: list[tuple[int, ...]], device: str, rounds: int) -> str:
     """bfloat16 weights with float32 running averages, with and without stochastic rounding, in milliseconds."""
-    params = [torch.nn.Parameter(param.detach().bfloat16()) for param in make_params(shapes, device, False)]
+    params = [torch.nn.Parameter(param.detach().bfloat16()) for param in make_params(shapes, device, "generic")]
     for param in params:
         param.grad = torch.randn_like(param) * 1e-3
     lines = ["| optimizer | ms |", "|---|---|"]
@@ -260,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
     parser.add_argument("--num_layers", type=int, default=16, help="of the Llama list; fewer where memory is short")
-    parser.add_argument("--gradients", choices=("generic", "orthogonal"), nargs="+", default=["generic", "orthogonal"])
+    parser.add_argument("--gradients", choices=GRADIENTS, nargs="+", default=["generic", "orthogonal"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
@@ -284,7 +293,7 @@ def main() -> None:
         return
     if options.sgd:
         for gradients in options.gradients:
-            print(f"{gradients}: {compare_sgd(shapes, device, gradients == 'orthogonal', options.rounds)}")
+            print(f"{gradients}: {compare_sgd(shapes, device, gradients, options.rounds)}")
         return
     machine = (
         torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), {options.threads} thread"
@@ -300,7 +309,7 @@ def main() -> None:
             "| optimizer | fused AdamW, ms | this, ms | ratio | MiB more than AdamW | weights projected |\n"
             "|---|---|---|---|---|---|\n"
         )
-        lines = measure(shapes, device, gradients == "orthogonal", options.rounds, options.only)
+        lines = measure(shapes, device, gradients, options.rounds, options.only)
         text += "\n".join(lines) + "\n"
     text += f"\nThe largest tensor takes {4 * max(torch.Size(shape).numel() for shape in shapes) / 2**20:.0f} MiB.\n"
     print(text)

@@ -423,6 +423,7 @@ def run_modes(output, modes):
         "fsdp1": functools.partial(torch_mode, *fsdp1(use_orig_params=True)),
         "fsdp2": functools.partial(torch_mode, *fsdp2(mesh)),
         "hsdp": functools.partial(torch_mode, *fsdp2(both)),
+        "tensor_parallel": functools.partial(torch_mode, *tensor_parallel(mesh, ["first"]), num_batches=1),
         "row_parallel": functools.partial(torch_mode, *tensor_parallel(mesh, ["first", "last"]), num_batches=1),
         "fsdp2_over_tensor_parallel": lambda **options: torch_mode(*over_both(), num_batches=2, **options),
     }  # fmt: skip

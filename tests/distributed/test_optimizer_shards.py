@@ -39,7 +39,8 @@ MODES = {
 # Each wrapper with one rule that measures before its moments or one that does not, each rule with each kind of wrapper
 OTHERS = {
     2: [
-        "zero1_adamo", "zero2_adamh", "zero3_adamo", "fsdp1_adamh", "fsdp2_adamo", "row_parallel_adamh",
+        "zero1_adamo", "zero2_adamh", "zero3_adamo", "fsdp1_adamh", "fsdp2_adamo", "tensor_parallel_adamo",
+        "row_parallel_adamh",
         "zero2_rows_adamo", "zero3_rows_adamh", "row_parallel_rows_adamo", "zero2_muon", "zero3_muon",
         "fsdp1_muon", "row_parallel_muon",
     ],
@@ -51,7 +52,8 @@ if os.environ.get("TRL_EXT_ALL_CASES") == "1":
     MODES[2] += ["zero3_groups", "zero2_alignment_round_robin", "zero3_fused", "fsdp1_groups"]
     MODES[3].insert(1, "zero1")
     OTHERS[2] += [
-        "zero1_adamh", "zero2_adamo", "zero3_adamh", "fsdp1_adamo", "fsdp2_adamh", "row_parallel_adamo",
+        "zero1_adamh", "zero2_adamo", "zero3_adamh", "fsdp1_adamo", "fsdp2_adamh", "tensor_parallel_adamh",
+        "row_parallel_adamo",
     ]  # fmt: skip
     OTHERS[4] += ["hsdp_adamo", "fsdp2_over_tensor_parallel_adamh"]
 

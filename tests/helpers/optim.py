@@ -1,10 +1,14 @@
 """What the optimizers' tests share: gradients of every kind, parts of weights in flat tensors, training settings."""
 
+import ctypes
+
 import torch
 from transformers import TrainingArguments
 
 from tests.helpers.tiny import tiny_pairs
 from trl_ext.optim import AdamP
+from trl_ext.optim.kernels import cpu, table
+from trl_ext.optim.kernels.compilation import compiled_library
 from trl_ext.optim.shards import Shard
 from trl_ext.optim.weights import LocalTensor
 
@@ -94,6 +98,23 @@ def copy_of(local):
         local.param, local.group, local.shards, local.flat.clone(), local.grad,
         tuple(moment.clone() for moment in local.moments), local.step,
     )  # fmt: skip
+
+
+def update_in_c(local, was_projected=0, **columns):
+    """The step of the kernels in C on a table of one weight, with some columns changed: result, hits and flag."""
+    shard, step = local.shards[0], torch.tensor([float(local.step)])
+    row = table.item_row(local, table.Item(shard.start, shard.numel, shard, "test"))
+    row[table.Column.STEP] = step.data_ptr()
+    for name, value in columns.items():
+        row[table.Column[name]] = value
+    items, options = torch.from_numpy(row), torch.tensor(table.options_row(local.group), dtype=torch.float64)
+    flag, hits, num_rows = torch.tensor([was_projected], dtype=torch.int32), torch.zeros(2), shard.num_rows
+    coefficients = torch.zeros(num_rows)
+    found = compiled_library().adamp_update_weights(
+        cpu._at(items, 0), *map(ctypes.c_int64, (0, 1)), cpu._at(options, 0), ctypes.c_int64(1), cpu._at(flag, 0),
+        cpu._at(coefficients, 0), ctypes.c_int64(num_rows), cpu._at(hits, 0),
+    )  # fmt: skip
+    return found, hits.tolist(), int(flag)
 
 
 def arguments(tmp_path, **settings):

@@ -12,9 +12,12 @@ from unittest import mock
 
 import torch
 
+from tests.helpers.gradients import gradient_of
 from trl_ext.optim import SGDP, AdamP
 from trl_ext.optim.kernels import plan as plans
+from trl_ext.optim.kernels import table
 from trl_ext.optim.kernels import triton as kernels
+from trl_ext.optim.kernels.table import Column
 from trl_ext.optim.shards import _overlap
 from trl_ext.optim.weights import LocalTensor
 
@@ -60,17 +63,6 @@ class Launches:
             yield self
 
 
-def gradient(kind, weight, generator):
-    """Float64, orthogonal to the weight in rows or as a whole, or far from it."""
-    weight = weight.detach().double()
-    grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    if weight.ndim < 2:
-        return grad
-    rows, others = (t.reshape(t.size(0) if kind == "channel" else 1, -1) for t in (weight, grad))
-    others = others - rows * ((others * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True))
-    return (others + rows * (kind == "generic")).reshape(weight.shape)
-
-
 def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shapes=SHAPES, kinds=TWICE, **options):
     """Some steps in both; gradients pass at the levels `kinds`, or at none."""
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +77,7 @@ def compare(optimizer_class, dtype=torch.float32, steps=5, tolerance=2e-5, shape
     for step in range(steps):
         kind = kinds[step]
         for number, (param, other) in enumerate(zip(ours, exact, strict=True)):
-            grad = gradient(kind, other, generator).to(dtype)
+            grad = gradient_of(kind, other, generator).to(dtype)
             is_missing = step == 3 and number % 5 == 1  # As an expert that no token chose
             param.grad, other.grad = (None, None) if is_missing else (grad, grad.double())
         with interpreted(), Launches().counted() as launches:
@@ -149,7 +141,7 @@ def compare_shards(num_processes, steps=3, **options):
         assert processes[0].cut_weights
         for step in range(steps):
             for weight in exact:
-                weight.grad = gradient(("layer", "channel", "generic")[step], weight, generator).float().double()
+                weight.grad = gradient_of(("layer", "channel", "generic")[step], weight, generator).float().double()
             grads = torch.cat([weight.grad.flatten() for weight in exact]).float()
             for rank, plan in enumerate(processes):
                 entry = plan.entries[0]
@@ -216,8 +208,18 @@ def check_bfloat16(state_dtype, steps=4, kinds=CHANGES):
     compare(AdamP, torch.bfloat16, state_dtype=state_dtype, tolerance=0.05, shapes=FEW, steps=steps, kinds=kinds)
 
 
+def check_columns():
+    """The kernels name columns and levels as the table does."""
+    for column in list(Column)[: Column.SEED + 1]:
+        assert getattr(kernels, column.name).value == column, column
+    for level, number in table.LEVELS.items():
+        assert level == "none" or getattr(kernels, level.upper()).value == number, level
+    assert kernels.NUM_COLUMNS.value == len(Column) and kernels.NUM_OPTIONS.value == table.NUM_OPTIONS
+
+
 def few_cases():
     """Every branch of the kernels, options that do not meet taken together."""
+    yield partial(check_columns)
     heavy = {"weight_decay": 60.0}  # Takes off more than half, so that no step can be taken back
     yield partial(check_adamp, {}, SHAPES, 5, TWICE)
     for options in ({"nesterov": True, "maximize": True}, {"capturable": True}, heavy):

@@ -7,8 +7,10 @@ import adamp
 import pytest
 import torch
 
-from tests.helpers.optim import params_of
+from tests.helpers.optim import copy_of, local_of, params_of, update_in_c
 from trl_ext.optim import SGDP, AdamP
+from trl_ext.optim.kernels import cpu
+from trl_ext.optim.kernels.compilation import compiled_library
 
 
 class Wrapper(torch.Tensor):
@@ -154,33 +156,28 @@ def test_a_weight_that_was_cut_or_grown_steps_as_the_official_one(rows, executio
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+# Columns of the table, with what no tensor allows
+WRONG = {
+    "WEIGHT": 0, "FIRST": 0, "SECOND": 0, "STEP": 0, "WEIGHT_LENGTH": 100, "GRAD_LENGTH": 209, "FIRST_LENGTH": 0,
+    "SECOND_LENGTH": -1, "SIZE": 1000, "ROW_SIZE": 0, "OFFSET": 7, "NUMEL": 217, "LEVEL": 9, "DTYPE": 4, "GROUP": 1,
+}  # fmt: skip
+
+
 def test_the_kernels_refuse_what_does_not_fit():
-    import ctypes
-
-    from tests.helpers.optim import copy_of, local_of
-    from trl_ext.optim.kernels import cpu
-    from trl_ext.optim.kernels.compilation import compiled_library
-
-    kernels = compiled_library()
-    if kernels is None:
+    if compiled_library() is None:
         pytest.skip("no C compiler")
     local = local_of((30, 7))
-    # Columns of a part, with what no tensor allows
-    wrong = {0: 0, 1: 100, 2: 3, 3: 5, 5: 0, 7: -1, 8: -1, 9: 1000, 10: 0, 11: 7, 13: 9, 16: 4}
-    for column, value in wrong.items():
+    crooked = {"WEIGHT": local.flat.data_ptr() + 2, "STEP": 3, "GRAD": 3}
+    for column, value in [*WRONG.items(), ("GROUP", -1), ("LEVEL", 0), ("SIZE", -7), ("OFFSET", -7), *crooked.items()]:
         copied = copy_of(local)
-        part = cpu._part(copied, copied.shards[0], cpu.LEVELS.index("test"))
-        part[column] = value
-        parts, hits, rows = torch.tensor([part]), torch.zeros(1, 2), torch.zeros(30)
-        options = cpu.options_of(local.group, 1)
-        found = kernels.adamp_update_weights(
-            cpu._at(parts, 0), ctypes.c_int64(0), ctypes.c_int64(1), ctypes.byref(options), ctypes.c_int64(1),
-            cpu._at(rows, 0), ctypes.c_int64(30), cpu._at(hits, 0),
-        )  # fmt: skip
-        assert found == (0 if column == 2 and value == 0 else -1), column
+        found, hits, _ = update_in_c(copied, **{column: value})
+        assert found == -1 and hits == [0, 0], column
         assert torch.equal(copied.flat, local.flat), column
         with pytest.raises(RuntimeError, match="smaller than its layout"):
             cpu._check(found)
+    copied = copy_of(local)
+    assert update_in_c(copied, GRAD=0) == (0, [0, 0], 0) and torch.equal(copied.flat, local.flat)
+    assert update_in_c(copied)[0] == 1 and not torch.equal(copied.flat, local.flat)
 
 
 def test_one_optimizer_for_each_parameter_shares_its_work_memory():

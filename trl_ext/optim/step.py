@@ -6,8 +6,9 @@ One step of AdamP or SGDP, on whole weights or shards:
 3. exchange: add them up over processes for the weights that shard borders cut ([`Exchange`]);
 4. apply: decide whether and at which level a weight is scale-invariant, and apply decay and the projected update.
 
-A plan does it for many tensors together: on a GPU the kernels of kernels/triton.py over the table of kernels/plan.py,
-on a CPU the compiled passes of kernels/cpu.py, which also take single weights that threads or processes share.
+A plan does it for many tensors together, over one table of weights (kernels/table.py): on a GPU by the kernels of
+kernels/triton.py, on a CPU by the compiled passes of kernels/cpu.py, which also take single weights that threads or
+processes share.
 Elsewhere it is done in blocks of torch operations around the update that a subclass writes; what is surely not
 projected goes through torch's fused kernels.
 """

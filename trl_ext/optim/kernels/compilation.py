@@ -21,6 +21,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("adamp.c")
+# What it is compiled from
+SOURCES = [SOURCE, *(Path(__file__).with_name(name) for name in ("lanes.h", "table.h"))]
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
@@ -63,8 +65,9 @@ def _compiler() -> list[str]:
 def _load_or_compile() -> tuple[ctypes.CDLL, str]:
     """The library, and where it comes from."""
     compiler = _compiler()
+    sources = b"".join(path.read_bytes() for path in SOURCES)
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + version + _machine()).hexdigest()[:16]
+    key = hashlib.sha256(sources + " ".join(FLAGS).encode() + version + _machine()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_ext" / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

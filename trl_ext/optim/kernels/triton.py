@@ -1,5 +1,5 @@
 """
-Triton kernels of a step over the table of plan.py, whatever the number of tensors:
+Triton kernels of a step over the table of table.py, whatever the number of tensors:
 
 1. [`measure_kernel`]: moments, dot products, and AdamW's step (or SGD's) where no projection is expected;
 2. [`decide_kernel`]: where to project, from the dot products of each weight;
@@ -11,21 +11,28 @@ They execute the equations of adamp.py, sgdp.py and projection.py; tests/optim/p
 import triton
 import triton.language as tl
 
+from . import table
+from .table import Column
 
-# Columns of the table: pointers and sizes of a stretch of one tensor, of which an item is one row
-WEIGHT, GRAD, FIRST, SECOND = (tl.constexpr(column) for column in range(4))
-STEP, LR, GROUP, LEVEL = (tl.constexpr(column) for column in range(4, 8))
-FIRST_CHUNK, NUM_CHUNKS, NUM_HEAD, NUM_TAIL = (tl.constexpr(column) for column in range(8, 12))
-NUM_PARTS, ROW_SIZE, NUM_ROWS, ROW_VALUES = (tl.constexpr(column) for column in range(12, 16))
-SUMS, NUM_CUT, HEAD_CUT, TAIL_CUT = (tl.constexpr(column) for column in range(16, 20))
-NUMEL, COUNTS, WIDTH, SEED = (tl.constexpr(column) for column in range(20, 24))
-NUM_COLUMNS = tl.constexpr(24)
+
+def _columns(names: str) -> list[tl.constexpr]:
+    return [tl.constexpr(int(Column[name])) for name in names.split()]
+
+
+# Columns of the table, of which an item is one row
+WEIGHT, GRAD, FIRST, SECOND = _columns("WEIGHT GRAD FIRST SECOND")
+STEP, LR, GROUP, LEVEL = _columns("STEP LR GROUP LEVEL")
+FIRST_CHUNK, NUM_CHUNKS, NUM_HEAD, NUM_TAIL = _columns("FIRST_CHUNK NUM_CHUNKS NUM_HEAD NUM_TAIL")
+NUM_PARTS, ROW_SIZE, NUM_ROWS, ROW_VALUES = _columns("NUM_PARTS ROW_SIZE NUM_ROWS ROW_VALUES")
+SUMS, NUM_CUT, HEAD_CUT, TAIL_CUT = _columns("SUMS NUM_CUT HEAD_CUT TAIL_CUT")
+NUMEL, COUNTS, WIDTH, SEED = _columns("NUMEL COUNTS WIDTH SEED")
+NUM_COLUMNS = tl.constexpr(len(Column))
 # Of the group_options of a group
-NUM_OPTIONS = tl.constexpr(16)
+NUM_OPTIONS = tl.constexpr(table.NUM_OPTIONS)
 # Of a chunk (item, start, size, 2 * row + whether its rows are whole), and of its dot products and failing rows
 CHUNK_COLUMNS, NUM_SUMS = tl.constexpr(4), tl.constexpr(5)
 # Values of LEVEL; TEST and below are not known to be projected
-TEST, CHANNEL, LAYER = (tl.constexpr(level) for level in range(1, 4))
+TEST, CHANNEL, LAYER = (tl.constexpr(table.LEVELS[level]) for level in ("test", "channel", "layer"))
 # Values of a mode: what the last kernel has to do, plus WAITS where the weight is still the old one
 AT_LAYER, AT_CHANNEL, WAITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
