@@ -42,7 +42,14 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"`trl_ext: {settings}` must be a mapping, such as `trl_ext: {{method: sparse_po}}`.")
-    return dict(settings)
+    return _plain(settings)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and lists of a configuration, which axolotl has in classes of its own, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def method_of(cfg: Mapping[str, Any]) -> Method | None:
