@@ -159,7 +159,12 @@ def test_sparse_po_trains_from_what_axolotl_hands_it(stand_ins, plugin, tmp_path
         cosine_min_lr_ratio=0.5, **COMMON,
     )  # fmt: skip
     trainer = trainer_cls(
-        tiny_model(), None, args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(), callbacks=[]
+        tiny_model(),
+        tiny_model(),
+        args=args,
+        train_dataset=tiny_pairs(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[],
     )
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, AdamP) and trainer.ratio_seen == 0.5
@@ -177,7 +182,7 @@ def test_configuration_of_constrained_ppo_from_axolotls(stand_ins, tmp_path):
     )
     settings = {"num_generations": 1, "constraints": [{"reward": 0, "threshold": 0.5}], "kl_coef": 0.1}
     own = trainers.arguments_of(args, config, settings)
-    assert own.num_generations == 1 and own.temperature == 0.5 and own.kl_coef == 0.1 and own.vf_coef == config.vf_coef
+    assert own.num_generations == 1 and own.temperature == 0.5 and own.kl_coef == 0.1 and own.gae_lambda == config.gae_lambda
     assert own.disable_dropout == config.disable_dropout != args.disable_dropout
     assert own.generation_batch_size == 4 and own.steps_per_generation == 1
     own = trainers.arguments_of(args, config, settings, generation_batch_size=8)

@@ -42,14 +42,15 @@ def dashboard_table(
     columns = ["reward", "mean ± std", "average"]
     if constraints:
         columns += ["threshold", "violation", "multi-\nplier", "weight", "satu-\nrated", "oscil-\nlation"]
-    flat = _table(columns, rows, log_history, title)
+    caption = _caption(log_history)
+    flat = _table(columns, rows, caption, title, width)
     if Console(width=10 * width).measure(flat).maximum <= width:
         return flat
     columns = ["reward", "mean ± std\naverage"]
     if constraints:
         columns += ["threshold\nviolation", "multiplier\nweight", "saturated\noscillation"]
     pairs = [[name, *map("\n".join, zip(cells[::2], cells[1::2], strict=True))] for name, *cells in rows]
-    return _table(columns, pairs, log_history, title, leading=1)
+    return _table(columns, pairs, caption, title, width, leading=1)
 
 
 def _rows(log_history: LogHistory, constraints: Sequence[Constraint]) -> list[list[str]]:
@@ -68,22 +69,27 @@ def _rows(log_history: LogHistory, constraints: Sequence[Constraint]) -> list[li
     return rows
 
 
-def _table(columns: list[str], rows: list[list[str]], log_history: LogHistory, title: str, leading: int = 0) -> Table:
+def _table(
+    columns: list[str], rows: list[list[str]], caption: str, title: str, width: int, leading: int = 0
+) -> Table:
     table = Table(
         title=for_terminal(title) or None,
-        caption=_caption(log_history),
+        caption=caption or None,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         leading=leading,
+        show_edge=False,
+        # Lines of the caption are broken where the table ends
+        min_width=min(width, max(map(len, caption.splitlines()), default=0)),
     )
     for column in columns:
         # Numbers keep their line; of a name that is longer than what they leave, every sign is shown, on several
         is_name = column == "reward"
         table.add_column(column, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     for row in rows:
-        if row[0] == "objective" and row is rows[-1]:
+        if row[0] == "objective" and row is rows[-1] and not leading:
             table.add_section()
         table.add_row(*row)
     return table
@@ -110,7 +116,7 @@ def _with_spread(log_history: LogHistory, name: str) -> str:
     return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
 
 
-def _caption(log_history: LogHistory) -> str | None:
+def _caption(log_history: LogHistory) -> str:
     parts = []
     per_response = last_value(log_history, "kl/per_response")
     if per_response is not None:
@@ -122,7 +128,7 @@ def _caption(log_history: LogHistory) -> str | None:
     gold, best = last_value(log_history, "eval_gold"), best_value(log_history, "eval_gold")
     if gold is not None:
         parts.append(f"gold {_shown(gold)}" + (f" (best {_shown(best[1])} at step {best[0]})" if best else ""))
-    return " · ".join(parts) or None
+    return "\n".join(parts)
 
 
 def _shown(value: float | None, sign: str = "") -> str:

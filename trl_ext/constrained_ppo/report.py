@@ -198,6 +198,7 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         leading=1,
+        show_edge=False,
     )
     table.add_column("constraint", overflow="fold")
     for column in ("mean\nspread", "5%", "25%", "50%", "75%", "95%", "below it\ndeviations"):
