@@ -182,7 +182,12 @@ def test_configuration_of_constrained_ppo_from_axolotls(stand_ins, tmp_path):
     )
     settings = {"num_generations": 1, "constraints": [{"reward": 0, "threshold": 0.5}], "kl_coef": 0.1}
     own = trainers.arguments_of(args, config, settings)
-    assert own.num_generations == 1 and own.temperature == 0.5 and own.kl_coef == 0.1 and own.gae_lambda == config.gae_lambda
+    assert (
+        own.num_generations == 1
+        and own.temperature == 0.5
+        and own.kl_coef == 0.1
+        and own.gae_lambda == config.gae_lambda
+    )
     assert own.disable_dropout == config.disable_dropout != args.disable_dropout
     assert own.generation_batch_size == 4 and own.steps_per_generation == 1
     own = trainers.arguments_of(args, config, settings, generation_batch_size=8)

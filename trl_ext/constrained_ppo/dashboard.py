@@ -69,9 +69,7 @@ def _rows(log_history: LogHistory, constraints: Sequence[Constraint]) -> list[li
     return rows
 
 
-def _table(
-    columns: list[str], rows: list[list[str]], caption: str, title: str, width: int, leading: int = 0
-) -> Table:
+def _table(columns: list[str], rows: list[list[str]], caption: str, title: str, width: int, leading: int = 0) -> Table:
     table = Table(
         title=for_terminal(title) or None,
         caption=caption or None,

@@ -201,13 +201,16 @@ def calibration_table(calibrations: Sequence[Calibration]) -> Table:
         show_edge=False,
     )
     table.add_column("constraint", overflow="fold")
-    for column in ("mean\nspread", "5%", "25%", "50%", "75%", "95%", "below it\ndeviations"):
+    for column in ("mean\nspread", "5%\n95%", "25%\n75%", "50%", "below it\ndeviations"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in calibrations:
+        low, quarter, median, three_quarters, high = row.quantiles
         table.add_row(
             for_terminal(f"{row.reward} {row.stated}"),
             f"{row.mean:.3g}\n{row.spread:.3g}",
-            *(f"{number:.3g}" for number in row.quantiles),
+            f"{low:.3g}\n{high:.3g}",
+            f"{quarter:.3g}\n{three_quarters:.3g}",
+            f"{median:.3g}",
             f"{row.rank:.0%}\n{row.deviations:+.2f}",
         )
     return table
