@@ -138,6 +138,9 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
         return weight / self.current_gradient_accumulation_steps if scaled else weight
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        own_folder = output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve()
+        if own_folder and not _internal_call:
+            self.create_model_card()  # TRL writes one with each checkpoint, and a run may have none
         super().save_model(output_dir, _internal_call=_internal_call)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and is_peft_model(model):
