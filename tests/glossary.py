@@ -40,6 +40,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     ),
     "Recipes of `equilibrium-classifier`": ("scripts/equilibrium_classifier.py", "EPClassifierScriptArguments"),
     "Recipes of TRL's commands": ("scripts/trl_scripts.py", "OptimizerScriptArguments"),
+    "Pipelines": ("pipeline/definition.py", "PipelineArguments"),
+    "A stage of a pipeline": ("pipeline/definition.py", "Stage"),
 }
 # Title: key, with <placeholders>, and its meaning. In evaluation each has the prefix `eval_`
 LOGGED: dict[str, dict[str, str]] = {
