@@ -29,7 +29,9 @@ def here(tmp_path, monkeypatch):
 
 
 def write(stages, **keys):
-    Path("pipe.yaml").write_text("# A pipeline\n\n" + yaml.safe_dump({"output_dir": "out", "stages": stages, **keys}))
+    Path("pipe.yaml").write_text(
+        "# A pipeline\n\n" + yaml.safe_dump({"output_dir": "out", "stages": stages, **keys}, sort_keys=False)
+    )
 
 
 class Commands:
@@ -77,6 +79,8 @@ def test_a_failed_stage_ends_the_pipeline_with_its_status_and_is_resumed(here, c
     assert run(Commands(0, 75)) == 75
     said = capsys.readouterr().out
     assert "The stage `preference` ended with status 75." in said and "the same command goes on from here" in said
+    assert not Path("out/report.html").exists()  # a signal has ended it, and nobody waits
+    assert run(Commands(3)) == 3
     assert "not finished" in Path("out/report.html").read_text()
     commands = Commands()
     assert run(commands) == 0
@@ -251,11 +255,11 @@ def test_code_of_a_pipeline_from_elsewhere_needs_trust(here, tmp_path_factory):
     stages = {
         "policy": {"command": "constrained-grpo", "config": "constrained_ppo/grpo_playground", "settings": settings}
     }
-    elsewhere.write_text(yaml.safe_dump({"stages": stages}))
+    elsewhere.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     with pytest.raises(ValueError, match=r"mine \(reward_funcs\).*--trust_recipe_code"):
         read_pipeline(["--config", str(elsewhere)], cli.TRAINING_COMMANDS)
     stages = {"sft": SFT, "pairs": {"command": "sample-pairs", "options": {**PAIRS, "reward": "mine.length"}}}
-    elsewhere.write_text(yaml.safe_dump({"stages": stages}))
+    elsewhere.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     with pytest.raises(ValueError, match=r"--trust_recipe_code"):
         read_pipeline(["--config", str(elsewhere)], cli.TRAINING_COMMANDS)
     read_pipeline(["--config", str(elsewhere), "--trust_recipe_code"], cli.TRAINING_COMMANDS)
@@ -270,6 +274,19 @@ def test_two_at_a_time_are_refused(here):
             run(Commands())
     finally:
         lock.release()
+
+
+def test_the_lock_of_a_dead_pipeline_is_taken_over(here, monkeypatch, caplog):
+    from accelerate.state import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # a pipeline trains nothing itself
+    write({"sft": SFT})
+    lock = RunLock(Path("out"))
+    lock.acquire()
+    lock.path.write_text(json.dumps({**json.loads(lock.path.read_text()), "started": 1.0}))
+    assert run(Commands()) == 0
+    assert "ended without giving out free" in caplog.text and not lock.path.exists()
+    lock.release()
 
 
 def test_dry_run_and_help(here, capsys):
@@ -304,13 +321,15 @@ def test_the_pipeline_of_the_documentation_is_accepted(here):
     assert [stage.accelerate_config for stage in stages] == ["zero2", None, "zero2"]
 
 
-def test_the_playground_pipeline_is_accepted(here):
+def test_the_pipelines_of_the_package_are_accepted(here):
     pipeline = read_pipeline(["--config", "pipeline/playground"], cli.TRAINING_COMMANDS)
     assert [stage.command for stage in pipeline.stages] == [
         "sft", "equilibrium-reward", "sweep", "constrained-grpo", "sample-pairs", "sparse-po",
     ]  # fmt: skip
     assert pipeline.stages[-1].reads() == ["policy", "pairs"]
     assert pipeline.recipe(pipeline.stages[3], now=False)["optim"] == "adamp"
+    pipeline = read_pipeline(["--config", "pipeline/qwen3_one_gpu"], cli.TRAINING_COMMANDS)
+    assert "dataset_name" not in pipeline.recipe(pipeline.stages[-1])
 
 
 @pytest.mark.usefixtures("variables_taken_back")

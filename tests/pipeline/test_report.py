@@ -48,7 +48,9 @@ def page(tmp_path, monkeypatch):
                   "dataset_name": "playground", "reward": "trl_ext.playground.sentiment_reward"}},
         "last": {"command": "sparse-po", "config": "sparse_po/playground"},
     }  # fmt: skip
-    Path("pipe.yaml").write_text(f"# {NASTY}\n" + yaml.safe_dump({"output_dir": "out", "stages": stages}))
+    Path("pipe.yaml").write_text(
+        f"# {NASTY}\n" + yaml.safe_dump({"output_dir": "out", "stages": stages}, sort_keys=False)
+    )
     pipeline = read_pipeline(["--config", "pipe.yaml"], cli.TRAINING_COMMANDS)
     progress = Progress(pipeline)
     for stage, done in zip(pipeline.stages[:2], (True, False), strict=True):

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ..core.quiet import VERBOSE_VARIABLE
 from ..core.safe_text import for_terminal
+from ..core.status import REQUEUE_STATUS
 from ..launcher import run_launcher
 from ..scripts.recipe.strict_parser import take_flag
 from .definition import Pipeline, Stage, read_pipeline
@@ -125,16 +126,15 @@ def _run(pipeline: Pipeline, progress: Progress, run: Callable[[list[str]], int]
         if status:
             break
         ran.add(stage.name)
-    report = write_report(pipeline, progress, ran)
     if status:
         console.print(
             f"The stage `{stage.name}` ended with status {status}. What came before it is kept: the same command goes "
-            f"on from here. Report so far: {report}.",
+            "on from here.",
             markup=False,
         )
-        return status
-    console.print(f"Report: {report}", markup=False)
-    return 0
+    if status != REQUEUE_STATUS and status < 128:  # else a signal has ended it, and nobody waits
+        console.print(f"Report: {write_report(pipeline, progress, ran)}", markup=False)
+    return status
 
 
 def run_stage(pipeline: Pipeline, progress: Progress, stage: Stage, run: Callable[[list[str]], int]) -> int:

@@ -71,7 +71,7 @@ def write_report(pipeline: Pipeline, progress: Progress, ran: Collection[str]) -
     """
     path = pipeline.output_dir / REPORT_FILE
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(redacted(report_html(pipeline, progress, ran)), encoding="utf-8", errors="replace")
+    partial.write_text(report_html(pipeline, progress, ran), encoding="utf-8", errors="replace")
     os.replace(partial, path)
     return path
 
@@ -234,8 +234,8 @@ def _number(value: float) -> str:
 
 
 def _text(value: object) -> str:
-    """Text as HTML shows it, in an attribute too; control signs are replaced."""
+    """Text as HTML shows it, in an attribute too; control signs are replaced, and secrets hidden."""
     plain = "".join(
-        sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in str(value)
+        sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in redacted(str(value))
     )
     return html.escape(plain, quote=True)
