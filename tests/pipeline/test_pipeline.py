@@ -341,7 +341,7 @@ def test_two_real_stages(here, monkeypatch):
     rows = [{"prompt": "the film", "completion": " was good"}, {"prompt": "a book", "completion": " is dull"}]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"model_name_or_path": model, "datasets": [{"path": "json", "data_files": "data.jsonl"}],
-                "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "max_length": 16}  # fmt: skip
+                "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_length": 16}  # fmt: skip
     options = {"model": POLICY, "data_files": "data.jsonl", "reward": "trl_ext.playground.count_positive_words",
                "num_samples": 16, "max_completion_length": 64}  # fmt: skip
     write({"sft": {**SFT, "settings": settings}, "pairs": {"command": "sample-pairs", "options": options}})
@@ -358,5 +358,5 @@ def test_two_real_stages(here, monkeypatch):
     pairs = [json.loads(line) for line in Path("out/pairs/pairs.jsonl").read_text().splitlines()]
     assert pairs and all(pair.keys() == {"prompt", "chosen", "rejected"} for pair in pairs)
     page = Path("out/report.html").read_text()
-    assert "<dt>train_loss</dt>" in page and "done now" in page
+    assert "<dt>loss</dt>" in page and "done now" in page
     assert pairs[0]["chosen"].strip()[:20] in page

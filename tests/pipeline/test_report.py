@@ -88,7 +88,7 @@ def test_no_secret_is_on_the_page(page):
 
 
 def test_what_a_reader_looks_for_is_there(page):
-    assert page.count("data:image/png") == 2  # the curves and the dashboard
+    assert page.count("data:image/png") == 3  # two curves and the dashboard
     assert "1 of 3 stages done, 2 min 30 s in all" in page
     assert "done now" in page and "not finished" in page and "not begun" in page
     assert "prefers-color-scheme:dark" in page and 'name="viewport"' in page
@@ -101,7 +101,7 @@ def test_what_a_reader_looks_for_is_there(page):
 
 def test_findings_of_an_empty_or_full_folder(tmp_path):
     found = read_findings(tmp_path / "nowhere")
-    assert (found.numbers, found.pictures, found.examples) == ([], [], [])
+    assert (found.numbers, found.curves, found.pictures, found.examples) == ([], [], [], [])
     (tmp_path / "trainer_state.json").write_text("{")  # cut off
     for number in range(MAX_PICTURES + 2):
         (tmp_path / f"{number}.png").write_bytes(b"\x89PNG")

@@ -26,7 +26,8 @@ METHODS: dict[str, list[str]] = {
     "TDPO1": ["--mask_type", "ones", "--mask_learning_rate", "0"],
     "DPO": ["--mask_type", "ones", "--mask_learning_rate", "0", "--divergence_coef", "0"],
 }
-# Of the recipe, in every method: half its batch, no picture at every evaluation
+NUM_STEPS = 120
+# Of the recipe, in every method: half its batch, no pictures
 OVERRIDES = ["--per_device_train_batch_size", "16", "--show_token_masks", "0"]
 NUM_PROMPTS = 256
 
@@ -71,7 +72,8 @@ def sparse_po_part(output_dir: Path, config: str, console: Console, max_steps: i
         [`Part`], which shows a list of [`MethodResult`] in the order of [`METHODS`].
     """
     folders = {name: output_dir / name.lower().replace(" ", "_") for name in METHODS}
-    steps = [] if max_steps is None else ["--max_steps", str(max_steps)]
+    last = str(NUM_STEPS if max_steps is None else max_steps)
+    steps = ["--max_steps", last, "--eval_steps", last]  # one evaluation, at the end
     tasks = [Task("base model", output_dir / "base_model.log", measure_base)]
     for name, folder in folders.items():
         overrides = [*METHODS[name], *OVERRIDES, *steps]

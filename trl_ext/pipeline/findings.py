@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import shown
-
 
 # What a reader looks for first, in this order; each is a pattern of a whole key
 _KEYS = (
@@ -18,7 +16,7 @@ _KEYS = (
     r"eval_loss", r"rewards/.+/mean", r"rewards/accuracies", r"accuracy", r"mean_token_accuracy", r"mask/reward/mean",
     r"multiplier/.+", r"kl/per_response", r"loss", r"train_loss",
 )  # fmt: skip
-MAX_NUMBERS, MAX_PANELS, MAX_PICTURES, MAX_EXAMPLES = 12, 3, 8, 3
+MAX_NUMBERS, MAX_CURVES, MAX_PICTURES, MAX_EXAMPLES = 12, 3, 8, 3
 MAX_PICTURE_BYTES = 4_000_000
 
 
@@ -30,8 +28,10 @@ class Findings:
     Args:
         numbers (`list[tuple[str, float]]`):
             Last value of each key worth it.
+        curves (`list[tuple[str, bytes]]`):
+            Key of the log and PNG of its course.
         pictures (`list[tuple[str, bytes]]`):
-            Title and PNG of each picture, the curves of the log first.
+            Title and PNG of each picture in the folder.
         notes (`list[str]`):
             Sentences.
         examples (`list[dict]`):
@@ -41,6 +41,7 @@ class Findings:
     """
 
     numbers: list[tuple[str, float]] = field(default_factory=list)
+    curves: list[tuple[str, bytes]] = field(default_factory=list)
     pictures: list[tuple[str, bytes]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -62,9 +63,7 @@ def read_findings(folder: Path) -> Findings:
     history = log_history(folder)
     names = ordered_keys(history)
     found.numbers = [(name, _course(history, name)[-1][1]) for name in names[:MAX_NUMBERS]]
-    curves = draw_curves(history, names)
-    if curves is not None:
-        found.pictures.append(("Through training", curves))
+    found.curves = draw_curves(history, names)
     _proxy_points(folder / "proxy_points" / "proxy_points.json", found)
     _pairs(folder, found)
     paths = pictures_of(folder)
@@ -75,8 +74,10 @@ def read_findings(folder: Path) -> Findings:
 
 
 def log_history(folder: Path) -> list[dict[str, Any]]:
-    """The log of a training; empty where there is none."""
-    log = _json(folder / "trainer_state.json")
+    """The log of a training, of its last checkpoint where it has left none itself; empty where there is none."""
+    kept = sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    places = [folder, *reversed(kept)]
+    log = next((found for place in places if (found := _json(place / "trainer_state.json")) is not None), None)
     history = log.get("log_history", []) if isinstance(log, dict) else []
     return [entry for entry in history if isinstance(entry, dict)]
 
@@ -87,9 +88,9 @@ def ordered_keys(history: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for key in _KEYS for name in names if re.fullmatch(key, name)))
 
 
-def draw_curves(history: Sequence[dict[str, Any]], names: Iterable[str]) -> bytes | None:
+def draw_curves(history: Sequence[dict[str, Any]], names: Iterable[str]) -> list[tuple[str, bytes]]:
     """
-    Draws the first keys that were logged at least three times, each in a panel.
+    Draws the first keys that were logged at least three times, each by itself.
 
     Args:
         history (`Sequence[dict]`):
@@ -98,23 +99,20 @@ def draw_curves(history: Sequence[dict[str, Any]], names: Iterable[str]) -> byte
             Keys.
 
     Returns:
-        `bytes` or `None`: a PNG; `None` where there is nothing to draw.
+        `list[tuple[str, bytes]]`: keys and PNGs.
     """
     from ..core.figures import line_style, new_axes
 
     courses = ((name, _course(history, name)) for name in names)
-    drawn = list(islice(((name, course) for name, course in courses if len(course) > 2), MAX_PANELS))
-    if not drawn:
-        return None
-    figure, panels = new_axes(1, len(drawn), width=4.2, height=3.0)
-    for position, (axes, (name, course)) in enumerate(zip(panels, drawn, strict=True)):
-        axes.plot(*zip(*course, strict=True), **{**line_style(position), "markersize": 4})
-        # A dollar sign would begin a formula
-        axes.set_title(shown(name)[1:-1].replace("$", r"\$"), loc="left", fontsize=10)
+    drawn = []
+    for name, course in islice(((name, course) for name, course in courses if len(course) > 2), MAX_CURVES):
+        figure, (axes,) = new_axes(width=4.2, height=2.8)
+        axes.plot(*zip(*course, strict=True), **{**line_style(len(drawn)), "markersize": 4})
         axes.set_xlabel("step")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        drawn.append((name, buffer.getvalue()))
+    return drawn
 
 
 def pictures_of(folder: Path) -> list[Path]:

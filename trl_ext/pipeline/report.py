@@ -39,14 +39,17 @@ th{color:var(--soft);font-weight:600;white-space:nowrap}td.number{text-align:rig
 white-space:nowrap}th.number{text-align:right}
 .time{min-width:7rem}
 .time i{display:block;height:.5rem;min-width:2px;border-radius:3px;background:var(--bar);margin-top:.3rem}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.5rem 1.2rem;margin:.6rem 0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.5rem 1.2rem;margin:.6rem 0}
 dl div{border-left:3px solid var(--line);padding-left:.6rem}
 dt{color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
 dd{margin:0;font-variant-numeric:tabular-nums;font-size:1.05rem}
 pre{background:var(--code);border-radius:6px;padding:.7rem .8rem;overflow-x:auto;
 font:.85rem/1.5 ui-monospace,monospace;
 margin:.4rem 0}pre.command{white-space:pre-wrap;overflow-wrap:anywhere}
-figure{margin:1rem 0}
+.curves,.pictures{display:grid;gap:.4rem 1rem;align-items:start;margin:.8rem 0}
+.curves{grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
+.pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
+figure{margin:0;min-width:0}
 figure img{max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px;
 padding:6px;display:block}figcaption{color:var(--soft);font-size:.88rem;margin-bottom:.25rem}
 summary{cursor:pointer;color:var(--accent)}details{margin:.6rem 0}
@@ -142,7 +145,8 @@ def _stage(pipeline: Pipeline, progress: Progress, stage: Stage, marker: Marker 
         f'<p class="soft">{_text(stage.command)}, {_time(marker.seconds)}, in {_text(shown_folder(folder))}</p>',
         _numbers(found.numbers),
         "".join(f"<p>{_text(note)}</p>" for note in found.notes),
-        *(_picture(title, data) for title, data in found.pictures),
+        _pictures(found.curves, "curves"),
+        _pictures(found.pictures, "pictures"),
         f'<p class="soft">{found.left_out} more pictures in the folder.</p>' if found.left_out else "",
         _examples(found),
         _command(marker.command),
@@ -155,6 +159,12 @@ def _stage(pipeline: Pipeline, progress: Progress, stage: Stage, marker: Marker 
 def _numbers(numbers: Iterable[tuple[str, float]]) -> str:
     entries = "".join(f"<div><dt>{_text(name)}</dt><dd>{_number(value)}</dd></div>" for name, value in numbers)
     return f"<dl>{entries}</dl>" if entries else ""
+
+
+def _pictures(pictures: Iterable[tuple[str, bytes]], kind: str) -> str:
+    """Pictures beside each other where there is room."""
+    figures = "".join(_picture(title, data) for title, data in pictures)
+    return f'<div class="{kind}">{figures}</div>' if figures else ""
 
 
 def _picture(title: str, data: bytes) -> str:
