@@ -18,7 +18,8 @@ from trl_ext.scripts.recipe.strict_parser import load_recipe
 
 
 ROOT = Path(trl_ext.__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# A pipeline is no recipe, but several; tests/pipeline checks those
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "pipeline")
 
 
 def ids(path):

@@ -106,6 +106,27 @@ class StrictParser(TrlParser):
         """
         return self._check(args, other_options)[1]
 
+    def check_settings(self, settings: dict[str, Any], path: str, lines: Lines) -> dict[str, Any]:
+        """
+        Refuses settings that a recipe could not hold and that stand in another file, such as a pipeline's.
+
+        Args:
+            settings (`dict[str, Any]`):
+                Settings, without `env`.
+            path (`str`):
+                The file.
+            lines (`dict`):
+                Lines of the keys in it.
+
+        Returns:
+            `dict[str, Any]`: the settings, converted.
+
+        Raises:
+            RecipeError: If a key is unknown or a value has the wrong type.
+        """
+        self._refuse_unknown(settings, path, lines, [], ())
+        return {key: self._checked(key, value, path, lines) for key, value in settings.items()}
+
     def _check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
         remaining = list(args)
         path = take_option(remaining, "--config")
