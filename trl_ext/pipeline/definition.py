@@ -345,7 +345,7 @@ def _stage(
                 "recipe go below `settings`."
             )
     command = entry.get("command")
-    if command not in commands:
+    if not isinstance(command, str) or command not in commands:
         raise RecipeError(
             f"`command: {command}` of {where} cannot be a stage{_suggestion(command, commands)}. The commands are "
             f"{', '.join(commands)}."
