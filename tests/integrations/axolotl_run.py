@@ -85,8 +85,7 @@ def write_data(folder: Path) -> None:
 
 def configuration(folder: Path, kind: str, own: dict[str, Any]) -> dict[str, Any]:
     """axolotl's configuration of a case."""
-    data: dict[str, Any] = {"path": "json", "data_files": [str(folder / f"{kind}.jsonl")], "split": "train",
-                            "ds_type": "json"}  # fmt: skip
+    data: dict[str, Any] = {"path": str(folder / f"{kind}.jsonl"), "ds_type": "json", "split": "train"}
     if kind == "text":
         data["type"] = "completion"
     if kind == "reward":
