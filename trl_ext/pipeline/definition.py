@@ -344,7 +344,7 @@ def _stage(
                 f"`{key}` of {where} is unknown{_suggestion(key, known)}. A stage has {', '.join(known)}; keys of its "
                 "recipe go below `settings`."
             )
-    command = entry.get("command")
+    command = str(entry.get("command"))
     if command not in commands:
         raise RecipeError(
             f"`command: {command}` of {where} cannot be a stage{_suggestion(command, commands)}. The commands are "

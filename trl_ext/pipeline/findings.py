@@ -104,7 +104,7 @@ def draw_curves(history: Sequence[dict[str, Any]], names: Iterable[str]) -> list
     from ..core.figures import line_style, new_axes
 
     courses = ((name, _course(history, name)) for name in names)
-    drawn = []
+    drawn: list[tuple[str, bytes]] = []
     for name, course in islice(((name, course) for name, course in courses if len(course) > 2), MAX_CURVES):
         figure, (axes,) = new_axes(width=4.2, height=2.8)
         axes.plot(*zip(*course, strict=True), **{**line_style(len(drawn)), "markersize": 4})
