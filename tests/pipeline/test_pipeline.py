@@ -341,8 +341,8 @@ def test_two_real_stages(here, monkeypatch):
     rows = [{"prompt": "the film", "completion": " was good"}, {"prompt": "a book", "completion": " is dull"}]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"model_name_or_path": model, "datasets": [{"path": "json", "data_files": "data.jsonl"}],
-                "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps",
-                "save_steps": 2, "max_length": 16}  # fmt: skip
+                "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "max_length": 16,
+                "save_strategy": "steps", "save_steps": 2}  # fmt: skip
     options = {"model": POLICY, "data_files": "data.jsonl", "reward": "trl_ext.playground.count_positive_words",
                "num_samples": 16, "max_completion_length": 64}  # fmt: skip
     write({"sft": {**SFT, "settings": settings}, "pairs": {"command": "sample-pairs", "options": options}})

@@ -344,8 +344,8 @@ def _stage(
                 f"`{key}` of {where} is unknown{_suggestion(key, known)}. A stage has {', '.join(known)}; keys of its "
                 "recipe go below `settings`."
             )
-    command = entry.get("command")
-    if not isinstance(command, str) or command not in commands:
+    command = str(entry.get("command"))
+    if command not in commands:
         raise RecipeError(
             f"`command: {command}` of {where} cannot be a stage{_suggestion(command, commands)}. The commands are "
             f"{', '.join(commands)}."
