@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs format quick test faults kernels shuffle fuzz audit lint contract matrix benchmark clean
+.PHONY: help demo docs format quick test faults kernels shuffle fuzz audit lint contract matrix axolotl benchmark clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -68,6 +68,10 @@ contract: ## Run the contract tests and the trainers' on the lowest, the usual a
 
 matrix: ## Run the fast tier on the lowest, the usual and the newest versions, each in its own environment
 	bash tests/contract/run_matrix.sh quick "$(TORCH)" "$(PINNED)"
+
+axolotl: ## Train with the plugin in axolotl 0.19.0 as released, in an environment of its own
+	test -x $(VENV)-axolotl/bin/python || (python3 -m venv $(VENV)-axolotl && $(VENV)-axolotl/bin/pip install --quiet $(TORCH) axolotl==0.19.0 && $(VENV)-axolotl/bin/pip install --quiet -e .)
+	OMP_NUM_THREADS=1 $(VENV)-axolotl/bin/python -m tests.integrations.axolotl_run
 
 benchmark: $(STAMP) ## Measure each method against TRL's trainer or another implementation
 	$(PYTHON) -m tests.benchmarks.sparse_po

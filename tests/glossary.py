@@ -40,6 +40,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     ),
     "Recipes of `equilibrium-classifier`": ("scripts/equilibrium_classifier.py", "EPClassifierScriptArguments"),
     "Recipes of TRL's commands": ("scripts/trl_scripts.py", "OptimizerScriptArguments"),
+    "Pipelines": ("pipeline/definition.py", "PipelineArguments"),
+    "A stage of a pipeline": ("pipeline/definition.py", "Stage"),
 }
 # Title: key, with <placeholders>, and its meaning. In evaluation each has the prefix `eval_`
 LOGGED: dict[str, dict[str, str]] = {
@@ -322,7 +324,7 @@ def keys_in_source() -> Iterator[tuple[str, str]]:
                 text = "".join(str(v.value) if isinstance(v, ast.Constant) else "<>" for v in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
                 text = node.value
-            if form.fullmatch(text):
+            if form.fullmatch(text) and "</" not in text:  # else an end tag of HTML
                 yield text, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 

@@ -51,6 +51,10 @@ def check_command(words, capsys):
         importlib.import_module(module).make_parser().check(["--config", options.config, *rest])
     elif words[:2] == ["trl-ext", "sweep"]:
         importlib.import_module("trl_ext.scripts.sweep").make_parser().parse_known_args(words[2:])
+    elif words[:2] == ["trl-ext", "sample-pairs"]:
+        importlib.import_module("trl_ext.scripts.sample_pairs").make_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-ext", "pipeline"]:
+        assert cli.main([*words[1:], *(["--dry_run"] if "--dry_run" not in words else [])]) == 0
     elif words[:1] == ["trl-ext"]:
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
@@ -80,7 +84,7 @@ def test_commands(block, capsys, monkeypatch):
 
 def test_modules_that_make_runs():
     modules = re.findall(r" -m (tests\.[a-z_.]+)", (ROOT / "Makefile").read_text())
-    assert len(modules) == 8
+    assert len(modules) == 9
     assert all(importlib.util.find_spec(name) for name in modules)
 
 

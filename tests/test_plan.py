@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from trl_ext import cli
+from trl_ext import EPHead, cli
 from trl_ext.plan.architecture import measure
 from trl_ext.plan.command import GIB, fits
 from trl_ext.plan.memory import ENGINES, Part, Work, need
@@ -98,6 +98,11 @@ def test_the_command(tmp_path, capsys):
     assert cli.main([*arguments, "--command", "constrained-ppo", "--reward_funcs", "a.b", "no/model"]) == 0
     out = capsys.readouterr().out
     assert "value heads" in out and "no/model is not counted" in out and "Prompts of 512 tokens" in out
+    head = EPHead(32, [24, 16], 1, feedback="asymmetric")
+    size = sum(parameter.numel() for parameter in head.parameters())
+    layers = ["--head_hidden_features", "24", "16", "--head_feedback", "asymmetric"]
+    assert cli.main([*arguments, "--command", "equilibrium-reward", *layers]) == 0
+    assert f"head {size / 1000:.3g}K" in capsys.readouterr().out
     assert cli.main([*arguments, "--command", "sft", "--model_name_or_path", str(tmp_path / "none")]) == 2
     assert "a folder with its `config.json`" in capsys.readouterr().err
     assert fits(5.9 * GIB, 8) and not fits(6.2 * GIB, 8)

@@ -49,6 +49,11 @@ USAGE = """trl-ext [--version] [--help] COMMAND
               trl-ext sweep --config recipe.yaml [--reward_weights 1,0 0.5,0.5 0,1] [--output_dir FOLDER]
   sft, dpo, grpo, kto, reward, rloo
               TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
+  sample-pairs
+              Sample completions of a policy and write the best and the worst of each prompt as pairs:
+              trl-ext sample-pairs --model FOLDER --dataset_name NAME --reward NAME [--output_dir FOLDER]
+  pipeline    Run several of these commands one after the other, each on what the ones before have made:
+              trl-ext pipeline --config pipeline.yaml [--dry_run] [--stages.NAME.settings.KEY VALUE]
   demo        Compare the methods on the playground:
               trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
   completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
@@ -92,9 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
         "data": _data,
         "demo": _demo,
         "doctor": _doctor,
+        "pipeline": _pipeline,
         "plan": _plan,
         "proxy-points": _proxy_points,
         "recipes": _recipes,
+        "sample-pairs": _sample_pairs,
         "sweep": _sweep,
     }
     commands |= {name: partial(_train, name) for name in TRAINING_COMMANDS}
@@ -257,6 +264,12 @@ def _plan(arguments: list[str]) -> int:
         raise ValueError(error) from error
 
 
+def _pipeline(arguments: list[str]) -> int:
+    from .pipeline.command import main as pipeline
+
+    return pipeline(arguments, TRAINING_COMMANDS, main)
+
+
 def _proxy_points(arguments: list[str]) -> int:
     from .scripts.proxy_points import main as proxy_points
 
@@ -264,6 +277,12 @@ def _proxy_points(arguments: list[str]) -> int:
         return proxy_points(arguments, prog="trl-ext proxy-points")
     except ImportError as error:
         raise ValueError(error) from error
+
+
+def _sample_pairs(arguments: list[str]) -> int:
+    from .scripts.sample_pairs import main as sample_pairs
+
+    return sample_pairs(arguments, prog="trl-ext sample-pairs")
 
 
 def _sweep(arguments: list[str]) -> int:

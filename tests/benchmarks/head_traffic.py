@@ -99,7 +99,7 @@ def traffic(dtype: torch.dtype, **options: Any) -> dict[str, Counter[str]]:
     labels = torch.randint(0, VOCAB_SIZE, (NUM_TOKENS,))
     mode = Traffic((NUM_TOKENS, VOCAB_SIZE))
 
-    def product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    def product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool = False) -> None:
         mode.add("products", a)  # On a CPU it would convert the tile
 
     def counted(function: Callable[[], Any]) -> tuple[Any, Counter[str]]:

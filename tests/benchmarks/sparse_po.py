@@ -10,6 +10,7 @@ python -m tests.benchmarks.sparse_po sparsity         the head alone, by the sha
 """
 
 import argparse
+import importlib.util
 import platform
 import statistics
 import time
@@ -132,16 +133,19 @@ def step(kind, trainer, batch) -> float:
 
 
 def in_turn(steps: dict[str, Callable[[], float]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every repeat after the first, and peak MiB, of each of the steps, which take turns."""
+    """Seconds of every repeat after the first of each of the steps, which take turns, and then their peaks in MiB."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = dict.fromkeys(steps, 0.0)
     for repeat in range(repeats + 1):
         for name, run in steps.items():
-            with PeakMemory() as memory:
-                seconds = run()
+            seconds = run()
             if repeat:
                 times[name].append(seconds)
-                peaks[name] = max(peaks[name], memory.added)
+    # Apart from the times, which would hold the CPU time of the thread that watches
+    peaks = {}
+    for name, run in steps.items():
+        with PeakMemory() as memory:
+            run()
+        peaks[name] = memory.added
     return times, peaks
 
 
@@ -203,15 +207,24 @@ def measure_shared_prompts(options: argparse.Namespace, folder: Path) -> list[st
     return lines
 
 
-def head_step(tensors: list[torch.Tensor], weights: torch.Tensor, leave_out: bool) -> float:
-    """Forward and backward of the head, leaving out tokens without gradient or, as it was before, none."""
+def earlier_head(checkout: str):
+    """The module of the head in another checkout, imported beside ours."""
+    path = Path(checkout, "trl_ext/sparse_po/lm_head/paired_log_probs.py")
+    spec = importlib.util.spec_from_file_location("trl_ext.sparse_po.lm_head.earlier", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def head_step(tensors: list[torch.Tensor], weights: torch.Tensor, head, leave_out: bool = True) -> float:
+    """Forward and backward of a head's module, leaving out tokens without gradient or none."""
     hidden, weight, ref_hidden, ref_weight, labels = tensors
     hidden.grad = weight.grad = None
     find_alive, whole = lm_head._alive_tokens, lambda *_gradients: None
     lm_head._alive_tokens = find_alive if leave_out else whole
     try:
         start = now()
-        log_probs, _, kl, _ = lm_head.paired_log_probs(
+        log_probs, _, kl, _ = head.paired_log_probs(
             hidden, weight, ref_hidden, ref_weight, labels, return_statistics=True
         )
         (weights * (log_probs + kl)).sum().backward()
@@ -225,9 +238,15 @@ def head_step(tensors: list[torch.Tensor], weights: torch.Tensor, leave_out: boo
 def measure_sparsity(options: argparse.Namespace, folder: Path) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if options.bf16 else torch.float32
+    heads = {"none left out": partial(head_step, head=lm_head, leave_out=False)}
+    if options.earlier:
+        heads["earlier"] = partial(head_step, head=earlier_head(options.earlier))
+    heads["now"] = partial(head_step, head=lm_head)
+    names = " | ".join(f"{name}, s" for name in heads)
+    ratios = " | ".join(f"/ {name}" for name in heads if name != "now")
     lines = [
-        "| vocabulary | tokens | weights of zero | seconds, none left out | seconds | ratio |",
-        "|---|---|---|---|---|---|",
+        f"| vocabulary | tokens | weights of zero | {names} | {ratios} |",
+        "|---" * (2 + 2 * len(heads)) + "|",
     ]
     for vocab_size in options.vocab_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -240,13 +259,12 @@ def measure_sparsity(options: argparse.Namespace, folder: Path) -> list[str]:
         for zeros in (0.0, 0.5, 0.9):
             weights = (draws >= zeros).float()
             times, _ = in_turn(
-                {name: partial(head_step, tensors, weights, name == "new") for name in ("old", "new")},
-                options.repeats,
+                {name: partial(step, tensors, weights) for name, step in heads.items()}, options.repeats
             )
-            seconds = [statistics.median(times[name]) for name in ("old", "new")]
+            seconds = " | ".join(f"{statistics.median(times[name]):.2f}" for name in heads)
+            shares = " | ".join(ratio(times, "now", name) for name in heads if name != "now")
             lines.append(
-                f"| {vocab_size} | {options.num_tokens} | {(weights == 0).float().mean():.2f} | {seconds[0]:.2f} | "
-                f"{seconds[1]:.2f} | {ratio(times, 'new', 'old')} |"
+                f"| {vocab_size} | {options.num_tokens} | {(weights == 0).float().mean():.2f} | {seconds} | {shares} |"
             )
     return lines
 
@@ -264,6 +282,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer, where prompts are shared")
     parser.add_argument("--num_tokens", type=int, default=1024, help="response tokens, for the head alone")
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[32000, 150000], help="for the head alone")
+    parser.add_argument("--earlier", help="another checkout, whose head is timed too")
     parser.add_argument("--num_pairs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocab_size", type=int, default=32000)

@@ -56,11 +56,15 @@ def test_constant_reward_is_inert():
         calibrate(Constraint("a", quantile=0.5), "a", SAMPLES)
 
 
-def test_table_names_every_constraint():
-    console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(calibration_table([calibrate(Constraint("words", 3.0, ">="), "words", SAMPLES)]))
-    text = console.export_text()
-    assert "words >= 3" in text and "80%" in text and "+0.71" in text
+@pytest.mark.parametrize("name", ["words", "helpfulness_of_the_reward_model_of_the_second_round"])
+def test_table_names_every_constraint_within_eighty_columns(name):
+    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    samples = [(Constraint(name, 3.0, ">="), SAMPLES), (Constraint(name, -3e4, ">="), -1.2345e4 * SAMPLES)]
+    console.print(calibration_table([calibrate(constraint, name, sample) for constraint, sample in samples]))
+    lines = console.export_text().splitlines()
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80 and "…" not in text and "80%" in text and "+0.71" in text
+    assert re.search("(?:[^\n]*\n)?".join(map(re.escape, name)), text) and ">= 3" in text
 
 
 def constant(completion_ids, **columns):

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -45,7 +46,7 @@ def printed(table, width=120):
 
 
 def test_table_has_every_quantity():
-    text = printed(dashboard_table(log(), CONSTRAINTS, "xi"))
+    text = printed(dashboard_table(log(), CONSTRAINTS, "xi", width=120))
     row = next(line for line in text.splitlines() if "brevity" in line)
     # mean ± std, average, threshold, violation, multiplier, weight, saturation, oscillation
     expected = ["brevity", "0.5", "±", "0.0625", "0.875", "==", "0.5", "+0", "(+0%)", "-0.75", "-0.625", "0.375", "0"]
@@ -59,7 +60,9 @@ def test_table_has_every_quantity():
 
 def test_table_takes_the_sign_of_the_violation_and_moved_thresholds():
     entries = log(2)
-    row = next(line for line in printed(dashboard_table(entries, CONSTRAINTS)).splitlines() if "brevity" in line)
+    row = next(
+        line for line in printed(dashboard_table(entries, CONSTRAINTS, width=120)).splitlines() if "brevity" in line
+    )
     assert "+0.3 (+60%)" in row
     entries[-2]["threshold/brevity"] = 0.375
     assert "== 0.375" in printed(dashboard_table(entries, CONSTRAINTS))
@@ -70,7 +73,7 @@ def test_a_range_has_two_thresholds(tmp_path, monkeypatch):
            "violation/a.at_most": 0.1, "relative_violation/a.at_most": 1e7, "threshold/a.at_most": 0.75}  # fmt: skip
     entries = [{"step": s, "rewards/a/mean": 0.5, **own} for s in (1, 2)]
     constraints = [Constraint("a", 0.25, ">="), Constraint("a", 0.75, "<=")]
-    text = " ".join(printed(dashboard_table(entries, constraints)).split())
+    text = " ".join(printed(dashboard_table(entries, constraints, width=120)).split())
     assert "a 0.5 >= 0.25 -0.25 (-100%) <= 0.75 +0.1 " in text
     figures = drawn(monkeypatch)
     draw_dashboard(entries, tmp_path / "d.png", constraints)
@@ -79,6 +82,42 @@ def test_a_range_has_two_thresholds(tmp_path, monkeypatch):
     violations = figures[0].axes[1].get_lines()
     assert [line.get_label() for line in violations[:2]] == ["a.at_least", "a.at_most"]
     assert violations[0].get_linestyle() != violations[1].get_linestyle()
+
+
+def shown(name, text):
+    """Whether a name stands in a table, on one line or folded: each part of it at the start of the next line."""
+    signs = ("(?: |(?=[^\n]*\n))" if sign == " " else re.escape(sign) for sign in name)
+    return re.search("(?:[^\n]*\n)?".join(signs), text) is not None
+
+
+LONG = ["helpfulness_of_the_reward_model_of_the_second_round", "length", "[/x]", "verbosity penalty, in tokens" * 2]
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.25), (-1.23456e-5, 1.23456e-5), (-123456.0, 123456.0)])
+def test_table_fits_eighty_columns_without_cutting_a_name(values):
+    """Of any length of names and numbers, with one constraint for each reward and a range for one."""
+    mean, std = values
+    own = {f"{part}/{name}{tail}": value for name in LONG for part, tail, value in (
+        ("rewards", "/mean", mean), ("rewards", "/std", std), ("average", "", mean), ("violation", "", mean),
+        ("relative_violation", "", -0.995), ("multiplier", "", mean), ("weight", "", mean), ("saturation", "", 0.375),
+        ("oscillation", "", 0.125),
+    )}  # fmt: skip
+    constraints = [Constraint(name, mean, ">=") for name in LONG] + [Constraint("length", abs(mean) * 2, "<=")]
+    text = printed(dashboard_table([{"step": 1, **own}], constraints, "a long title " * 9), width=80)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    assert all(shown(name, text) for name in LONG) and not shown("helpfulness_of_another", text)
+    for number in (f"{mean:.3g} ± {std:.3g}", f"{mean:+.3g} (-100%)", f">= {mean:.4g}", "0.375", "0.125"):
+        assert number in text.replace("-99%", "-100%")
+
+
+def test_a_table_that_fits_stays_on_one_line_for_each_reward():
+    text = printed(dashboard_table(log(), width=80), width=80)
+    (row,) = [line for line in text.splitlines() if "brevity" in line]
+    assert row.split() == ["brevity", "0.5", "±", "0.0625", "0.875"]
+    assert "coefficient 0.2)\n" in text.replace(" \n", "\n")
+    narrow = printed(dashboard_table(log(), CONSTRAINTS[:1], width=60), width=60)
+    assert max(map(len, narrow.splitlines())) <= 60 and "average" in narrow and "oscillation" in narrow
 
 
 def test_table_without_constraints_and_without_anything():

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from trl_ext import demo
 from trl_ext.demo import constrained_ppo as demo_constrained_ppo
-from trl_ext.demo.constrained_ppo import PROXIES, Point, comparison_table, demonstrate_constrained_ppo
+from trl_ext.demo.constrained_ppo import PROXIES, Point, comparison_table, constrained_ppo_part
 
 
 @pytest.mark.usefixtures("variables_taken_back")
@@ -15,7 +15,7 @@ def test_second_part_of_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "per_device_eval_batch_size", 8)
     monkeypatch.setitem(demo_constrained_ppo.SETTINGS, "max_completion_length", 16)
     monkeypatch.setattr(demo_constrained_ppo, "NUM_VALIDATION_PROMPTS", 8)
-    arguments = ["--output_dir", str(tmp_path), "--parts", "constrained_ppo", "--max_steps", "3"]
+    arguments = ["--output_dir", str(tmp_path), "--parts", "constrained_ppo", "--max_steps", "3", "--workers", "1"]
     assert demo.main(arguments) == 0
     text = capsys.readouterr().out
     folder = tmp_path / "constrained_ppo"
@@ -50,7 +50,8 @@ def test_one_run_of_each_method(tmp_path, monkeypatch):
         demo_constrained_ppo, "_measured", lambda trainer, name: [Point(name, *row) for row in course[trainer]]
     )
     console = Console(file=io.StringIO(), width=100)
-    points = demonstrate_constrained_ppo(tmp_path, console)
+    part = constrained_ppo_part(tmp_path, console)
+    points = part.show([task.function(*task.arguments) for task in part.tasks])
     assert [name for name, _ in runs] == ["grpo", "xi"]
     assert runs[1][1]["constraints"] == [
         {"reward": "positive_word_share", "threshold": 4.0}, {"reward": "reference_similarity", "threshold": 0.45}

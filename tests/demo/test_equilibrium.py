@@ -62,21 +62,14 @@ def test_every_run_has_every_seed_and_settings_that_the_command_takes(tmp_path, 
         folder.mkdir(parents=True)
         points = [{"step": step, "cosines": [0.5, 1.0], "weight_angle": 90.0} for step in (0, 7)]
         (folder / "alignment.json").write_text(json.dumps(points))
+        return {"accuracy": int(folder.name[-1]) / 10, "correlation": 0.5}
 
-    monkeypatch.setattr(demo_equilibrium, "_train", train)
-    monkeypatch.setattr(demo_equilibrium, "WORKERS", 1)
-    monkeypatch.setattr(
-        demo_equilibrium, "reward_quality", lambda folder: {"accuracy": int(folder.name[-1]) / 10, "correlation": 0.5}
-    )
-    rows = demo_equilibrium.demonstrate_equilibrium(tmp_path / "demo", Console(quiet=True), max_steps=7)
+    monkeypatch.setattr(demo_equilibrium, "train_and_measure", train)
+    console = Console(record=True, width=100)
+    part = demo_equilibrium.equilibrium_part(tmp_path, console, max_steps=7)
+    rows = part.show([task.function(*task.arguments) for task in part.tasks])
     seeds = demo_equilibrium.SEEDS
     assert seen == [(coef, seed, seed == seeds[0]) for coef in (10.0, 0.0) for seed in seeds]
-    assert rows == json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert rows == json.loads((tmp_path / "results.json").read_text())
     assert [row["accuracy"] for row in rows] == [pytest.approx(sum(seed % 10 for seed in seeds) / 10 / len(seeds))] * 2
-    assert (tmp_path / "demo" / "alignment.png").stat().st_size > 5000
-
-
-def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_equilibrium.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match=r"exit code 1.*run\.log"):
-        demo_equilibrium._train(tmp_path / "run", [])
+    assert (tmp_path / "alignment.png").stat().st_size > 5000

@@ -233,3 +233,8 @@ def t5():
 def test_wrong_input(call, error, message, folder):
     with pytest.raises(error, match=message):
         call(folder)
+
+
+def test_no_configuration_is_built_without_a_backbone_to_save_one():
+    """transformers before 5.20 builds a class's defaults to save what differs, unless told that there are none."""
+    assert EPConfig.has_no_defaults_at_init

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import DataCollatorWithPadding
 
 from tests.helpers.equilibrium import ASYMMETRIC, COMMON, reward_model
@@ -48,5 +49,8 @@ def test_reward_model(folder, tmp_path):
     args = EPRewardConfig(str(tmp_path), gradient_checkpointing=False, **{**COMMON, "max_steps": 1})
     trainer = EPRewardTrainer(reward_model(folder), args, None, tiny_pairs(8), tiny_pairs(4), tiny_tokenizer())
     assert len(trainer.eval_dataset) == 4
+    adapters = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="task_type=CAUSAL_LM.*`task_type='SEQ_CLS'`"):
+        EPRewardTrainer(reward_model(folder), args, None, tiny_pairs(8), peft_config=adapters)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0

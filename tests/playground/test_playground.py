@@ -8,6 +8,7 @@ from trl_ext import playground
 from trl_ext.playground.base_model import BaseModelSettings, base_model_path, cache_folder
 from trl_ext.playground.grammar import NEGATORS, OPENINGS, PATTERNS, SENTIMENT, is_sentence
 from trl_ext.playground.tokenizer import split_words
+from trl_ext.scripts.recipe.loading import PLAYGROUND_MODELS
 
 
 def reviews(num_reviews=300, seed=0):
@@ -226,6 +227,11 @@ def test_base_model_depends_on_its_seed_alone(tmp_path):
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_recipes_know_every_base_model():
+    assert set(playground.MODELS) == set(PLAYGROUND_MODELS)
+    assert playground.MODELS["playground-small"] == BaseModelSettings.of_one_mind()
 
 
 def test_negators_are_no_sentiment_words():

@@ -80,8 +80,8 @@ def test_frozen_backbone_and_dtype(folder, tmp_path):
 
 def test_lora(folder, tmp_path):
     loaded = run(
-        equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6), use_peft=True, lora_task_type="SEQ_CLS",
-        lora_target_modules=["q_proj", "v_proj"], lora_modules_to_save=["score"],
+        equilibrium_classifier, folder, tmp_path, texts([0, 1] * 6), use_peft=True,
+        lora_target_modules=["q_proj", "v_proj"],
     )  # fmt: skip
     assert not (tmp_path / "out" / "model.safetensors").exists()  # an adapter is saved, not a model
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")

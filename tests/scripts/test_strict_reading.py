@@ -84,6 +84,7 @@ def parser():
         ("run_name: !!binary aGk=", "line 2 must be of type str"),
         ("datasets: {path: json}", "line 2 must be of type"),
         ("datasets: [{path: [a]}]", "line 2 must be of type"),
+        ("vf_coef: auto", "`vf_coef: 'auto'`.*line 2 must be of type"),
         ("gama: 0.9", "`gama`.*line 2; did you mean `gamma`"),
         ("env: {A: null}", "`env.A`.*line 2, has no value.*Write `A: \"\"`"),
         ("env: {A: yes}", "`env.A`.*line 2, is read by YAML as True. Quote"),
@@ -125,6 +126,14 @@ def test_the_recipes_precision_wins_over_the_launchers(stated, arguments, tmp_pa
     training = sparse_po.make_parser().parse_args_and_config(["--config", path, *arguments])[1]
     assert training.bf16 is False and training.mixed_precision == "no"
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+@pytest.mark.parametrize(("given", "read"), [("all", "all"), ("true", "all"), ('"no"', "no")])
+def test_a_text_beside_a_flag_is_read(given, read, tmp_path):
+    """transformers' own parser takes a field of both types for a flag."""
+    text = f"include_num_input_tokens_seen: {given}\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
+    training = sparse_po.make_parser().parse_args_and_config(["--config", recipe_of(tmp_path, text)])[1]
+    assert training.include_num_input_tokens_seen == read
 
 
 def test_an_unstated_precision_is_the_launchers(tmp_path, monkeypatch):

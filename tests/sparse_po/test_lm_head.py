@@ -134,6 +134,20 @@ def test_tokens_without_gradient_are_left_out(transforms):
         assert torch.equal(tensor.grad, other.grad)
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_gradients_hold_nothing_of_the_memory_that_they_are_written_into(reached):
+    """torch fills new memory with NaN here; where no token is reached nothing is written, and gradients are zero."""
+    tensors = head_inputs()
+    log_probs, _, kl = paired(tensors, token_tile=4, vocab_tile=3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ((log_probs + kl).sum() * float(reached)).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for tensor in tensors[:3]:
+        assert tensor.grad.isfinite().all() and bool(tensor.grad.any()) == reached
+
+
 def test_equal_models_have_no_divergence():
     tensors = head_inputs(dtype=torch.float32, ref_hidden=6)
     tensors[3], tensors[4], tensors[5] = (tensor.detach() for tensor in tensors[:3])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from ..core.figures import COLORS, new_figure, save_figure, tidy
@@ -30,37 +31,65 @@ MAX_POINTS = 1000
 MAX_REWARDS = 15
 
 
-def dashboard_table(log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "") -> Table:
-    """The newest values of a run, one row for each reward and one for the objective."""
-    constrained = bool(constraints)
+def dashboard_table(
+    log_history: LogHistory, constraints: Sequence[Constraint] = (), title: str = "", width: int = 80
+) -> Table:
+    """
+    The newest values of a run, one row for each reward and one for the objective. Where a row on one line is wider
+    than `width` columns of characters, its numbers stand in pairs, one above the other; a name is never cut.
+    """
+    rows = _rows(log_history, constraints)
     columns = ["reward", "mean ± std", "average"]
-    if constrained:
+    if constraints:
         columns += ["threshold", "violation", "multi-\nplier", "weight", "satu-\nrated", "oscil-\nlation"]
+    caption = _caption(log_history)
+    flat = _table(columns, rows, caption, title, width)
+    if Console(width=10 * width).measure(flat).maximum <= width:
+        return flat
+    columns = ["reward", "mean ± std\naverage"]
+    if constraints:
+        columns += ["threshold\nviolation", "multiplier\nweight", "saturated\noscillation"]
+    pairs = [[name, *map("\n".join, zip(cells[::2], cells[1::2], strict=True))] for name, *cells in rows]
+    return _table(columns, pairs, caption, title, width, leading=1)
+
+
+def _rows(log_history: LogHistory, constraints: Sequence[Constraint]) -> list[list[str]]:
+    """The cells of each row: a reward's own, then those of a constraint on it."""
+    grouped = constraints_by_reward(constraints)
+    none, rows = [""] * 6 if constraints else [], []
+    for name in reward_names(log_history):
+        own = [for_terminal(name), _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
+        for key, constraint in grouped.get(name, []):
+            rows.append([*own, *_constraint_cells(log_history, key, constraint)])
+            own = ["", "", ""]
+        if name not in grouped:
+            rows.append([*own, *none])
+    if constraints:
+        rows.append(["objective", *[""] * 5, _shown(last_value(log_history, "weight/objective")), "", ""])
+    return rows
+
+
+def _table(columns: list[str], rows: list[list[str]], caption: str, title: str, width: int, leading: int = 0) -> Table:
     table = Table(
         title=for_terminal(title) or None,
-        caption=_caption(log_history),
+        caption=caption or None,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        leading=leading,
+        show_edge=False,
+        # Lines of the caption are broken where the table ends
+        min_width=min(width, max(map(len, caption.splitlines()), default=0)),
     )
     for column in columns:
-        first = column == "reward"
-        table.add_column(
-            column, justify="left" if first else "right", overflow="fold", min_width=14 if first else None
-        )
-    grouped = constraints_by_reward(constraints)
-    names = reward_names(log_history)
-    for name in names:
-        row = [for_terminal(name), _with_spread(log_history, name), _shown(last_value(log_history, f"average/{name}"))]
-        for key, constraint in grouped.get(name, []):
-            table.add_row(*row, *_constraint_cells(log_history, key, constraint))
-            row = ["", "", ""]
-        if name not in grouped:
-            table.add_row(*row)
-    table.add_section()
-    if constrained:
-        table.add_row("objective", *[""] * 5, _shown(last_value(log_history, "weight/objective")))
+        # Numbers keep their line; of a name that is longer than what they leave, every sign is shown, on several
+        is_name = column == "reward"
+        table.add_column(column, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    for row in rows:
+        if row[0] == "objective" and row is rows[-1] and not leading:
+            table.add_section()
+        table.add_row(*row)
     return table
 
 
@@ -85,7 +114,7 @@ def _with_spread(log_history: LogHistory, name: str) -> str:
     return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
 
 
-def _caption(log_history: LogHistory) -> str | None:
+def _caption(log_history: LogHistory) -> str:
     parts = []
     per_response = last_value(log_history, "kl/per_response")
     if per_response is not None:
@@ -97,7 +126,7 @@ def _caption(log_history: LogHistory) -> str | None:
     gold, best = last_value(log_history, "eval_gold"), best_value(log_history, "eval_gold")
     if gold is not None:
         parts.append(f"gold {_shown(gold)}" + (f" (best {_shown(best[1])} at step {best[0]})" if best else ""))
-    return " · ".join(parts) or None
+    return "\n".join(parts)
 
 
 def _shown(value: float | None, sign: str = "") -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -30,8 +31,6 @@ CALIBRATION_FILE = "calibration.json"
 DASHBOARD_FILE = "dashboard.png"
 # Share of the training time that drawing may take
 _DRAWING_SHARE = 0.02
-# Columns of characters that the table of rewards takes
-_CONSOLE_WIDTH = 110
 CITATION = """@inproceedings{moskovitz2024confronting,
     title     = {Confronting Reward Model Overoptimization with Constrained {RLHF}},
     author    = {Moskovitz, Ted and Singh, Aaditya K. and Strouse, DJ and Sandholm, Tuomas and Salakhutdinov, Ruslan
@@ -192,17 +191,27 @@ def _loading(critic: str, model_id: str, names: Sequence[str]) -> str:
 
 
 def calibration_table(calibrations: Sequence[Calibration]) -> Table:
-    """One row for each constraint."""
-    table = Table(title="Constraints against the reference, before training")
-    for column in ("constraint", "mean", "spread", "5%", "25%", "50%", "75%", "95%", "below threshold", "deviations"):
-        table.add_column(column, justify="left" if column == "constraint" else "right")
+    """One row for each constraint, within 80 columns of characters; a name is never cut."""
+    table = Table(
+        title="Constraints against the reference, before training",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        leading=1,
+        show_edge=False,
+    )
+    table.add_column("constraint", overflow="fold")
+    for column in ("mean\nspread", "5%\n95%", "25%\n75%", "50%", "below it\ndeviations"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in calibrations:
-        numbers = [row.mean, row.spread, *row.quantiles]
+        low, quarter, median, three_quarters, high = row.quantiles
         table.add_row(
             for_terminal(f"{row.reward} {row.stated}"),
-            *(f"{number:.3g}" for number in numbers),
-            f"{row.rank:.0%}",
-            f"{row.deviations:+.2f}",
+            f"{row.mean:.3g}\n{row.spread:.3g}",
+            f"{low:.3g}\n{high:.3g}",
+            f"{quarter:.3g}\n{three_quarters:.3g}",
+            f"{median:.3g}",
+            f"{row.rank:.0%}\n{row.deviations:+.2f}",
         )
     return table
 
@@ -313,7 +322,7 @@ class ConstraintDashboardCallback(TrainerCallback):
         self.path = Path(path) if path else Path(trainer.args.output_dir) / DASHBOARD_FILE
         self.png_seconds = png_seconds
         self.show_table = show_table
-        self.console = console or _wide_console()
+        self.console = console or Console()
         self._next_drawing = -math.inf
         self._newest = NewestValues("eval_gold")
         self._last_shown: tuple[str, float | None] | None = None
@@ -366,7 +375,8 @@ class ConstraintDashboardCallback(TrainerCallback):
         self._last_shown = self._shown(state)
         with warn_of_failure("The dashboard could not be printed"):
             log = self._newest.of(state.log_history)
-            self.console.print(dashboard_table(log, self.constraints(), self._title(state)))
+            table = dashboard_table(log, self.constraints(), self._title(state), self.console.width)
+            self.console.print(table)
 
     def _shown(self, state: Any) -> tuple[str, float | None]:
         """What a table shows that may change after the log step."""
@@ -380,9 +390,3 @@ class ConstraintDashboardCallback(TrainerCallback):
             )
         end = time.monotonic()
         self._next_drawing = end + max(self.png_seconds, (end - start) / _DRAWING_SHARE)
-
-
-def _wide_console() -> Console:
-    """A console as wide as the table, also where the terminal's width is not known, as in log files."""
-    console = Console()
-    return console if console.width >= _CONSOLE_WIDTH or console.is_terminal else Console(width=_CONSOLE_WIDTH)

@@ -102,7 +102,8 @@ class RunLock:
                 f"{holder['host']}. Wait for it or end it, or choose another `output_dir`. If there is no such "
                 f"process, delete {self.path}."
             )
-        logger.warning(
+        # The plain logger: a pipeline's process has no accelerate state, and one process alone takes a lock
+        logger.logger.warning(
             f"The run of process {holder['pid']} on {holder['host']} ended without giving {self.path.parent} free; "
             "its lock is taken over."
         )

@@ -1,16 +1,19 @@
 """The demo on the playground, where what matters in a response is known: SparsePO against its relatives,
-GRPO with and without constraints, and a reward model that learns by equilibrium propagation."""
+GRPO with and without constraints, a reward model that learns by equilibrium propagation, and a pipeline of all."""
 
 import argparse
-import importlib
 import os
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 
-# In the order in which they run; each is a module with a function `demonstrate_<part>`
-PARTS = ("sparse_po", "constrained_ppo", "equilibrium")
+if TYPE_CHECKING:
+    from .work import Part
+
+PARTS = ("sparse_po", "constrained_ppo", "equilibrium", "pipeline")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,34 +32,49 @@ def main(arguments: list[str] | None = None) -> int:
     """
     from ..core.quiet import VERBOSE_VARIABLE, quiet_run
     from ..scripts.recipe.packaged import find_packaged
+    from .work import default_workers, run_parts
 
     parser = argparse.ArgumentParser("trl-ext demo", description=__doc__)
     parser.add_argument("--config", default="sparse_po/playground", help="recipe of the part sparse_po")
     parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
     parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
-    parser.add_argument("--verbose", action="store_true", help="print all that is logged, and what libraries warn of")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="trainings at a time")
+    parser.add_argument("--verbose", action="store_true", help="log all that is logged, and what libraries warn of")
     options = parser.parse_args(arguments)
     if not Path(options.config).is_file() and find_packaged(options.config) is None:
         raise FileNotFoundError(f"`--config {options.config}` is not a file. Give the playground recipe.")
+    if options.workers < 1:
+        raise ValueError(f"`--workers {options.workers}` must be at least 1.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.verbose:
-        os.environ[VERBOSE_VARIABLE] = "1"  # for the commands that the demo runs too
+        os.environ[VERBOSE_VARIABLE] = "1"  # for the processes that the demo starts too
+    console, start = Console(), time.monotonic()
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with quiet_run():
-        _demonstrate(options, output_dir, Console())
+        parts = _parts(options, output_dir, console)
+        count = sum(len(part.tasks) for part in parts)
+        console.print(
+            f"{count} pieces of work, {options.workers} at a time, each with a log in {output_dir}. A base model is "
+            "trained first where there is none yet.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        run_parts(parts, options.workers, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(f"{time.monotonic() - start:.0f} seconds in all.", highlight=False)
     return 0
 
 
-def _demonstrate(options: argparse.Namespace, output_dir: Path, console: Console) -> None:
-    from ..playground import resolve
+def _parts(options: argparse.Namespace, output_dir: Path, console: Console) -> "list[Part]":
+    """The parts that are asked for; those of few, long pieces begin, so that no core waits for them at the end."""
+    from .constrained_ppo import constrained_ppo_part
+    from .equilibrium import equilibrium_part
+    from .pipeline import pipeline_part
+    from .sparse_po import sparse_po_part
 
-    console.rule("Base model of the playground")
-    resolve("playground")
-    for part in options.parts:
-        demonstrate = getattr(importlib.import_module(f".{part}", __name__), f"demonstrate_{part}")
-        if part == "sparse_po":
-            demonstrate(output_dir, options.config, console, options.max_steps)
-        else:
-            demonstrate(output_dir / part, console, options.max_steps)
+    made = {
+        "pipeline": pipeline_part(output_dir / "pipeline", console, options.max_steps),
+        "constrained_ppo": constrained_ppo_part(output_dir / "constrained_ppo", console, options.max_steps),
+        "sparse_po": sparse_po_part(output_dir, options.config, console, options.max_steps),
+        "equilibrium": equilibrium_part(output_dir / "equilibrium", console, options.max_steps),
+    }
+    return [part for name, part in made.items() if name in options.parts]

@@ -3,7 +3,6 @@ something. Without a critic: what most people train today, and one line of diffe
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from .work import Part, Task
 
 
 if TYPE_CHECKING:
@@ -70,52 +71,57 @@ class Point:
     divergence: float
 
 
-def demonstrate_constrained_ppo(
-    output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
-) -> list[Point]:
+def constrained_ppo_part(output_dir: Path, console: Console, max_steps: int | None = None) -> Part:
     """
     Trains with GRPO on two proxies, takes as thresholds the values of both where the gold metric was highest, and
     trains with constraints at these, four times as long as the best gold takes. Prints one table and draws one
     picture, `overoptimization.png`; the dashboard of the constrained run is `dashboard.png` in its folder.
 
     Args:
-        output_dir (`str` or `Path`):
+        output_dir (`Path`):
             Folder; the runs are `grpo` and `xi` below it, and the table `results.json`.
-        console ([`~rich.console.Console`], *optional*):
+        console ([`~rich.console.Console`]):
             Console to print on.
         max_steps (`int`, *optional*):
             Steps of each run, to try it quickly.
 
     Returns:
-        `list[Point]`: base model, GRPO at its best gold metric and at its end, constrained GRPO at its end.
+        [`Part`], which shows a list of [`Point`]: base model, GRPO at its best gold metric and at its end, constrained
+            GRPO at its end.
     """
-    console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
-    num_steps = NUM_STEPS if max_steps is None else max_steps
-    console.rule("GRPO on two proxies")
-    with console.status(f"Training for {num_steps} steps"):
-        plain = _train(output_dir / "grpo", num_steps, reward_weights=WEIGHTS, dashboard=False)
-    course = _measured(plain, "GRPO")
-    peak = max(course, key=lambda point: point.gold)
-    console.rule("GRPO under constraints, the proxies held where the gold metric was highest")
-    constraints = [{"reward": name, "threshold": value} for name, value in zip(PROXIES, peak.proxies, strict=True)]
-    with console.status(f"Training for {num_steps} steps"):
-        constrained = _train(output_dir / "xi", num_steps, method="xi", constraints=constraints)
-    held = _measured(constrained, "xi")
-    points = [
-        _renamed(course[0], "base model"),
-        _renamed(peak, "GRPO, gold at its highest"),
-        _renamed(course[-1], "GRPO at its end"),
-        _renamed(held[-1], "constrained GRPO at its end"),
-    ]
-    console.print(comparison_table(points))
-    (output_dir / "results.json").write_text(json.dumps([vars(point) for point in points], indent=1))
-    picture = output_dir / "overoptimization.png"
-    draw_courses(course, held, peak.proxies, picture)
-    console.print(
-        f"Picture: {picture}. Dashboard: {output_dir / 'xi' / 'dashboard.png'}. "
-        f"{time.monotonic() - start:.0f} seconds.", soft_wrap=True,
-    )  # fmt: skip
-    return points
+    arguments = (output_dir, NUM_STEPS if max_steps is None else max_steps)
+    tasks = [Task("both runs", output_dir / "runs.log", train_both, arguments)]
+
+    def show(results: list[tuple[list[Point], list[Point]]]) -> list[Point]:
+        course, held = results[0]
+        peak = best_gold(course)
+        points = [
+            _renamed(course[0], "base model"),
+            _renamed(peak, "GRPO, gold at its highest"),
+            _renamed(course[-1], "GRPO at its end"),
+            _renamed(held[-1], "constrained GRPO at its end"),
+        ]
+        console.print(comparison_table(points))
+        (output_dir / "results.json").write_text(json.dumps([vars(point) for point in points], indent=1))
+        picture, dashboard = output_dir / "overoptimization.png", output_dir / "xi" / "dashboard.png"
+        draw_courses(course, held, peak.proxies, picture)
+        console.print(f"Picture: {picture}. Dashboard: {dashboard}.", soft_wrap=True)
+        return points
+
+    return Part("GRPO with and without constraints", tasks, show)
+
+
+def train_both(output_dir: Path, num_steps: int) -> tuple[list[Point], list[Point]]:
+    """Trains without constraints, then with them at the best gold metric; the evaluations of both."""
+    course = _measured(_train(output_dir / "grpo", num_steps, reward_weights=WEIGHTS, dashboard=False), "GRPO")
+    proxies = best_gold(course).proxies
+    constraints = [{"reward": name, "threshold": value} for name, value in zip(PROXIES, proxies, strict=True)]
+    return course, _measured(_train(output_dir / "xi", num_steps, method="xi", constraints=constraints), "xi")
+
+
+def best_gold(course: Sequence[Point]) -> Point:
+    """Where the gold metric was highest."""
+    return max(course, key=lambda point: point.gold)
 
 
 def _train(folder: Path, num_steps: int, **settings: Any) -> "ConstrainedGRPOTrainer":

@@ -1,12 +1,7 @@
 """The demo's part on equilibrium propagation: a reward model whose head starts with feedback at 90 degrees."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .work import Part, Task
 
+
+RECIPE = "equilibrium/playground_reward"
+# Of the recipe, in every run: the smaller base model, and two thirds of the steps
+OVERRIDES = ["--model_name_or_path", "playground-small", "--max_steps", "200"]
 # Run: overrides of the recipe
 RUNS: dict[str, list[str]] = {
     "with homeostasis": [],
@@ -23,54 +23,50 @@ RUNS: dict[str, list[str]] = {
 }
 SEEDS = (42, 1, 2)
 NUM_PAIRS = 1000
-WORKERS = 2  # trainings at a time
 
 
-def demonstrate_equilibrium(
-    output_dir: str | Path, console: Console | None = None, max_steps: int | None = None
-) -> list[dict[str, Any]]:
+def equilibrium_part(output_dir: Path, console: Console, max_steps: int | None = None) -> Part:
     """
     Trains reward models with and without the homeostasis objective, each with [`SEEDS`], prints one table of means and
     draws gradient cosine and weight angle through the first seed's training.
 
     Args:
-        output_dir (`str` or `Path`):
+        output_dir (`Path`):
             Folder; each training has its own below it, and the picture is `alignment.png`.
-        console ([`~rich.console.Console`], *optional*):
+        console ([`~rich.console.Console`]):
             Console to print on.
         max_steps (`int`, *optional*):
             Steps of each run, to try it quickly.
 
     Returns:
-        `list[dict]`: a row of the table for each run.
+        [`Part`], which shows a row of the table for each run.
     """
-    from ..equilibrium.report import draw_alignment
-
-    console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     steps = [] if max_steps is None else ["--max_steps", str(max_steps)]
-    console.rule("Equilibrium propagation, feedback at 90 degrees")
-    console.print(
-        f"{len(RUNS) * len(SEEDS)} trainings, {WORKERS} at a time, each on one thread, with a log beside its folder."
-    )
     folders = {(name, seed): output_dir / f"{name.replace(' ', '_')}_{seed}" for name in RUNS for seed in SEEDS}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        trainings = [
-            pool.submit(_train, folder, [*RUNS[name], *steps, *seed_overrides(seed)])
-            for (name, seed), folder in folders.items()
-        ]
-        for training in trainings:
-            training.result()
-    rows, histories = [], {}
-    for name in RUNS:
-        histories[name] = json.loads((folders[name, SEEDS[0]] / "alignment.json").read_text())
-        quality = mean_quality([reward_quality(folders[name, seed]) for seed in SEEDS])
-        rows.append({"run": name, **histories[name][-1], **quality})
-    console.print(equilibrium_table(rows))
-    draw_alignment(histories, output_dir / "alignment.png")
-    (output_dir / "results.json").write_text(json.dumps(rows, indent=1))
-    console.print(f"Picture: {output_dir / 'alignment.png'}. {time.monotonic() - start:.0f} seconds.")
-    return rows
+    tasks = [
+        Task(
+            f"{name}, seed {seed}", folder.with_suffix(".log"), train_and_measure,
+            (folder, [*RUNS[name], *OVERRIDES, *steps, *seed_overrides(seed)]),
+        )
+        for (name, seed), folder in folders.items()
+    ]  # fmt: skip
+
+    def show(results: list[dict[str, float]]) -> list[dict[str, Any]]:
+        from ..equilibrium.report import draw_alignment
+
+        qualities = dict(zip(folders, results, strict=True))
+        rows, histories = [], {}
+        for name in RUNS:
+            histories[name] = json.loads((folders[name, SEEDS[0]] / "alignment.json").read_text())
+            quality = mean_quality([qualities[name, seed] for seed in SEEDS])
+            rows.append({"run": name, **histories[name][-1], **quality})
+        console.print(equilibrium_table(rows))
+        draw_alignment(histories, output_dir / "alignment.png")
+        (output_dir / "results.json").write_text(json.dumps(rows, indent=1))
+        console.print(f"Picture: {output_dir / 'alignment.png'}.", soft_wrap=True)
+        return rows
+
+    return Part("Equilibrium propagation", tasks, show)
 
 
 def seed_overrides(seed: int) -> list[str]:
@@ -79,18 +75,13 @@ def seed_overrides(seed: int) -> list[str]:
     return ["--seed", str(seed), *others]
 
 
-def _train(folder: Path, overrides: list[str]) -> None:
-    """Trains as a user would, in a process of its own on one thread."""
+def train_and_measure(folder: Path, overrides: list[str]) -> dict[str, float]:
+    """Trains one reward model as the recipe says and measures it."""
+    from ..scripts.equilibrium_reward import main, make_parser
+
     shutil.rmtree(folder, ignore_errors=True)
-    log = folder.with_suffix(".log")
-    command = [sys.executable, "-m", "trl_ext.cli", "equilibrium-reward", "--config", "equilibrium/playground_reward"]
-    with log.open("w") as file:
-        code = subprocess.run(
-            [*command, "--output_dir", str(folder), *overrides], check=False, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode  # fmt: skip
-    if code:
-        raise RuntimeError(f"A training of the demo ended with exit code {code}; what it said is in {log}.")
+    main(*make_parser().parse_args_and_config(["--config", RECIPE, "--output_dir", str(folder), *overrides]))
+    return reward_quality(folder)
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.figures import line_style, new_axes, save_figure
+from ..playground import grammaticality, preference_dataset, prompts, resolve, sentiment_reward, token_truth
+from .work import Part, Task
 
 
-# In the order of the table; the first is launched as a user would launch it
+# In the order of the table
 METHODS: dict[str, list[str]] = {
     "SparsePO common": [],
     "SparsePO independent": ["--independent_masks", "True"],
@@ -26,6 +26,9 @@ METHODS: dict[str, list[str]] = {
     "TDPO1": ["--mask_type", "ones", "--mask_learning_rate", "0"],
     "DPO": ["--mask_type", "ones", "--mask_learning_rate", "0", "--divergence_coef", "0"],
 }
+NUM_STEPS = 120
+# Of the recipe, in every method: half its batch, no pictures
+OVERRIDES = ["--per_device_train_batch_size", "16", "--show_token_masks", "0"]
 NUM_PROMPTS = 256
 
 
@@ -51,57 +54,53 @@ class MethodResult:
     grammaticality: float = float("nan")
 
 
-def demonstrate_sparse_po(
-    output_dir: str | Path, config: str, console: Console | None = None, max_steps: int | None = None
-) -> list[MethodResult]:
+def sparse_po_part(output_dir: Path, config: str, console: Console, max_steps: int | None = None) -> Part:
     """
     Trains and compares the methods of [`METHODS`], prints one table and draws reward against KL and a pair's masks.
 
     Args:
-        output_dir (`str` or `Path`):
+        output_dir (`Path`):
             Folder; each method has its own below it, and the pictures are `frontier.png` and `token_masks.png`.
         config (`str`):
             Recipe.
-        console ([`~rich.console.Console`], *optional*):
+        console ([`~rich.console.Console`]):
             Console to print on.
         max_steps (`int`, *optional*):
             Steps of each method, to try it quickly.
 
     Returns:
-        `list[MethodResult]`: in the order of [`METHODS`].
+        [`Part`], which shows a list of [`MethodResult`] in the order of [`METHODS`].
     """
-    console, start, output_dir = console or Console(), time.monotonic(), Path(output_dir)
-    overrides = [] if max_steps is None else ["--max_steps", str(max_steps)]
-    results = []
-    for name, settings in METHODS.items():
-        console.rule(name)
-        folder = output_dir / name.lower().replace(" ", "_")
-        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of an earlier demo
-        launch = name == next(iter(METHODS))
-        quiet = [] if launch else ["--show_token_masks", "0"]
-        train(folder, config, [*settings, *quiet, *overrides], launch)
-        results.append(measure(name, folder))
-    console.print(results_table(results))
-    draw_frontier(results, output_dir / "frontier.png")
-    draw_pair(output_dir / "sparsepo_common", output_dir / "token_masks.png")
-    (output_dir / "results.json").write_text(json.dumps([vars(result) for result in results], indent=1))
-    console.print(
-        f"Pictures: {output_dir / 'frontier.png'} and {output_dir / 'token_masks.png'}. "
-        f"{time.monotonic() - start:.0f} seconds."
-    )
-    return results
+    folders = {name: output_dir / name.lower().replace(" ", "_") for name in METHODS}
+    last = str(NUM_STEPS if max_steps is None else max_steps)
+    steps = ["--max_steps", last, "--eval_steps", last]  # one evaluation, at the end
+    tasks = [Task("base model", output_dir / "base_model.log", measure_base)]
+    for name, folder in folders.items():
+        overrides = [*METHODS[name], *OVERRIDES, *steps]
+        tasks.append(Task(name, folder.with_suffix(".log"), train_and_measure, (name, folder, config, overrides)))
+
+    def show(found: list[Any]) -> list[MethodResult]:
+        base, *results = found
+        for result in results:
+            result.points.insert(0, base)
+        console.print(results_table(results))
+        draw_frontier(results, output_dir / "frontier.png")
+        draw_pair(folders["SparsePO common"], output_dir / "token_masks.png")
+        (output_dir / "results.json").write_text(json.dumps([vars(result) for result in results], indent=1))
+        pictures = f"{output_dir / 'frontier.png'} and {output_dir / 'token_masks.png'}"
+        console.print(f"Pictures: {pictures}.", soft_wrap=True)
+        return results
+
+    return Part("SparsePO and its relatives", tasks, show)
 
 
-def train(folder: Path, config: str, overrides: list[str], launch: bool) -> None:
-    """Trains as the recipe says, through `trl-ext sparse-po` or, to spare a start-up, in this process."""
-    arguments = ["--config", config, "--output_dir", str(folder), *overrides]
-    if launch:
-        subprocess.run([sys.executable, "-m", "trl_ext.cli", "sparse-po", *arguments], check=True)
-        return
-    from ..scripts.sparse_po import main as run
-    from ..scripts.sparse_po import make_parser
+def train_and_measure(name: str, folder: Path, config: str, overrides: list[str]) -> MethodResult:
+    """Trains one method as the recipe says and measures it."""
+    from ..scripts.sparse_po import main, make_parser
 
-    run(*make_parser().parse_args_and_config(arguments))
+    shutil.rmtree(folder, ignore_errors=True)  # checkpoints of an earlier demo
+    main(*make_parser().parse_args_and_config(["--config", config, "--output_dir", str(folder), *overrides]))
+    return measure(name, folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -109,24 +108,40 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
+def measure_base() -> tuple[float, float]:
+    """KL and reward of the base model."""
+    return measure_policies([Path(resolve("playground"))])[0][0]
+
+
+def measure_policies(paths: list[Path]) -> tuple[list[tuple[float, float]], list[str]]:
+    """KL and reward of saved policies, and the completions of the last one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..sparse_po.evaluation import reward_and_divergence
+
+    reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
+    points = []
+    for path in paths:
+        measured = reward_and_divergence(
+            AutoModelForCausalLM.from_pretrained(path).eval(), reference, tokenizer,
+            prompts(NUM_PROMPTS, split="test"), sentiment_reward, max_new_tokens=56, batch_size=NUM_PROMPTS,
+        )  # fmt: skip
+        points.append((measured.mean_divergence, measured.mean_reward))
+    return points, measured.completions
+
+
 def measure(name: str, folder: Path) -> MethodResult:
     """Measures a finished run: every checkpoint on the frontier, the masks against the truth."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..playground import grammaticality, prompts, resolve, sentiment_reward
-    from ..sparse_po.evaluation import mask_recovery, reward_and_divergence
+    from ..sparse_po.evaluation import mask_recovery
 
     reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()
     tokenizer = AutoTokenizer.from_pretrained(resolve("playground"))
-    test_prompts = prompts(NUM_PROMPTS, split="test")
     result = MethodResult(name)
-    for path in [Path(resolve("playground")), *checkpoints(folder)]:
-        policy = AutoModelForCausalLM.from_pretrained(path).eval()
-        measured = reward_and_divergence(
-            policy, reference, tokenizer, test_prompts, sentiment_reward, max_new_tokens=56, batch_size=NUM_PROMPTS
-        )
-        result.points.append((measured.mean_divergence, measured.mean_reward))
-    result.grammaticality = float(np.mean(grammaticality(measured.completions)))
+    result.points, completions = measure_policies(checkpoints(folder))
+    result.grammaticality = float(np.mean(grammaticality(completions)))
     state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_rewards/accuracies" in entry]
     result.accuracy = evaluations[-1]["eval_rewards/accuracies"]
@@ -144,7 +159,6 @@ def weighted_test_responses(
     folder: Path, reference, tokenizer, num_pairs: int = 100
 ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
     """For test responses, the weights of both masks and the sentiment of each token."""
-    from ..playground import preference_dataset, token_truth
     from ..sparse_po.evaluation import mask_weights
 
     masks = run_masks(folder)
@@ -227,7 +241,6 @@ def draw_pair(folder: Path, path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..core.token_colors import WeightedText, save_png, token_pieces
-    from ..playground import preference_dataset, resolve, token_truth
     from ..sparse_po.evaluation import mask_weights
 
     reference = AutoModelForCausalLM.from_pretrained(resolve("playground")).eval()

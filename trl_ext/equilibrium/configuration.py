@@ -72,6 +72,7 @@ class EPConfig(PreTrainedConfig):
 
     model_type = "equilibrium_propagation"
     sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True  # transformers before 5.20 builds one without arguments, to save what differs
     if SubConfigSpec is not None:  # The model type is that of a saved configuration without one
         sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 

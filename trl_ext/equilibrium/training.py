@@ -138,6 +138,9 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
         return weight / self.current_gradient_accumulation_steps if scaled else weight
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        own_folder = output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve()
+        if own_folder and not _internal_call:
+            self.create_model_card()  # TRL writes one with each checkpoint, and a run may have none
         super().save_model(output_dir, _internal_call=_internal_call)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and is_peft_model(model):
@@ -238,6 +241,7 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
 
     Raises:
         TypeError: If `args` is not an [`EPRewardConfig`], or the model has no equilibrium head.
+        ValueError: If `peft_config` is for a model that generates.
 
     Example:
 
@@ -275,6 +279,13 @@ class EPRewardTrainer(_HeadTrainer, RewardTrainer):
             set_seed(args.seed)
             model = EPModelForSequenceClassification.from_pretrained(model, **options, num_labels=1)
             args.model_init_kwargs = None
+        for value in (*positional, *kwargs.values()):
+            task = str(getattr(getattr(value, "task_type", None), "value", getattr(value, "task_type", None)))
+            if hasattr(value, "peft_type") and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+                raise ValueError(
+                    f"`peft_config.task_type={task}` is not for a classifier: PEFT would look for what a model that "
+                    "generates has, and leave the new head untrained. Use `task_type='SEQ_CLS'`."
+                )
         super().__init__(model, args, *positional, **kwargs)
         check_tokenizer(self.processing_class, self.model)
         # TRL casts all that trains on a quantized backbone to bf16

@@ -153,8 +153,9 @@ def _masks(args: Any, sizes: Architecture, tokens: int) -> tuple[list[Part], int
 def _heads(args: Any, script: str, sizes: Architecture, without: int) -> list[Part]:
     """The critic of a policy, or the head of a classifier."""
     if script in _CLASSIFIERS:
-        widths, feedback = getattr(args, "hidden_features", None), getattr(args, "feedback", None)
-        size = _head_size(sizes.hidden_size, widths, getattr(args, "num_labels", 1), feedback)
+        size = _head_size(
+            sizes.hidden_size, args.head_hidden_features, getattr(args, "num_labels", None) or 1, args.head_feedback
+        )
         return [Part("head", size, size, 4, shardable=False)]
     critic = getattr(args, "critic", "none") if script.startswith("constrained") else "none"
     if critic == "none":
@@ -170,10 +171,10 @@ def _heads(args: Any, script: str, sizes: Architecture, without: int) -> list[Pa
 
 
 def _head_size(width: int, hidden: Any, outputs: int, feedback: Any) -> int:
-    """Parameters of a linear head, or of an equilibrium head, whose feedback weights are as many again."""
+    """Parameters of a linear head, or of an equilibrium head, where input and readout have no feedback."""
     widths = [width, *(hidden if isinstance(hidden, (list, tuple)) else [hidden] if hidden else []), outputs]
     forward = [a * b for a, b in itertools.pairwise(widths)]
-    backward = sum(forward[1:]) if feedback == "asymmetric" else 0
+    backward = sum(forward[1:-1]) if feedback == "asymmetric" else 0
     return sum(forward) + backward + sum(widths[1:])
 
 

@@ -20,7 +20,10 @@ from .rewards import (
 from .tokenizer import build_tokenizer
 
 
+# Name in a recipe: settings of the base model
+MODELS = {"playground": BaseModelSettings(), "playground-small": BaseModelSettings.of_one_mind()}
 __all__ = [
+    "MODELS",
     "BaseModelSettings",
     "base_model_path",
     "build_tokenizer",
@@ -44,11 +47,11 @@ __all__ = [
 
 def resolve(name: str) -> str:
     """
-    Turns the name `"playground"` into the folder of the base model, which is trained on the first call.
+    Turns the name of a base model into its folder; it is trained on the first call.
 
     Args:
         name (`str`):
-            Must be `"playground"`.
+            `"playground"`, or `"playground-small"`, which is [`BaseModelSettings.of_one_mind`].
 
     Returns:
         `str`
@@ -56,6 +59,7 @@ def resolve(name: str) -> str:
     Raises:
         ValueError: If the name is another.
     """
-    if name != "playground":
-        raise ValueError(f"`model_name_or_path: {name}` is no playground model; the only name is 'playground'.")
-    return str(base_model_path())
+    if name not in MODELS:
+        names = ", ".join(map(repr, MODELS))
+        raise ValueError(f"`model_name_or_path: {name}` is no playground model. Give one of {names}.")
+    return str(base_model_path(settings=MODELS[name]))

@@ -205,11 +205,10 @@ def main(
     """Trains, evaluates and saves as the parsed arguments say."""
     from peft import get_peft_model
     from transformers import DataCollatorWithPadding
-    from trl import get_peft_config
 
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPTrainer
-    from .recipe.equilibrium_arguments import check_head_arguments, load_model
+    from .recipe.equilibrium_arguments import adapter_config, check_head_arguments, load_model
     from .recipe.loading import (
         last_checkpoint,
         load_datasets,
@@ -242,7 +241,7 @@ def main(
     if names is not None and len(names) == task_args.num_labels:
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: index for index, name in enumerate(names)}
-    peft_config = get_peft_config(model_args)
+    peft_config = adapter_config(model_args)
     trainer = EPTrainer(
         model=model if peft_config is None else get_peft_model(model, peft_config),
         args=training_args,

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, head_args: Any) -> None:
     """Trains, evaluates and saves as the parsed arguments say."""
-    from trl import get_peft_config
-
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPRewardTrainer
-    from .recipe.equilibrium_arguments import check_head_arguments, load_model
+    from .recipe.equilibrium_arguments import adapter_config, check_head_arguments, load_model
     from .recipe.loading import (
         last_checkpoint,
         load_datasets,
@@ -48,7 +46,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args),
     )
     if head_args.show_alignment > 0:
         trainer.add_callback(EPAlignmentCallback(trainer, head_args.show_alignment))

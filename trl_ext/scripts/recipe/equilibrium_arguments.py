@@ -130,3 +130,21 @@ def load_model(model_args: Any, training_args: Any, head_args: EPHeadArguments, 
     if head_args.freeze_backbone:
         model.model.requires_grad_(False)
     return model
+
+
+def adapter_config(model_args: Any) -> Any:
+    """
+    The adapters that parsed arguments describe, for a classifier: its head trains beside them.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            Model arguments. TRL's default task, `CAUSAL_LM`, becomes `SEQ_CLS`.
+
+    Returns:
+        [`~peft.PeftConfig`] or `None`: `None` without `use_peft`.
+    """
+    from trl import get_peft_config
+
+    if model_args.lora_task_type == "CAUSAL_LM":
+        model_args.lora_task_type = "SEQ_CLS"
+    return get_peft_config(model_args)

@@ -13,6 +13,7 @@ from .strict_parser import RecipeError
 
 logger = get_logger(__name__)
 PLAYGROUND = "playground"
+PLAYGROUND_MODELS = (PLAYGROUND, "playground-small")  # those of `trl_ext.playground.MODELS`
 # What trainers and their callbacks leave in the output folder
 _LEFT_BEHIND = {
     "model card": "README.md",
@@ -25,8 +26,8 @@ _LEFT_BEHIND = {
 
 
 def resolve_model(name: str) -> str:
-    """The model to load; `"playground"` is the small base model that the package trains and caches."""
-    if name == PLAYGROUND:
+    """The model to load; those of the playground are trained by the package and cached."""
+    if name in PLAYGROUND_MODELS:
         from ...playground import resolve
 
         return resolve(name)

@@ -1,5 +1,6 @@
 """A recipe parser that refuses what it does not know."""
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -106,6 +107,27 @@ class StrictParser(TrlParser):
         """
         return self._check(args, other_options)[1]
 
+    def check_settings(self, settings: dict[str, Any], path: str, lines: Lines) -> dict[str, Any]:
+        """
+        Refuses settings that a recipe could not hold and that stand in another file, such as a pipeline's.
+
+        Args:
+            settings (`dict[str, Any]`):
+                Settings, without `env`.
+            path (`str`):
+                The file.
+            lines (`dict`):
+                Lines of the keys in it.
+
+        Returns:
+            `dict[str, Any]`: the settings, converted.
+
+        Raises:
+            RecipeError: If a key is unknown or a value has the wrong type.
+        """
+        self._refuse_unknown(settings, path, lines, [], ())
+        return {key: self._checked(key, value, path, lines) for key, value in settings.items()}
+
     def _check(self, args: Iterable[str], other_options: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
         remaining = list(args)
         path = take_option(remaining, "--config")
@@ -118,6 +140,7 @@ class StrictParser(TrlParser):
         apply_overrides(recipe, remaining, self._field_types())
         environment = checked_environment(recipe.pop("env", None), path, lines)
         self._refuse_unknown(recipe, path, lines, remaining, other_options)
+        self._take_texts_beside_flags()
         checked = {key: self._checked(key, value, path, lines) for key, value in recipe.items()}
         self.set_defaults_with_config(**checked)
         self.error = _refuse  # type: ignore[method-assign, assignment]
@@ -130,6 +153,12 @@ class StrictParser(TrlParser):
         if precision is not None and os.environ.get(PRECISION, precision) != precision:
             environment[PRECISION] = precision
         return remaining, environment
+
+    def _take_texts_beside_flags(self) -> None:
+        """Lets a field of type `str | bool` take texts; the parent reads it as a flag alone."""
+        for name, hint in self._field_types().items():
+            if set(get_args(hint)) - {NoneType} == {str, bool}:
+                self._option_string_actions[f"--{name}"].type = lambda text: _BOOLEANS.get(text.lower(), text)
 
     def _given(self, recipe: dict[str, Any], stated: dict[str, Any], path: str, args: list[str]) -> dict[str, str]:
         """Where each setting that is not default was given: the recipe's file, or the command line."""
@@ -199,6 +228,11 @@ class StrictParser(TrlParser):
         if action.choices is not None and value is not None and value not in action.choices:
             quote = " YAML reads an unquoted no, off, yes or on as a boolean: quote it." * isinstance(value, bool)
             raise RecipeError(f"{where} must be one of {list(action.choices)}.{quote}")
+        if isinstance(value, str) and action.choices is None and callable(action.type):
+            try:
+                action.type(value)  # as argparse will, whose error would not say where the value stands
+            except (argparse.ArgumentTypeError, TypeError, ValueError):
+                raise RecipeError(f"{where} must be of type {_type_name(hint)}: {described(hint)}.") from None
         nested = _nested_dataclass(hint)
         for position, entry in enumerate(value) if nested is not None and isinstance(value, list) else ():
             missing = _required(nested) - set(entry)

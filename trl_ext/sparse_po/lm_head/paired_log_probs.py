@@ -278,12 +278,12 @@ class _RunningStatistics:
             self.logit_sum[rows] += policy.sum(dim=1)
         weights = _fold_maximum(ref, self.ref_max[rows], scratch, (self.ref_sum[rows], self.gap_weighted[rows]))
         self.ref_sum[rows] += weights.sum(dim=1)
-        self.gap_weighted[rows] += _row_dot(weights, ref.sub_(policy))
+        self.gap_weighted[rows] += weights.mul_(ref.sub_(policy)).sum(dim=1)
         accumulated = (self.policy_sum[rows], self.policy_weighted[rows])
         weights = _fold_maximum(policy, self.policy_max[rows], scratch, accumulated)
         self.policy_sum[rows] += weights.sum(dim=1)
         if statistics:
-            self.policy_weighted[rows] += _row_dot(weights, policy)
+            self.policy_weighted[rows] += weights.mul_(policy).sum(dim=1)
 
     def of_rows(self, rows: slice) -> triton_kernels.Running:
         """What the kernels write."""
@@ -310,10 +310,6 @@ def _fold_maximum(
 
 def _uses_kernels(hidden: torch.Tensor) -> bool:
     return hidden.is_cuda and triton_kernels.AVAILABLE and hidden.dtype != torch.float64
-
-
-def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
 def _tiles(size: int, tile: int) -> Iterator[slice]:
@@ -407,7 +403,7 @@ class _PairedLogProbs(torch.autograd.Function):
         parameters = (policy_weight, policy_bias, ref_weight, ref_bias)
         with torch.autocast(device.type, enabled=False), maybe_gather_lm_head_ctx(*parameters):
             policy, ref = _heads(live_hidden, live_ref_hidden, parameters, ctx.options, ctx.projection_dtype)
-            gradients.allocate_head(policy_weight, policy_bias)
+            gradients.allocate_head(policy_weight, policy_bias, len(live_labels))
             has_kernels = _uses_kernels(policy.hidden)
             num_buffers = 3 if policy.transform.softcap and not has_kernels else 2
             walk = _walk(policy, ref, policy_weight.size(0), ctx.options, dtype, num_buffers)
@@ -482,8 +478,10 @@ class _Gradients:
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    def allocate_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if self.needed[1] else None
+    def allocate_head(self, weight: torch.Tensor, bias: torch.Tensor | None, num_tokens: int) -> None:
+        # The first tile of tokens writes the weight's; without tokens nothing would
+        make = weight.new_empty if num_tokens else weight.new_zeros
+        self.weight = make(weight.shape, dtype=self.dtype) if self.needed[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=self.dtype) if bias is not None and self.needed[2] else None
 
     def add(
@@ -495,7 +493,7 @@ class _Gradients:
         if self.hidden is not None:
             _add_product_(self.hidden[rows], rounded, weight_tile)
         if self.weight is not None:
-            _add_product_(self.weight[columns], rounded.t(), hidden)
+            _add_product_(self.weight[columns], rounded.t(), hidden, first=rows.start == 0)
 
     def finish(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, alive: torch.Tensor | None
@@ -506,10 +504,12 @@ class _Gradients:
         return tuple(None if total is None else total.to(like.dtype) for total, like in totals)  # type: ignore
 
 
-def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool = False) -> None:
+    """Adds `a @ b`, or writes it where it is the first, whatever stood there."""
+    beta = 0 if first else 1
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
