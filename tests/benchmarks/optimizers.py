@@ -186,10 +186,10 @@ def compare_sgd(shapes, device: str, gradients: str, rounds: int) -> str:
     return "; ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best.items())
 
 
-def narrow_rows(device: str, rounds: int) -> str:
+def narrow_rows(device: str, rounds: int, names: list[str]) -> str:
     """AdamP with and without its kernels on shapes with short rows, as multiples of fused AdamW."""
     lines = ["| shapes | gradients | fused AdamW, ms | AdamP | AdamP, no C compiler |", "|---|---|---|---|---|"]
-    for name, shapes in NARROW.items():
+    for name, shapes in ((name, NARROW[name]) for name in names):
         for gradients in GRADIENTS:
             if gradients == "rows" and shapes[0][-1] == 1:
                 continue  # A single number is orthogonal to none
@@ -272,10 +272,10 @@ def main() -> None:
     parser.add_argument("--gradients", choices=GRADIENTS, nargs="+", default=["generic", "orthogonal"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names of the optimizers to measure")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the optimizers to measure")
     parser.add_argument("--compile", action="store_true", help="measures passes made by torch.compile instead")
     parser.add_argument("--sgd", action="store_true", help="measures SGDP instead")
-    parser.add_argument("--narrow", action="store_true", help="measures shapes with short rows instead")
+    parser.add_argument("--narrow", nargs="*", choices=NARROW, help="measures shapes with short rows instead")
     parser.add_argument("--bf16", action="store_true", help="measures bfloat16 weights with float32 state instead")
     parser.add_argument("--output")
     options = parser.parse_args()
@@ -284,8 +284,8 @@ def main() -> None:
     if options.compile:
         print("\n".join(compiled_passes(device, options.rounds)))
         return
-    if options.narrow:
-        print(narrow_rows(device, options.rounds))
+    if options.narrow is not None:
+        print(narrow_rows(device, options.rounds, options.narrow or list(NARROW)))
         return
     shapes = gpt2_shapes() if options.model == "gpt2" else llama_1b_shapes(options.num_layers)
     if options.bf16:

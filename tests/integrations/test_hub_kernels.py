@@ -10,6 +10,7 @@ import torch
 
 import trl_ext.optim
 from trl_ext.integrations import hub_kernels
+from trl_ext.optim.kernels import compilation
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,8 @@ def test_layout(folder):
     assert [own["backend"]["type"] for own in metadata] == ["cpu", "cuda"] and len(
         {own["id"] for own in metadata}
     ) == 2
-    assert {"__init__.py", "optim/adamp.py", "optim/kernels/triton.py", "optim/kernels/adamp.c"} < files[0].keys()
+    assert {"__init__.py", "optim/adamp.py", "optim/kernels/triton.py"} < files[0].keys()
+    assert {str(path.relative_to(hub_kernels.ROOT)) for path in compilation.SOURCES} < files[0].keys()
     # The sources are this package's, byte for byte
     for path, content in files[0].items():
         if not path.endswith("__init__.py"):
@@ -66,6 +68,8 @@ def test_it_steps_as_this_packages_own(kernel, name, options):
         assert optimizer_cls.__module__.startswith(module.__name__)
         ends.append(weight.detach())
     assert torch.equal(*ends) and not torch.equal(ends[0], start)
+    own = sys.modules[f"{kernel.__name__}.optim.kernels.compilation"]
+    assert (own.compiled_library() is None) == (compilation.compiled_library() is None)
 
 
 def test_it_does_not_import_this_package(kernel):

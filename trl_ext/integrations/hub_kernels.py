@@ -22,9 +22,9 @@ from trl_ext._version import __version__
 NAME = "trl-ext-adamp"
 BACKENDS = ("cpu", "cuda")
 ENTRIES = ("optim/adamp.py", "optim/sgdp.py")
-# Beside the modules: compiled on first use
-DATA = ("optim/kernels/adamp.c",)
 ROOT = Path(trl_ext.__file__).parent
+# Beside the modules: compiled on first use
+DATA = tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "optim" / "kernels").glob("*.[ch]")))
 INIT = '''"""AdamP and SGDP (https://huggingface.co/papers/2006.08217), of trl_ext {version}."""
 
 from .optim.adamp import AdamP
