@@ -113,7 +113,7 @@ class Run:
         return self.status == -signal.SIGKILL
 
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""  # which the process makes
 
 
 def _become(module: str, arguments: list[str], log: Path, first: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shlex
+import struct
 from collections.abc import Collection, Iterable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from .progress import Marker, Progress
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("trl-ext", "trl", "transformers", "torch", "accelerate", "datasets")
+# Of a picture that gets a row of its own: width by height, or width in pixels
+_BROAD, _WIDE = 1.8, 1300
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2430;--soft:#5b6675;--page:#f6f7f9;--card:#fff;--line:#d9dee5;--accent:#2563ba;
 --bar:#3b7dd8;--code:#eef1f5;--good:#1c7a45;--bad:#b3261e}
@@ -39,7 +42,7 @@ th{color:var(--soft);font-weight:600;white-space:nowrap}td.number{text-align:rig
 white-space:nowrap}th.number{text-align:right}
 .time{min-width:7rem}
 .time i{display:block;height:.5rem;min-width:2px;border-radius:3px;background:var(--bar);margin-top:.3rem}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.5rem 1.2rem;margin:.6rem 0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.5rem 1.2rem;margin:.6rem 0}
 dl div{border-left:3px solid var(--line);padding-left:.6rem}
 dt{color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
 dd{margin:0;font-variant-numeric:tabular-nums;font-size:1.05rem}
@@ -49,7 +52,7 @@ margin:.4rem 0}pre.command{white-space:pre-wrap;overflow-wrap:anywhere}
 .curves,.pictures{display:grid;gap:.4rem 1rem;align-items:start;margin:.8rem 0}
 .curves{grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
 .pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
-figure{margin:0;min-width:0}
+figure{margin:0;min-width:0}.row{grid-column:1/-1}
 figure img{max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px;
 padding:6px;display:block}figcaption{color:var(--soft);font-size:.88rem;margin-bottom:.25rem}
 summary{cursor:pointer;color:var(--accent)}details{margin:.6rem 0}
@@ -169,8 +172,10 @@ def _pictures(pictures: Iterable[tuple[str, bytes]], kind: str) -> str:
 
 def _picture(title: str, data: bytes) -> str:
     encoded = base64.b64encode(data).decode()
+    width, height = struct.unpack(">II", data[16:24]) if len(data) >= 24 else (1, 1)  # of a PNG's head
+    row = ' class="row"' if width > min(_BROAD * height, _WIDE) else ""
     return (
-        f'<figure><figcaption>{_text(title)}</figcaption><img alt="{_text(title)}" '
+        f'<figure{row}><figcaption>{_text(title)}</figcaption><img alt="{_text(title)}" '
         f'src="data:image/png;base64,{encoded}"></figure>'
     )
 

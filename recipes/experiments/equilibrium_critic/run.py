@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
+from trl_ext.core.figures import line_style
 from trl_ext.playground import base_model_path, count_positive_words, load_playground_dataset, playground_gold
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
@@ -183,12 +184,12 @@ def draw(rows: list[dict[str, Any]], critics: list[str], tuning_seed: int, path:
         "reward": "positive words in a response",
     }
     for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        for critic in critics:
+        for index, critic in enumerate(critics):
             rate = best_rate(rows, critic, tuning_seed)
             own = [row["history"] for row in rows if (row["critic"], row["rate"]) == (critic, rate)]
             steps = [point["step"] for point in own[0]]
             values = np.array([[point[name] for point in history] for history in own])
-            (line,) = axis.plot(steps, values.mean(0), label=critic)
+            (line,) = axis.plot(steps, values.mean(0), label=critic, **line_style(index))
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(xlabel="update", ylabel=label)
         axis.grid(alpha=0.3)
