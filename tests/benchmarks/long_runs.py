@@ -40,7 +40,8 @@ def samples(bench, command: str, steps: int, overrides: list[str]) -> list[Sampl
         step = every * run.said().count("{'loss'")
         if step and (not found or step > found[-1].step):
             memory = process.memory_info().rss / 2**20
-            found.append(Sample(step, time.monotonic() - begun, memory, process.num_fds()))
+            if memory:  # a process that has just ended has none
+                found.append(Sample(step, time.monotonic() - begun, memory, process.num_fds()))
         time.sleep(0.1)
     assert found and found[-1].step >= steps - every, run.said()[-3000:]
     return found
@@ -72,6 +73,7 @@ def main() -> None:
 
     from tests.faults.__main__ import import_libraries
     from tests.faults.commands import COMMANDS, Bench
+    from tests.helpers.tiny import tokenizer_of_size
 
     import_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -80,6 +82,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(bench.folder / "model")
             model.resize_token_embeddings(options.vocabulary)
             model.save_pretrained(bench.folder / "model")
+            tokenizer_of_size(options.vocabulary).save_pretrained(bench.folder / "model")
         for command in options.commands or COMMANDS:
             print(row(command, samples(bench, command, options.steps, options.overrides)), flush=True)
 
