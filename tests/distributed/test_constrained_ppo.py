@@ -72,6 +72,18 @@ def test_the_other_critic_on_two_processes(launcher, model, alone, tmp_path):
     assert_same_numbers(found, alone(critic)[1], 1e-3)
 
 
+def test_without_a_critic_one_process_takes_up_what_two_have_ended_with(model, tmp_path):
+    script = str(Path(__file__).with_name("train_grpo.py"))
+    found = run("zero2", script, model, tmp_path, "--batch_size", "4")
+    options = ["--batch_size", "8", "--resume", str(tmp_path / "checkpoint-4")]
+    taken_up = run("zero2", script, model, tmp_path / "one", *options, processes=1)
+    assert (found["world_size"], taken_up["world_size"]) == (2, 1)
+    assert taken_up["multipliers"] == found["multipliers"][:1]
+    saved = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "final" / "model.safetensors").items():
+        assert torch.equal(saved[name], tensor), name
+
+
 def test_without_a_critic_two_processes_equal_one(model, tmp_path):
     """The completions of a prompt lie on both processes."""
     script = str(Path(__file__).with_name("train_grpo.py"))

@@ -56,6 +56,21 @@ def test_two_processes_equal_one(launcher, model, alone, tmp_path):
         assert len(found["rewards"]) == 2 and all(abs(reward) < 10 for reward in found["rewards"])
 
 
+@pytest.mark.parametrize(("launcher", "before", "after"), [("zero2", 2, 1), ("zero3", 1, 2)])
+def test_a_checkpoint_is_taken_up_by_another_number_of_processes(launcher, before, after, model, alone, tmp_path):
+    def train(processes, *options):
+        options = ["--batch_size", str(4 // processes), *options]
+        return launching.run(launcher, SCRIPT, model, tmp_path, *options, processes=processes)
+
+    single, expected = alone
+    train(before, "--max_steps", "2")
+    found = train(after, "--resume", str(tmp_path / "checkpoint-2"))
+    assert found["world_size"] == after and found["zero_stage"] == STAGES[launcher]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
+    assert found["angles"] == pytest.approx(expected["angles"], abs=0.1)
+    assert_same_weights(tmp_path / "final", single / "final")
+
+
 def test_fsdp2(model):
     script = str(Path(__file__).with_name("fully_shard_equilibrium.py"))
     assert launching.launch([script, model], rank_environments(2)).count("agrees") == 2

@@ -24,9 +24,9 @@ def make_trainer(options, folder: Path, seed: int, peft_config=None, **settings)
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         homeostasis_coef=10.0,
-        **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": False},
+        **{"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": False},
         **COMMON,
-        **settings,
+        **{"max_steps": 4, **settings},
     )
     set_seed(seed)
     model = EPModelForSequenceClassification.from_pretrained(
@@ -66,10 +66,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--max_steps", type=int, default=4)
+    parser.add_argument("--resume")
     parser.add_argument("--everything", action="store_true", help="also resume, adapters, and the reward in GRPO")
     options = parser.parse_args()
-    trainer = make_trainer(options, options.output, seed=0)
-    trainer.train()
+    trainer = make_trainer(options, options.output, seed=0, max_steps=options.max_steps)
+    trainer.train(resume_from_checkpoint=options.resume)
     found = {
         "losses": losses(trainer),
         "angles": [entry["ep/weight_angle"] for entry in trainer.state.log_history if "loss" in entry],

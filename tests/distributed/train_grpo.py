@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--resume")
     options = parser.parse_args()
     trainer = ConstrainedGRPOTrainer(
         options.model,
@@ -71,7 +72,7 @@ def main() -> None:
         processing_class=tiny_tokenizer(),
         rollout_func=rollout,
     )
-    finish(trainer, train(trainer, logged=LOGGED), options.output)
+    finish(trainer, train(trainer, options.resume, LOGGED), options.output)
 
 
 if __name__ == "__main__":
