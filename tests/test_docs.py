@@ -84,7 +84,7 @@ def test_commands(block, capsys, monkeypatch):
 
 def test_modules_that_make_runs():
     modules = re.findall(r" -m (tests\.[a-z_.]+)", (ROOT / "Makefile").read_text())
-    assert len(modules) == 9
+    assert len(modules) == 10
     assert all(importlib.util.find_spec(name) for name in modules)
 
 
