@@ -15,7 +15,7 @@ from .work import Part, Task
 
 RECIPE = "equilibrium/playground_reward"
 # Of the recipe, in every run: the smaller base model, and half the steps
-OVERRIDES = ["--model_name_or_path", "playground-small", "--max_steps", "150"]
+OVERRIDES = ["--model_name_or_path", "playground-small", "--max_steps", "200"]
 # Run: overrides of the recipe
 RUNS: dict[str, list[str]] = {
     "with homeostasis": [],
