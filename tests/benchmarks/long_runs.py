@@ -1,10 +1,11 @@
-"""Whether a long run stays as it began: resident memory, open files and time a step, of tiny models on a CPU.
+r"""Whether a long run stays as it began: resident memory, open files and time a step, of tiny models on a CPU.
 
 The commands are those of `tests/faults`, each in a process of its own that is looked at from outside.
 
 python -m tests.benchmarks.long_runs [--commands sparse-po constrained-ppo] [--steps 3000]
 python -m tests.benchmarks.long_runs --steps 50 --vocabulary 256000
-python -m tests.benchmarks.long_runs --commands constrained-ppo --steps 4 --overrides --max_completion_length 8192
+python -m tests.benchmarks.long_runs --commands constrained-ppo --steps 1 --overrides --max_completion_length 8192 \
+    --generation_kwargs '{"min_new_tokens": 8192}' --per_device_train_batch_size 2 --num_iterations 1
 """
 
 import argparse
