@@ -237,7 +237,8 @@ class Plan(Table):
 
     # ------------------------------------------------------------------ each step
 
-    def _publish(self) -> None:
+    def _write(self) -> None:
+        super()._write()
         self._used_table = self._upload()
 
     def _upload(self) -> torch.Tensor:

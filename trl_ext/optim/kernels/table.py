@@ -233,9 +233,6 @@ class Table:
         """Where a learning rate on the device lies; 0 for one that the host knows."""
         return 0
 
-    def _publish(self) -> None:
-        """Brings the table to where the kernels read it, before this step is counted."""
-
     # ------------------------------------------------------------------ each step
 
     def layout_key(self, group: dict[str, Any]) -> list[Any]:
@@ -256,6 +253,11 @@ class Table:
 
     def update(self) -> None:
         """Writes into the table what has changed since the last step, and counts this one."""
+        self._write()
+        self._count()
+
+    def _write(self) -> None:
+        """Writes into the table, where the kernels read it, what has changed since the last step."""
         options = np.array([options_row(group, self._lr_pointer(group)) for group in self.groups])
         if not np.array_equal(options, self._options):
             self._options[:], self._short_options[:] = options, options
@@ -270,9 +272,10 @@ class Table:
             if not np.array_equal(self._steps, numbers):
                 self._steps[:] = numbers
                 self._is_dirty = True
-        self._publish()
+
+    def _count(self) -> None:
         # The kernels on a device count as well, in the table or in the state's own tensor
-        for entry, state, grad in zip(self.entries, self.watch.states, grads, strict=True):
+        for entry, state, grad in zip(self.entries, self.watch.states, self.watch.grads, strict=True):
             if grad:
                 for key in entry.keys:
                     self.counts.steps[key] = self.counts.steps.get(key, 0) + 1
