@@ -87,25 +87,19 @@ def count_calls(steps: int) -> None:
     """Has the run of this process print how many functions a step calls early on and at its end."""
     from transformers import Trainer, TrainerCallback
 
-    calls = [0]
+    calls, begins = [0], (steps // 10, steps - COUNTED_STEPS - 20)
 
     def count(frame, event, argument):
         calls[0] += event in ("call", "c_call")
 
     class Counter(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step in (steps // 10, steps - COUNTED_STEPS):
+            if state.global_step in begins:
                 calls[0] = 0
                 sys.setprofile(count)
-            elif state.global_step == steps // 10 + COUNTED_STEPS:
-                self.print()
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.print()
-
-        def print(self):
-            sys.setprofile(None)
-            print(f"CALLS {calls[0] / COUNTED_STEPS:.0f}", flush=True)
+            elif state.global_step - COUNTED_STEPS in begins:
+                sys.setprofile(None)
+                print(f"CALLS {calls[0] / COUNTED_STEPS:.0f}", flush=True)
 
     init = Trainer.__init__
 

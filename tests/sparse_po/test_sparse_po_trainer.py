@@ -6,7 +6,7 @@ import trl
 from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests import glossary
 from tests.helpers.sparse_po import LOG2, first_batch, gradients, losses, make_trainer, perturb
@@ -319,9 +319,15 @@ def test_load_best_model_restores_it_and_its_masks(family, tmp_path, tokenizer):
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, mask_learning_rate=0.1,
         trainer_arguments={"eval_dataset": tiny_pairs(8, seed=1)},
     )  # fmt: skip
+
+    class SecondIsBest(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = abs(state.global_step - 2)
+
+    trainer.add_callback(SecondIsBest())
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert not best.endswith("checkpoint-4")
+    assert best.endswith("checkpoint-2")
     saved = load_file(f"{best}/token_masks.safetensors")
     for name, parameter in trainer.masks.learned.named_parameters():
         assert torch.equal(parameter, saved[name]), name
@@ -385,6 +391,8 @@ def test_qlora(tmp_path, tokenizer):
     assert trainer.state.log_history[0]["kl/chosen"] == 0 and losses(trainer)[0] == LOG2 != losses(trainer)[2]
 
 
+# Said by peft before 0.19
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
     from peft import get_peft_model
 
