@@ -87,19 +87,24 @@ def count_calls(steps: int) -> None:
     """Has the run of this process print how many functions a step calls early on and at its end."""
     from transformers import Trainer, TrainerCallback
 
-    calls, begins = [0], (steps // 10, steps - COUNTED_STEPS - 20)
+    calls, counted = [0], []
+    counting = {begin + k for begin in (steps // 10, steps - COUNTED_STEPS - 20) for k in range(COUNTED_STEPS)}
 
     def count(frame, event, argument):
         calls[0] += event in ("call", "c_call")
 
     class Counter(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step in begins:
+            sys.setprofile(None)
+            if state.global_step - 1 in counting:
+                counted.append(calls[0])
+            if len(counted) == COUNTED_STEPS:
+                *others, most = sorted(counted)
+                print(f"CALLS {statistics.mean(others):.0f} (most {most})", flush=True)
+                counted.clear()
+            if state.global_step in counting:
                 calls[0] = 0
                 sys.setprofile(count)
-            elif state.global_step - COUNTED_STEPS in begins:
-                sys.setprofile(None)
-                print(f"CALLS {calls[0] / COUNTED_STEPS:.0f}", flush=True)
 
     init = Trainer.__init__
 
@@ -115,7 +120,7 @@ def row_of_calls(bench, command: str, steps: int, overrides: list[str]) -> str:
     output = bench.folder / f"calls-{command}"
     run = bench.start(command, output, *fixed, *overrides, first=partial(count_calls, steps))
     os.waitpid(run.pid, 0)
-    calls = re.findall(r"^CALLS (\d+)$", run.said(), re.MULTILINE)
+    calls = re.findall(r"^CALLS (.*)$", run.said(), re.MULTILINE)
     assert len(calls) == 2, run.said()[-3000:]
     early, late = calls
     return f"{command:20} {steps:6} steps  {early} -> {late} calls a step"

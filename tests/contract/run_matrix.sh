@@ -26,13 +26,13 @@ for name in lowest usual newest; do
         touch "$environment/.installed"
     fi
     echo "== $name: $("$python" -m pip list --format freeze | grep -E '^(torch|trl|transformers|accelerate|peft|datasets|deepspeed)==' | tr '\n' ' ')"
+    # The policy's head of TRL 1.15 is a Triton kernel, which needs its interpreter on a CPU
+    interpret=$([ "$name" = lowest ] && echo 1 || echo 0)
     if [ "$tier" = quick ]; then
-        "$python" -m pytest -n 2 --dist worksteal -m "not slow and not distributed" || failed+=("$name")
+        TRITON_INTERPRET=$interpret "$python" -m pytest -n 2 --dist worksteal -m "not slow and not distributed" || failed+=("$name")
         continue
     fi
     "$python" -m pytest tests/contract tests/sparse_po/test_sparse_po_trainer.py || failed+=("$name")
-    # The policy's head of TRL 1.15 is a Triton kernel, which needs its interpreter on a CPU
-    interpret=$([ "$name" = lowest ] && echo 1 || echo 0)
     TRITON_INTERPRET=$interpret "$python" -m pytest \
         tests/constrained_ppo/test_constrained_ppo_trainer.py tests/optim/test_install.py tests/optim/test_trl_scripts.py \
         tests/equilibrium/test_training.py || failed+=("$name")

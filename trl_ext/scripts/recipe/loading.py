@@ -124,7 +124,7 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, datas
     trainer.accelerator.print(saved_text(what, args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()  # `Trainer.end` calls it, which transformers 5.5 has not
 
 
 def saved_text(what: str, folder: str | Path) -> str:
