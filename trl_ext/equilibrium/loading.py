@@ -266,7 +266,7 @@ def _missing_from_head(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -
 
 @torch.no_grad()
 def _restore_weights(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
-    """Gives an adapter its weights as trained: transformers rounds them to the base model's precision, 5.5 skips some."""
+    """Gives an adapter its weights as trained: transformers rounds them to the base model's dtype, 5.5 skips some."""
     for name, parameter in model.named_parameters():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         weight = saved.get(f"base_model.model.{key}") if ".default" in name else None
