@@ -96,9 +96,19 @@ def test_without_a_critic_two_processes_equal_one(launcher, model, grpo_alone, t
     assert (tmp_path / "checkpoint-3" / "rollout_1.pt").is_file()
     if launcher not in ("ddp", "zero2"):
         return
-    options = ["--batch_size", "8", "--resume", str(tmp_path / "checkpoint-4")]
-    taken_up = run(launcher.replace("ddp", "single"), GRPO_SCRIPT, model, tmp_path / "one", *options, processes=1)
-    assert taken_up["world_size"] == 1 and taken_up["multipliers"] == found["multipliers"][:1]
+
+    def taken_up_from(checkpoint):
+        options = ["--batch_size", "8", "--resume", str(tmp_path / checkpoint)]
+        alone = launcher.replace("ddp", "single")
+        taken_up = run(alone, GRPO_SCRIPT, model, tmp_path / "one", *options, processes=1)
+        assert taken_up["world_size"] == 1
+        return taken_up
+
+    if launcher == "ddp":  # Within a rollout, in place of which it makes one of its own
+        taken_up = taken_up_from("checkpoint-3")
+        assert len(taken_up["loss"]) == 4 and taken_up["loss"][:3] == found["loss"][:3] != [0.0] * 3
+        return
+    assert taken_up_from("checkpoint-4")["multipliers"] == found["multipliers"][:1]
     saved = load_file(tmp_path / "one" / "final" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "final" / "model.safetensors").items():
         assert torch.equal(saved[name], tensor), name

@@ -1,4 +1,4 @@
-"""Two CPU processes train as one does, under DDP, every stage of ZeRO and `fully_shard`, and what they save loads back."""
+"""Two CPU processes train as one does, by DDP, every stage of ZeRO and `fully_shard`; what they save loads back."""
 
 import json
 from pathlib import Path
