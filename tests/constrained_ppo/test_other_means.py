@@ -17,6 +17,8 @@ from trl_ext.optim import AdamP
 from trl_ext.optim.callbacks import bottom_optimizer
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+
 PPO, GRPO = "shared critic", "no critic"
 # Two updates on each rollout, under constraints that both act
 SETTINGS = {

@@ -1,6 +1,7 @@
 """Runs under `torch.compile` among runs without, in one process."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -20,7 +21,9 @@ def compiled_training() -> Iterator[dict[str, str]]:
         _forget()
         before = torch._dynamo.utils.counters["frames"]["ok"]
         try:
-            yield {"torch_compile_backend": "aot_eager"}
+            with warnings.catch_warnings():  # of torch's own tracing
+                warnings.simplefilter("ignore", DeprecationWarning)
+                yield {"torch_compile_backend": "aot_eager"}
             assert torch._dynamo.utils.counters["frames"]["ok"] > before, "nothing was compiled"
         finally:
             _forget()

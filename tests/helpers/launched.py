@@ -1,5 +1,6 @@
 """What the scripts share that tests launch in several processes."""
 
+import functools
 import json
 import os
 import sys
@@ -37,6 +38,8 @@ def shard_fully(trainer) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    # The process that has ended its responses goes on with those that have not, as under accelerate
+    model.generate = functools.partial(model.generate, synced_gpus=True)
     trainer.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
 
