@@ -38,8 +38,8 @@ def shard_fully(trainer) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-    # The process that has ended its responses goes on with those that have not, as under accelerate
-    model.generate = functools.partial(model.generate, synced_gpus=True)
+    if model.can_generate():  # Whoever has ended its responses goes on with those that have not, as under accelerate
+        model.generate = functools.partial(model.generate, synced_gpus=True)
     trainer.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
 

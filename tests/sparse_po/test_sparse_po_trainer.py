@@ -339,13 +339,11 @@ def test_load_best_model_restores_it_and_its_masks(family, tmp_path, tokenizer):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile": True},
         {"torch_compile": True, "share_prompt": True},
-        {"torch_compile": True, "mask_type": "activation"},
     ],
-    ids=["accumulation", "checkpointing", "reentrant", "compiled", "compiled-shared", "compiled-activation"],
+    ids=["accumulation", "checkpointing", "reentrant", "compiled", "compiled-shared"],
 )
 def test_same_training_by_other_means(settings, tmp_path, tiny_path, tokenizer):
-    masks = {"mask_type": settings.get("mask_type", "learned")}
-    plain = make_trainer(tmp_path / "a", tiny_path, tokenizer, max_steps=3, **masks)
+    plain = make_trainer(tmp_path / "a", tiny_path, tokenizer, max_steps=3)
     plain.train()
     with compiled_training() if "torch_compile" in settings else nullcontext({}) as compiling:
         settings = {**{name: settings[name] for name in settings if name != "torch_compile"}, **compiling}
