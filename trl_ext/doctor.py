@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,6 +213,22 @@ def check_compilers() -> Iterator[Finding]:
         yield Finding(
             FAULT if _gpus() else NOTE, "triton", "not installed; kernels on GPUs need it: pip install triton"
         )
+    yield from _kernels_of_the_hub()
+
+
+def _kernels_of_the_hub() -> Iterator[Finding]:
+    """What the environment names; nothing is loaded."""
+    from .core.hub_kernel import KERNELS_VARIABLE, named_kernels
+
+    try:
+        named = named_kernels()
+    except ValueError as error:
+        yield Finding(FAULT, "kernels", str(error))
+        return
+    if named and find_spec("kernels") is None:
+        yield Finding(FAULT, "kernels", f"{KERNELS_VARIABLE} is set and `kernels` not installed: pip install kernels")
+    for name, place in named.items():
+        yield Finding(OK, "kernels", f"{name} of {place} on a GPU, if it fits")
 
 
 def check_machine() -> Iterator[Finding]:
