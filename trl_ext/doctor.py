@@ -18,6 +18,11 @@ from rich.console import Console
 
 
 OK, NOTE, FAULT = "ok", "note", "fault"
+_USAGE = """usage: trl-ext doctor
+
+Checks versions against their ranges, what is taken from other libraries,
+devices, DeepSpeed, compilers, memory, disks and caches. The status is 1 where
+something is at fault."""
 # What `transformers`, `datasets` and the hub's library write to
 _LEAST_DISK = 5e9
 
@@ -46,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments (`list[str]`):
-            None are taken.
+            `--help`, or none.
 
     Returns:
         `int`: 1 if something is at fault, else 0.
@@ -54,6 +59,9 @@ def main(arguments: list[str]) -> int:
     Raises:
         ValueError: If there are arguments.
     """
+    if arguments in (["--help"], ["-h"]):
+        print(_USAGE)  # noqa: T201
+        return 0
     if arguments:
         raise ValueError(f"it takes no arguments, got {' '.join(arguments)}.")
     console = Console(markup=False, highlight=False, soft_wrap=True)
