@@ -9,6 +9,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,19 @@ def run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     notebook, names = json.loads(path.read_text()), {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    for count, cell in enumerate(cells, 1):
-        cell["outputs"] = outputs_of("".join(cell["source"]), f"{path.name}, cell {count}", names, count)
-        cell["execution_count"] = count
+    speaker = logging.getLogger("DeepSpeed")  # of the machine, at its first import, to the standard output
+    speaker.addFilter(_nothing)
+    try:
+        for count, cell in enumerate(cells, 1):
+            cell["outputs"] = outputs_of("".join(cell["source"]), f"{path.name}, cell {count}", names, count)
+            cell["execution_count"] = count
+    finally:
+        speaker.removeFilter(_nothing)
     return notebook, names
+
+
+def _nothing(_record: logging.LogRecord) -> bool:
+    return False
 
 
 def main() -> None:

@@ -277,7 +277,7 @@ def test_accelerate_configs_are_valid():
             r"`treshold` in `constraints\[0\]`.* did you mean `threshold`",
         ),
         (
-            ["constrained-ppo", "--config", "constrained_ppo/playground", "--search", "{samplr: random}"],
+            ["constrained-ppo", "--config", "constrained_ppo/playground", "--search.samplr", "random"],
             "`samplr` in `search`.* did you mean `sampler`",
         ),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml"),
