@@ -38,6 +38,7 @@ from ..core.model_card import MethodCardMixin
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
+from .lm_head.paired_log_probs import take_kernel_of_hub
 from .loss import length_desensitized_weights, mask_l1_penalty, sft_loss
 from .mask_kinds import MASK_KINDS
 from .masks import TokenMaskCompanion, TokenMasks
@@ -188,6 +189,7 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
             if self.ref_model is None
             else self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         )
+        take_kernel_of_hub(self.accelerator.device)
         check_tokenizer(self.processing_class, self.policy)
         check_vocabularies(
             (vocabulary_size(self.policy), vocabulary_size(self._reference)),

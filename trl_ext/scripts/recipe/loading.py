@@ -7,7 +7,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ...core.checkpoint import checkpoints
-from .required import require_model_and_data as require_model_and_data
+from . import required
 from .strict_parser import RecipeError
 
 
@@ -23,6 +23,17 @@ _LEFT_BEHIND = {
     "optimizer": "optimizer_report.json",
     "log": "trainer_state.json",
 }
+
+
+def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
+    """
+    Refuses arguments without model or data, or with files that are not here, before anything is loaded or trained.
+
+    Raises:
+        RecipeError: If one is missing.
+    """
+    required.require_model_and_data(model_args, script_args, dataset_args)
+    required.require_files(model_args, dataset_args)
 
 
 def resolve_model(name: str) -> str:

@@ -16,7 +16,8 @@ from ...core.checks import shown
 from .reading import RecipeError, parse_yaml
 
 
-_BUILDERS = {
+# Ending of a file: what `datasets` reads it with
+BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow",
 }  # fmt: skip
 
@@ -152,9 +153,9 @@ def _replace_datasets(recipe: dict[str, Any], args: list[str], hints: Mapping[st
         return
     datasets = recipe.get("datasets")
     if not datasets:
-        builder = _BUILDERS.get(PurePath(files).suffix.lower())
+        builder = BUILDERS.get(PurePath(files).suffix.lower())
         if builder is None:
-            raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(_BUILDERS)}.")
+            raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(BUILDERS)}.")
         recipe["datasets"] = [{"path": builder, "data_files": files}]
     elif isinstance(datasets, list) and len(datasets) == 1 and isinstance(datasets[0], dict):
         datasets[0]["data_files"] = files
