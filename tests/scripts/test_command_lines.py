@@ -1,5 +1,7 @@
 """What a stranger sees of the commands: help within 80 columns, and errors before anything is loaded or trained."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.helpers.tiny import save_tiny_model
@@ -116,6 +118,8 @@ def test_a_dry_run_shows_the_constraints(capsys):
 
 
 class Parser:
+    parsed = SimpleNamespace(model_name_or_path="gpt3")
+
     def parse_args_and_config(self):
         return ()
 
@@ -123,7 +127,7 @@ class Parser:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError("gpt3 is not a local folder and is not a valid model identifier"), "script.py: gpt3 is not a local"),
+        (OSError("We couldn't connect to the Hub"), r"script.py: We couldn't.*\nGiven is `model_name_or_path: gpt3`"),
         (FileNotFoundError("Dataset 'x' doesn't exist on the Hub"), "script.py: Dataset 'x' doesn't exist"),
         (FileNotFoundError(2, "No such file or directory"), None),
         (RuntimeError("of the code"), None),

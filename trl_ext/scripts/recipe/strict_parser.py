@@ -424,7 +424,9 @@ def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
         from ...core.files import is_lack_of_space  # which imports torch
 
         if _says_it_all(error) and not take_flag(sys.argv[1:], "--verbose"):
-            raise SystemExit(f"{Path(sys.argv[0]).name}: {error}\n--verbose shows where.") from None
+            model = getattr(getattr(parser, "parsed", None), "model_name_or_path", None)
+            given = f"Given is `model_name_or_path: {model}`. " if model else ""  # which transformers may not name
+            raise SystemExit(f"{Path(sys.argv[0]).name}: {error}\n{given}--verbose shows where.") from None
         if not is_lack_of_space(error):
             raise
         raise SystemExit(
