@@ -5,10 +5,11 @@ import json
 from datasets import Dataset
 
 from trl_ext import cli
-from trl_ext.rewards import completion_tokens
+from trl_ext.rewards import completion_tokens, distinct_words
 from trl_ext.scripts.hub_data import RECASTS, hh_pair, hh_prompt, recast
 from trl_ext.scripts.recipe.packaged import packaged_recipes
 from trl_ext.scripts.recipe.strict_parser import load_recipe
+from trl_ext.scripts.review_pairs import review_pairs
 
 
 START = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A cake?\n\nAssistant:"
@@ -33,9 +34,43 @@ def test_rows_without_a_prompt_are_left_out(tmp_path):
 
 def test_recipes_say_the_command_that_makes_their_data():
     for name, form in RECASTS.items():
-        path = packaged_recipes()[form.wanted_by]
-        files = load_recipe(path)["datasets"][0]["data_files"]
-        assert f"trl-ext data {name} --output {files}" in path.read_text()
+        for path in map(packaged_recipes().get, form.wanted_by):
+            files = load_recipe(path)["datasets"][0]["data_files"]
+            assert f"trl-ext data {name} --output {files}" in path.read_text()
+
+
+def review(opening, rest, label):
+    return {"text": f"{opening}<br /><br />{' '.join([rest] * 21)}", "label": label}
+
+
+REVIEWS = [
+    review("This film is", "great", 1), review("This film is", "bad", 0), review("This film is", "dull", 0),
+    review("I saw it", "twice", 1), {"text": "This film is short", "label": 1}, review("I saw it", "once", -1),
+    review("What a mess", "awful", 0), review("What a mess", "lovely", 1), review("What a mess", "nice", 1),
+]  # fmt: skip
+
+
+def test_reviews_are_paired_by_their_first_words_whatever_their_order(tmp_path, capsys):
+    source, made = tmp_path / "reviews.jsonl", tmp_path / "pairs.jsonl"
+    Dataset.from_list(REVIEWS).to_json(source)
+    assert cli.main(["data", "imdb-pairs", "--output", str(made), "--data_files", str(source)]) == 0
+    assert f"2 rows of {source} written" in capsys.readouterr().out
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    for row in rows:
+        assert {row["prompt"], *row} == {row["prompt"], "prompt", "chosen", "rejected"}
+        for side in ("chosen", "rejected"):
+            words = row[side].split(" ")
+            assert words[0] == "" and len(words) == 21 and len(set(words[1:])) == 1  # 20 of the 21, no markup
+    words = {row["prompt"]: (row["chosen"].split()[0], row["rejected"].split()[0]) for row in rows}
+    assert words["This film is"] in {("great", "bad"), ("great", "dull")}
+    assert words["What a mess"] in {("lovely", "awful"), ("nice", "awful")} and len(words) == 2
+    assert review_pairs(Dataset.from_list(REVIEWS[::-1])).to_list() == rows
+
+
+def test_an_unknown_ending_is_refused(tmp_path, capsys):
+    options = ["--output", str(tmp_path / "x.json"), "--data_files", "reviews.xls.gz"]
+    assert cli.main(["data", "imdb-pairs", *options]) == 2
+    assert "must end in one of .jsonl" in capsys.readouterr().err
 
 
 def test_a_file_is_not_written_over(tmp_path, capsys):
@@ -46,3 +81,8 @@ def test_a_file_is_not_written_over(tmp_path, capsys):
 
 def test_completion_tokens():
     assert completion_tokens(completion_ids=[[1, 2, 3], []], completions=["a", ""]) == [3.0, 0.0]
+
+
+def test_distinct_words():
+    message = [{"role": "assistant", "content": "Good, good film."}]
+    assert distinct_words(completions=["a b c d", "", message], completion_ids=[]) == [1.0, 0.0, 2 / 3]
