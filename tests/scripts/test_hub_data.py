@@ -46,7 +46,8 @@ def review(opening, rest, label):
 REVIEWS = [
     review("This film is", "great", 1), review("This film is", "bad", 0), review("This film is", "dull", 0),
     review("I saw it", "twice", 1), {"text": "This film is short", "label": 1}, review("I saw it", "once", -1),
-    review("What a mess", "awful", 0), review("What a mess", "lovely", 1), review("What a mess", "nice", 1),
+    review("Ann meets Bob", "and", 1), review("Ann meets Bob", "and", 0), review("What a mess", "awful", 0),
+    review("What a mess", "lovely", 1), review("What a mess", "nice", 1),
 ]  # fmt: skip
 
 

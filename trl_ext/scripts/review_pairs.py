@@ -34,7 +34,8 @@ def review_pairs(reviews: Any) -> Any:
     rows = [
         {"prompt": opening, "chosen": chosen, "rejected": rejected}
         for opening, (negative, positive) in by_opening.items()
-        for chosen, rejected in zip(_shuffled(positive), _shuffled(negative), strict=False)
+        # Reviews of both labels may begin alike, with a summary of the plot for example
+        for chosen, rejected in zip(_shuffled(positive - negative), _shuffled(negative - positive), strict=False)
     ]
     return Dataset.from_list(sorted(rows, key=lambda row: _digest("".join(row.values()))))
 
