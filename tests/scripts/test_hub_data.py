@@ -1,6 +1,7 @@
 """Data of the Hub in the form that a recipe wants."""
 
 import json
+from math import log
 
 from datasets import Dataset
 
@@ -9,7 +10,7 @@ from trl_ext.rewards import completion_tokens, distinct_words
 from trl_ext.scripts.hub_data import RECASTS, hh_pair, hh_prompt, recast
 from trl_ext.scripts.recipe.packaged import packaged_recipes
 from trl_ext.scripts.recipe.strict_parser import load_recipe
-from trl_ext.scripts.review_pairs import review_pairs
+from trl_ext.scripts.review_pairs import review_pairs, word_log_odds
 
 
 START = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A cake?\n\nAssistant:"
@@ -45,27 +46,39 @@ def review(opening, rest, label):
 
 REVIEWS = [
     review("This film is", "great", 1), review("This film is", "bad", 0), review("This film is", "dull", 0),
-    review("I saw it", "twice", 1), {"text": "This film is short", "label": 1}, review("I saw it", "once", -1),
+    review("I saw it", "twice", 1), {"text": "This film is bad", "label": 0}, review("I saw it", "once", -1),
     review("Ann meets Bob", "and", 1), review("Ann meets Bob", "and", 0), review("What a mess", "awful", 0),
-    review("What a mess", "lovely", 1), review("What a mess", "nice", 1),
+    review("What a mess", "lovely", 1), review("What a mess", "great", 1), review("The end of", "it", 1),
+    review("The end of", "film", 0),
 ]  # fmt: skip
 
 
-def test_reviews_are_paired_by_their_first_words_whatever_their_order(tmp_path, capsys):
+def test_the_clearest_reviews_are_paired_by_their_first_words_whatever_their_order(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_ext.scripts.review_pairs.MIN_REVIEWS", 1)
+    monkeypatch.setattr("trl_ext.scripts.review_pairs.NUM_PAIRS", 2)
     source, made = tmp_path / "reviews.jsonl", tmp_path / "pairs.jsonl"
     Dataset.from_list(REVIEWS).to_json(source)
     assert cli.main(["data", "imdb-pairs", "--output", str(made), "--data_files", str(source)]) == 0
     assert f"2 rows of {source} written" in capsys.readouterr().out
     rows = [json.loads(line) for line in made.read_text().splitlines()]
-    for row in rows:
-        assert {row["prompt"], *row} == {row["prompt"], "prompt", "chosen", "rejected"}
-        for side in ("chosen", "rejected"):
-            words = row[side].split(" ")
-            assert words[0] == "" and len(words) == 21 and len(set(words[1:])) == 1  # 20 of the 21, no markup
-    words = {row["prompt"]: (row["chosen"].split()[0], row["rejected"].split()[0]) for row in rows}
-    assert words["This film is"] in {("great", "bad"), ("great", "dull")}
-    assert words["What a mess"] in {("lovely", "awful"), ("nice", "awful")} and len(words) == 2
+
+    # Twenty words without markup; "bad" and "great" are in two reviews each, "it" and "film" in those of both labels
+    def words(word):
+        return " " + " ".join([word] * 20)
+
+    assert sorted(rows, key=lambda row: row["prompt"]) == [
+        {"prompt": "This film is", "chosen": words("great"), "rejected": words("bad")},
+        {"prompt": "What a mess", "chosen": words("great"), "rejected": words("awful")},
+    ]
     assert review_pairs(Dataset.from_list(REVIEWS[::-1])).to_list() == rows
+
+
+def test_log_odds_of_words(monkeypatch):
+    """3 positive and 2 negative reviews; a word counts once in a review, and is left out where it is in one only."""
+    monkeypatch.setattr("trl_ext.scripts.review_pairs.MIN_REVIEWS", 2)
+    texts = ["Good, good film.", "good", "film", "film bad", "don't", "good"]
+    found = word_log_odds(texts, [1, 1, 1, 0, 0, -1])
+    assert found == {"good": log(3 / 5) - log(1 / 4), "film": log(3 / 5) - log(2 / 4)}
 
 
 def test_an_unknown_ending_is_refused(tmp_path, capsys):
