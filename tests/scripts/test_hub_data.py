@@ -46,10 +46,10 @@ def review(opening, rest, label):
 
 REVIEWS = [
     review("This film is", "great", 1), review("This film is", "bad", 0), review("This film is", "dull", 0),
-    review("I saw it", "twice", 1), {"text": "This film is bad", "label": 0}, review("I saw it", "once", -1),
+    review("I saw it", "twice", 1), review("I saw it", "once", 0), review("I saw it", "never", -1),
     review("Ann meets Bob", "and", 1), review("Ann meets Bob", "and", 0), review("What a mess", "awful", 0),
-    review("What a mess", "lovely", 1), review("What a mess", "great", 1), review("The end of", "it", 1),
-    review("The end of", "film", 0),
+    review("What a mess", "lovely", 1), review("What a mess", "great", 1),
+    {"text": "This film is bad", "label": 0},
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_the_clearest_reviews_are_paired_by_their_first_words_whatever_their_ord
     assert f"2 rows of {source} written" in capsys.readouterr().out
     rows = [json.loads(line) for line in made.read_text().splitlines()]
 
-    # Twenty words without markup; "bad" and "great" are in two reviews each, "it" and "film" in those of both labels
+    # Twenty words without markup; "bad" and "great" are in two reviews each, "twice" and "once" in one
     def words(word):
         return " " + " ".join([word] * 20)
 
