@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import pprint
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def outputs_of(source: str, name: str, names: dict[str, Any], count: int) -> lis
 def shown(value: Any) -> dict[str, Any]:
     """A value as text, a figure as a picture too."""
     if not hasattr(value, "savefig"):
-        return {"text/plain": lines(repr(value))}
+        return {"text/plain": lines(pprint.pformat(value, sort_dicts=False))}
     picture = io.BytesIO()
     value.savefig(picture, format="png", dpi=80)
     return {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": ["<Figure>"]}

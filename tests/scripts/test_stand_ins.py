@@ -9,7 +9,7 @@ import pytest
 from trl_ext.cli import TRAINING_COMMANDS
 from trl_ext.core.checks import described
 from trl_ext.optim.names import _OPTIMIZERS
-from trl_ext.scripts.recipe import stand_ins
+from trl_ext.scripts.recipe.source_classes import stand_in
 from trl_ext.scripts.recipe.stand_ins import CLASSES, OWN_OPTIMIZERS, light_parser
 
 
@@ -66,7 +66,7 @@ def test_of_two_assignments_in_a_class_the_last_holds(tmp_path, monkeypatch):
         "    kind: Literal['x', 'y'] | None = None\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = stand_ins._Module("made_for_stand_ins")["Settings"]
+    made = stand_in("made_for_stand_ins", "Settings")
     size = made.__dataclass_fields__["size"]
     assert (made().size, made().kind, size.metadata["help"]) == (2, None, "b")
     assert made.__annotations__["kind"].__args__[0].__args__ == ("x", "y")

@@ -78,7 +78,7 @@ def parser():
         ("reward_funcs: {a: 1}", "line 2 must be of type"),
         ("reward_funcs: [[a]]", "line 2 must be of type"),
         ("constraints: {reward: a}", "line 2 must be of type.*a list of mappings"),
-        ("constraints: [a]", "line 2 must be of type"),
+        ("constraints: [a]", r"`constraints\[0\]` in .*, line 2 must be a mapping, got 'a'"),
         ("reward_weights: 0.5", "line 2 must be of type"),
         ("generation_kwargs: [1]", "line 2 must be of type"),
         ("run_name: !!binary aGk=", "line 2 must be of type str"),

@@ -26,7 +26,7 @@ from .named_code import check_trust, named_code
 from .overrides import apply_overrides, take_option
 from .preview import given_text
 from .reading import Lines, RecipeError, read_recipe
-from .stand_ins import stand_in
+from .source_classes import stand_in
 
 
 __all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly", "take_flag"]

@@ -94,7 +94,7 @@ def description(text: str | None, prog: str | None = None) -> str:
     What stands at the head of a command's help, for 80 columns.
 
     Args:
-        text (`str`, *optional*):
+        text (`str` or `None`):
             Docstring of the command's module: paragraphs, lines of comment and command lines of Python.
         prog (`str`, *optional*):
             The command as it was called, which takes the place of `python -m MODULE`.
