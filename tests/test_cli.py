@@ -12,7 +12,7 @@ import yaml
 import trl_ext
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
 from trl_ext import cli
-from trl_ext.scripts import sparse_po
+from trl_ext.scripts import equilibrium_classifier, equilibrium_reward, sparse_po
 from trl_ext.scripts.recipe.loading import ignore_boolean_buffers, last_checkpoint, saved_text
 from trl_ext.scripts.recipe.strict_parser import RecipeError, StrictParser
 
@@ -77,6 +77,12 @@ def test_names_that_work_on_the_command_line_only_are_refused_in_a_recipe(key, c
     with pytest.raises(RecipeError, match=f"`{key}` in the recipe" + (f".*`{closest}`" if closest else "")):
         check("--config", write_recipe(tmp_path, **{"beta": 0.1}, **{str(key): True}))
     check("--learning-rate", "0.1", "--no_remove_unused_columns")
+
+
+@pytest.mark.parametrize("script", [sparse_po, equilibrium_classifier, equilibrium_reward], ids=lambda s: s.__name__)
+def test_an_engine_is_refused_where_nothing_is_generated(script, tmp_path):
+    with pytest.raises(RecipeError, match="(?s)Unknown arguments.*`use_vllm` in .*recipe.yaml"):
+        script.make_parser().check(["--config", write_recipe(tmp_path, use_vllm=True)])
 
 
 def test_unknown_keys_of_a_dataset_are_refused(tmp_path):
@@ -258,7 +264,28 @@ def test_accelerate_configs_are_valid():
         (["sparse-po", "--num_processes", "2"], "num_processes 2.*runs one process.*zero3"),
         (["sparse-po", "--acelerate_config", "zero3"], "`acelerate_config`.*did you mean `accelerate_config`"),
         (["sparse-po", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["recipes", "nowhere"], "nowhere is not a folder"),
+        (["recipes", "nowhere"], "nowhere is neither a folder with recipes nor `show NAME`"),
+        (["recipes", "shwo", "sparse_po/playground"], "shwo sparse_po/playground is neither"),
+        (["recipes", "show", "sparse_po/playgroud"], "Did you mean `sparse_po/playground`"),
+        (["sparse-po", "--config", "sparse_po/playgroun"], "not a file. Did you mean `sparse_po/playground`"),
+        (["plan", "--config", "recipes/sparse_po/playgroun.yaml"], "Did you mean `sparse_po/playground`"),
+        (["sparse_po"], "Did you mean `sparse-po`"),
+        (["foo"], "unknown command 'foo'.\nThe commands are"),
+        (
+            [
+                "constrained-ppo",
+                "--config",
+                "constrained_ppo/playground",
+                "--constraints.0.treshold",
+                "1",
+                "--dry_run",
+            ],
+            r"`treshold` in `constraints\[0\]`.* did you mean `threshold`",
+        ),
+        (
+            ["constrained-ppo", "--config", "constrained_ppo/playground", "--search.samplr", "random"],
+            "`samplr` in `search`.* did you mean `sampler`",
+        ),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -60,6 +60,19 @@ def test_gpus_and_their_lack(monkeypatch):
     assert findings(doctor.check_devices)["GPU"].level == "note"
 
 
+def test_kernels_of_the_hub_are_named(monkeypatch, tmp_path):
+    variable = "TRL_EXT_HUB_KERNELS"
+    monkeypatch.delenv(variable, raising=False)
+    assert findings(doctor._kernels_of_the_hub) == {}
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setenv(variable, f"trl-ext-adamp={tmp_path}")
+    first, second = doctor._kernels_of_the_hub()
+    assert first.level == "fault" and "pip install kernels" in first.text
+    assert second.text == f"trl-ext-adamp of {tmp_path} on a GPU, if it fits"
+    monkeypatch.setenv(variable, "adam")
+    assert findings(doctor._kernels_of_the_hub)["kernels"].text.startswith("`TRL_EXT_HUB_KERNELS` names 'adam'")
+
+
 def test_folders_without_room_or_rights(monkeypatch, tmp_path):
     usage = namedtuple("Usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e9))

@@ -30,46 +30,56 @@ TRAINING_COMMANDS = {
     "equilibrium-classifier": "trl_ext.scripts.equilibrium_classifier",
 }
 _LAUNCH_OPTIONS = ("accelerate_config", "num_processes")
-USAGE = """trl-ext [--version] [--help] COMMAND
+USAGE = """usage: trl-ext COMMAND [options]    trl-ext COMMAND --help    trl-ext --version
 
-  sparse-po   Train a policy with SparsePO:
-              trl-ext sparse-po --config recipe.yaml [--accelerate_config NAME] [--num_processes N] [overrides]
-  constrained-ppo
-              Train a policy with PPO, plain or constrained, with the same options
-  constrained-grpo
-              Train a policy with GRPO, plain or constrained, with the same options
-  equilibrium-reward
-              Train a reward model with an equilibrium-propagation head, with the same options
-  equilibrium-classifier
-              Train a text classifier with such a head, with the same options
-  proxy-points
-              Find the values of rewards beyond which a gold metric falls, from the logs of runs:
-              trl-ext proxy-points --runs FOLDER ... [--output_dir FOLDER]
-  sweep       Train plain PPO at several weights of its rewards, then find the proxy points of all these runs:
-              trl-ext sweep --config recipe.yaml [--reward_weights 1,0 0.5,0.5 0,1] [--output_dir FOLDER]
+Training, each by a recipe:
+  trl-ext COMMAND --config RECIPE [--accelerate_config NAME] [--num_processes N]
+                  [--KEY VALUE ...] [--print_config | --dry_run] [--verbose]
+  sparse-po               a policy, with SparsePO
+  constrained-ppo         a policy, with PPO, plain or constrained
+  constrained-grpo        a policy, with GRPO, plain or constrained
+  equilibrium-reward      a reward model with an equilibrium-propagation head
+  equilibrium-classifier  a text classifier with such a head
   sft, dpo, grpo, kto, reward, rloo
-              TRL's own scripts with the same options; `optim: adamp` and `optim: sgdp` are valid
-  sample-pairs
-              Sample completions of a policy and write the best and the worst of each prompt as pairs:
-              trl-ext sample-pairs --model FOLDER --dataset_name NAME --reward NAME [--output_dir FOLDER]
-  pipeline    Run several of these commands one after the other, each on what the ones before have made:
-              trl-ext pipeline --config pipeline.yaml [--dry_run] [--stages.NAME.settings.KEY VALUE]
-  demo        Compare the methods on the playground:
-              trl-ext demo [--output_dir FOLDER] [--parts sparse_po constrained_ppo]
-  completion  Print what completes commands, options and recipes in bash: eval "$(trl-ext completion)"
-  data        Write data of the Hub in the form that a recipe wants: trl-ext data hh-pairs --output FILE
-  doctor      Check versions, devices, compilers, memory and caches of this installation
-  plan        Say what a recipe needs of each GPU under DDP, ZeRO and FSDP2, and what they send:
-              trl-ext plan --config NAME [--gpus N] [--memory GIB] [overrides]
-  recipes     List the recipes of the package, or those below a folder, with method, hardware and purpose:
-              trl-ext recipes [FOLDER]
-              Show or copy one of the package: trl-ext recipes show NAME, trl-ext recipes copy NAME [FOLDER];
-              `--config NAME` finds it too
+                          TRL's own scripts; `optim: adamp` is valid, and sgdp
 
-With --print_config a training command prints its settings, with --dry_run what it would do, and trains nothing.
-With --verbose it prints all that is logged, and what the libraries below it warn of.
---accelerate_config takes the path of a file, or one of: {configs}.
-A recipe outside the working folder that names code to import needs --trust_recipe_code."""
+Around it:
+  recipes       list the package's recipes, or those below a FOLDER;
+                recipes show NAME, recipes copy NAME [FOLDER]
+  plan          what a recipe needs of each GPU under DDP, ZeRO and FSDP2:
+                trl-ext plan --config RECIPE [--gpus N] [--memory GIB]
+  pipeline      several of these commands, each on what the ones before have made:
+                trl-ext pipeline --config PIPELINE [--dry_run]
+  sample-pairs  the best and the worst of a policy's completions, as pairs:
+                trl-ext sample-pairs --model FOLDER --dataset_name NAME
+                --reward NAME
+  sweep         plain PPO at several weights of its rewards, and proxy points:
+                trl-ext sweep --config RECIPE [--reward_weights 1,0 0,1]
+  proxy-points  values of rewards beyond which a gold metric falls, from logs:
+                trl-ext proxy-points --runs FOLDER ...
+  data          data of the Hub in the form that a recipe wants:
+                trl-ext data hh-pairs --output FILE
+  demo          the methods on the playground, compared
+  doctor        versions, devices, compilers, memory and caches
+  completion    what completes all this in bash: eval "$(trl-ext completion)"
+
+A RECIPE is a YAML file, or the name of one of the package.
+--print_config prints its settings, --dry_run what it would do; neither trains.
+--verbose prints all that is logged, and what other libraries warn of.
+--accelerate_config takes a file, or one of {configs}.
+A recipe outside the working folder that names code to import needs
+--trust_recipe_code."""
+_RECIPES_USAGE = """usage: trl-ext recipes [FOLDER]
+       trl-ext recipes show NAME
+       trl-ext recipes copy NAME [FOLDER]
+
+Lists the package's recipes, or the YAML files below a folder, with command,
+hardware and purpose; shows one of the package, or copies it, with the
+DeepSpeed config that it names, to be changed."""
+_COMPLETION_USAGE = """usage: eval "$(trl-ext completion)"
+
+Prints what completes commands, options, their choices and packaged recipes in
+bash, and in zsh after `autoload bashcompinit && bashcompinit`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,14 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if not arguments or arguments[0] in ("--help", "-h"):
-        Console(markup=False, highlight=False).print(USAGE.format(configs=", ".join(accelerate_configs())))
+        usage = USAGE.format(configs=", ".join(accelerate_configs())).splitlines()
+        filled = [textwrap.fill(line, 80, break_on_hyphens=False) if len(line) > 80 else line for line in usage]
+        Console(markup=False, highlight=False, soft_wrap=True).print("\n".join(filled))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         Console(highlight=False).print(__version__)
         return 0
     command, *rest = arguments
     commands: dict[str, Callable[[list[str]], int]] = {
-        "completion": lambda _: _completion([*commands]),
+        "completion": lambda words: _completion(words, [*commands]),
         "data": _data,
         "demo": _demo,
         "doctor": _doctor,
@@ -106,9 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     commands |= {name: partial(_train, name) for name in TRAINING_COMMANDS}
     if command not in commands:
-        close = get_close_matches(command.replace("_", "-"), commands, n=1, cutoff=0.5)
-        hint = f" Did you mean `{close[0]}`?" if close else ""
-        errors.print(f"trl-ext: unknown command {command!r}.{hint} The commands are {', '.join(sorted(commands))}.")
+        close = get_close_matches(command.replace("_", "-"), commands, n=1)
+        hint = f"Did you mean `{close[0]}`? " if close else ""
+        listed = textwrap.fill(f"{hint}The commands are {', '.join(sorted(commands))}.", 80, break_on_hyphens=False)
+        errors.print(f"trl-ext: unknown command {command!r}.\n{listed}")
         return 2
     try:
         return commands[command](rest)
@@ -173,7 +186,7 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def _train(name: str, arguments: list[str]) -> int:
     from .scripts.recipe.named_code import announcement
-    from .scripts.recipe.required import require_packages
+    from .scripts.recipe.required import require_files, require_packages
     from .scripts.recipe.stand_ins import light_parser
     from .scripts.recipe.strict_parser import take_flag
 
@@ -204,8 +217,13 @@ def _train(name: str, arguments: list[str]) -> int:
         from .scripts.recipe.preview import dry_run_text
 
         console.print(dry_run_text(parser, module, *_processes(command)))
+        try:
+            require_files(parser.parsed)
+        except ValueError as error:
+            console.print(f"{'missing':<10} {error}")
         return 0
     require_packages(parser.parsed)
+    require_files(parser.parsed)
     if parser.named_code:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(announcement(parser.named_code))
     saves = getattr(parser.parsed, "save_on_signal", False)  # which TRL's own configurations have not
@@ -236,10 +254,11 @@ def _demo(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def _completion(commands: list[str]) -> int:
+def _completion(arguments: list[str], commands: list[str]) -> int:
     from .completion import bash_script
 
-    Console(markup=False, highlight=False, soft_wrap=True).print(bash_script(commands, TRAINING_COMMANDS), end="")
+    text = f"{_COMPLETION_USAGE}\n" if arguments else bash_script(commands, TRAINING_COMMANDS)
+    Console(markup=False, highlight=False, soft_wrap=True).print(text, end="")
     return 0
 
 
@@ -295,6 +314,9 @@ def _recipes(arguments: list[str]) -> int:
     from .scripts.recipe.packaged import copy_recipe, header_of, packaged_recipes, read_packaged
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    if "--help" in arguments or "-h" in arguments:
+        console.print(_RECIPES_USAGE)
+        return 0
     if arguments[:1] == ["copy"]:
         if len(arguments) not in (2, 3):
             raise ValueError("`recipes copy` takes the name of a recipe and, if you like, a folder.")
@@ -308,7 +330,9 @@ def _recipes(arguments: list[str]) -> int:
         return 0
     folder = Path(*arguments)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the folder that holds your recipes.")
+        raise ValueError(
+            f"{' '.join(arguments)} is neither a folder with recipes nor `show NAME` or `copy NAME [FOLDER]`."
+        )
     listed = {str(path): path for path in sorted(folder.rglob("*.yaml"))} if arguments else packaged_recipes()
     for name, path in listed.items():
         header = header_of(path)

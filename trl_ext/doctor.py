@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ from rich.console import Console
 
 
 OK, NOTE, FAULT = "ok", "note", "fault"
+_USAGE = """usage: trl-ext doctor
+
+Checks versions against their ranges, what is taken from other libraries,
+devices, DeepSpeed, compilers, memory, disks and caches. The status is 1 where
+something is at fault."""
 # What `transformers`, `datasets` and the hub's library write to
 _LEAST_DISK = 5e9
 
@@ -45,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments (`list[str]`):
-            None are taken.
+            `--help`, or none.
 
     Returns:
         `int`: 1 if something is at fault, else 0.
@@ -53,6 +59,9 @@ def main(arguments: list[str]) -> int:
     Raises:
         ValueError: If there are arguments.
     """
+    if arguments in (["--help"], ["-h"]):
+        print(_USAGE)  # noqa: T201
+        return 0
     if arguments:
         raise ValueError(f"it takes no arguments, got {' '.join(arguments)}.")
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -212,6 +221,22 @@ def check_compilers() -> Iterator[Finding]:
         yield Finding(
             FAULT if _gpus() else NOTE, "triton", "not installed; kernels on GPUs need it: pip install triton"
         )
+    yield from _kernels_of_the_hub()
+
+
+def _kernels_of_the_hub() -> Iterator[Finding]:
+    """What the environment names; nothing is loaded."""
+    from .core.hub_kernel import KERNELS_VARIABLE, named_kernels
+
+    try:
+        named = named_kernels()
+    except ValueError as error:
+        yield Finding(FAULT, "kernels", str(error))
+        return
+    if named and find_spec("kernels") is None:
+        yield Finding(FAULT, "kernels", f"{KERNELS_VARIABLE} is set and `kernels` not installed: pip install kernels")
+    for name, place in named.items():
+        yield Finding(OK, "kernels", f"{name} of {place} on a GPU, if it fits")
 
 
 def check_machine() -> Iterator[Finding]:

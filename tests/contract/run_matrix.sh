@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tier=$1 torch=$2
 read -r -a usual <<< "$3"
 export OMP_NUM_THREADS=1
+failed=()
 
 declare -A sets=(
     [lowest]="trl==1.15.0 transformers==5.5.0 accelerate==1.10.0 peft==0.18.0 datasets==4.7.0 deepspeed==0.18.9"
@@ -25,14 +26,18 @@ for name in lowest usual newest; do
         touch "$environment/.installed"
     fi
     echo "== $name: $("$python" -m pip list --format freeze | grep -E '^(torch|trl|transformers|accelerate|peft|datasets|deepspeed)==' | tr '\n' ' ')"
-    if [ "$tier" = quick ]; then
-        "$python" -m pytest -n 2 --dist worksteal -m "not slow and not distributed"
-        continue
-    fi
-    "$python" -m pytest tests/contract tests/sparse_po/test_sparse_po_trainer.py
     # The policy's head of TRL 1.15 is a Triton kernel, which needs its interpreter on a CPU
     interpret=$([ "$name" = lowest ] && echo 1 || echo 0)
+    if [ "$tier" = quick ]; then
+        TRITON_INTERPRET=$interpret "$python" -m pytest -n 2 --dist worksteal -m "not slow and not distributed" || failed+=("$name")
+        continue
+    fi
+    "$python" -m pytest tests/contract tests/sparse_po/test_sparse_po_trainer.py || failed+=("$name")
     TRITON_INTERPRET=$interpret "$python" -m pytest \
         tests/constrained_ppo/test_constrained_ppo_trainer.py tests/optim/test_install.py tests/optim/test_trl_scripts.py \
-        tests/equilibrium/test_training.py
+        tests/equilibrium/test_training.py || failed+=("$name")
 done
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi

@@ -91,8 +91,6 @@ USED = {
     "maybe_gather_lm_head_ctx": maybe_gather_lm_head_ctx,
     "use_adapter": use_adapter,
     "AttentionInterface.get_interface": AttentionInterface.get_interface,
-    "sdpa_mask": masking_utils.sdpa_mask,
-    "eager_mask": masking_utils.eager_mask,
     "load_balancing_loss_func": load_balancing_loss_func,
     **{
         f"scripts.{script.__name__.split('.')[-1]}.main": script.main for script in (sft, dpo, grpo, kto, reward, rloo)
@@ -149,6 +147,14 @@ def calls_on_self(owner: type) -> set[str]:
 @pytest.mark.parametrize("name", USED)
 def test_signature_is_the_recorded_one(name):
     assert signature(USED[name]) == json.loads(RECORDED.read_text())[name]
+
+
+@pytest.mark.parametrize("make_mask", [masking_utils.sdpa_mask, masking_utils.eager_mask], ids=lambda f: f.__name__)
+def test_a_mask_is_made_from_these(make_mask):
+    """By keyword, so that what stands beside them, another thing with every minor version, is no matter."""
+    said = signature(make_mask)
+    assert {"mask_function:POSITIONAL_OR_KEYWORD=...", "kwargs:VAR_KEYWORD"} <= set(said)
+    assert make_mask is masking_utils.eager_mask or "allow_is_causal_skip:POSITIONAL_OR_KEYWORD=..." in said
 
 
 @pytest.mark.parametrize("name", CALLED)

@@ -95,6 +95,8 @@ def test_checkpoint_of_another_run_is_refused_before_anything_changes(example, t
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+# peft 0.18 looks for the configuration of a model that has no folder
+@pytest.mark.filterwarnings("ignore:Could not find a config file in")
 def test_lora_leaves_the_companion_whole_and_trainable(example, tmp_path):
     trainer = make_trainer(example, tmp_path, steps=2, peft_config=LoraConfig(target_modules=["q_proj"]))
     before = trainer.companion.module.weight.detach().clone()

@@ -1,5 +1,7 @@
-"""Tables and pictures of a run in TensorBoard's own store, and what wandb and trackio are handed."""
+"""Tables and pictures of a run in the local stores of TensorBoard and trackio, and what wandb is handed."""
 
+import json
+import sqlite3
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -12,13 +14,15 @@ from trl_ext.optim import OptimizerReportCallback
 from trl_ext.sparse_po.report import TokenMaskCallback
 
 
-def test_a_run_leaves_masks_and_the_optimizer_in_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
+def test_a_run_leaves_masks_and_the_optimizer_in_tensorboard_and_trackio(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # its folder is read as it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trainer = make_trainer(
         tmp_path / "out", save_tiny_model(tmp_path / "base"), tiny_tokenizer(), max_steps=1, logging_steps=1,
-        report_to="tensorboard", optim="adamp",
+        report_to=["tensorboard", "trackio"], optim="adamp",
     )  # fmt: skip
     trainer.add_callback(TokenMaskCallback(trainer, num_pairs=1))
     OptimizerReportCallback.attach(trainer)
@@ -34,6 +38,15 @@ def test_a_run_leaves_masks_and_the_optimizer_in_tensorboard(tmp_path):
     tensors = {tag.split("/")[0]: store.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
     assert "| chosen 1 |" in tensors["token_weights"] and "[" in tensors["token_weights"]
     assert "self_attn.q_proj.weight |" in tensors["optimizer_report"]
+    with sqlite3.connect(tmp_path / "trackio" / "huggingface.db") as connection:
+        logged = {}
+        for (row,) in connection.execute("SELECT metrics FROM metrics"):
+            logged |= json.loads(row)
+    picture = logged["token_masks"]
+    assert picture["_type"] == "trackio.image" and (tmp_path / "trackio" / "media" / picture["file_path"]).is_file()
+    assert "[" in logged["token_weights"]["_value"][0]["tokens with their weights"]
+    weights = {row["weight"] for row in logged["optimizer_report"]["_value"]}
+    assert "model.layers.0.self_attn.q_proj.weight" in weights and logged["train/loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -1,4 +1,4 @@
-"""A reward model with an equilibrium head trains in two processes as in one: DDP, ZeRO-1, 2 and 3, FSDP2."""
+"""A reward model with an equilibrium head trains in two processes as in one: DDP, ZeRO, offloaded too, FSDP2."""
 
 from pathlib import Path
 
@@ -7,13 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import launching
-from tests.helpers.launching import CHAINS, rank_environments, run_once
+from tests.helpers.launching import CHAINS, STAGES, rank_environments, run_once
 from trl_ext import EPModelForSequenceClassification
 
 
 pytestmark = pytest.mark.distributed
 SCRIPT = str(Path(__file__).with_name("train_equilibrium.py"))
-STAGES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +33,19 @@ def assert_same_weights(folder, expected, file="model.safetensors"):
             torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-3, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-@pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
 def test_two_processes_equal_one(launcher, model, alone, tmp_path):
     single, expected = alone
     everything = ["--everything"] if launcher in ("ddp", "zero3") else []
     found = launch(launcher, model, tmp_path, *everything)
     assert found["world_size"] == 2 and found["zero_stage"] == STAGES[launcher]
-    assert found["chain"] == CHAINS["zero2" if launcher == "zero1" else launcher]
+    wrapped = "LlamaForCausalLM", "EPModelForSequenceClassification"
+    assert found["chain"] == [name.replace(*wrapped) for name in CHAINS[launcher]]
     assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
     assert found["angles"] == pytest.approx(expected["angles"], abs=0.1)
     assert found["angles"][-1] < found["angles"][0] < 60
+    if launcher == "fsdp2":
+        return
     assert_same_weights(tmp_path / "final", single / "final")
     loaded, info = EPModelForSequenceClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info.values()) and loaded.score.forward_weight_1.shape == (8, 8)
@@ -54,6 +56,12 @@ def test_two_processes_equal_one(launcher, model, alone, tmp_path):
         assert_same_weights(tmp_path / "lora", single / "lora", "adapter_model.safetensors")
         assert found["reward_model"] == "EPModelForSequenceClassification"
         assert len(found["rewards"]) == 2 and all(abs(reward) < 10 for reward in found["rewards"])
+    if launcher == "ddp":
+        options = ["--batch_size", "4", "--resume", str(tmp_path / "checkpoint-2")]
+        taken_up = launching.run("single", SCRIPT, model, tmp_path / "one", *options)
+        assert taken_up["world_size"] == 1 and taken_up["losses"][:2] == found["losses"][:2]
+        assert taken_up["losses"] == pytest.approx(expected["losses"], abs=2e-4)
+        assert_same_weights(tmp_path / "one" / "final", single / "final")
 
 
 @pytest.mark.parametrize(("launcher", "before", "after"), [("zero2", 2, 1), ("zero3", 1, 2)])

@@ -1,4 +1,4 @@
-"""Two CPU processes train as one does, under DDP, ZeRO-2 and ZeRO-3, and what they save loads back."""
+"""Two CPU processes train as one does, by DDP, every stage of ZeRO and `fully_shard`; what they save loads back."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.launching import CHAINS, run, run_once
+from tests.helpers.launching import CHAINS, STAGES, run, run_once
 from tests.helpers.sparse_po import LOG2
 
 
@@ -29,7 +29,7 @@ def alone(model, tmp_path_factory):
 def assert_same_training(found, expected, launcher):
     assert found["world_size"] == 2
     assert found["chain"] == CHAINS[launcher]
-    assert found["zero_stage"] == {"ddp": None, "zero2": 2, "zero3": 3}[launcher]
+    assert found["zero_stage"] == STAGES[launcher]
     assert found["losses"][0] == expected["losses"][0] == LOG2
     for name in ("losses", "eval_losses", "mask_means"):
         assert found[name] == pytest.approx(expected[name], abs=2e-4), name
@@ -52,6 +52,16 @@ def test_two_processes_equal_one_and_resume(launcher, model, alone, tmp_path):
     again = load_file(tmp_path / "resumed" / "final" / "token_masks.safetensors")
     for name, tensor in masks.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6)
+    if launcher == "ddp":
+        options = ["--batch_size", "4", "--resume", str(tmp_path / "checkpoint-2")]
+        taken_up = run("single", SCRIPT, model, tmp_path / "one", *options)
+        assert taken_up["world_size"] == 1 and taken_up["losses"][:2] == found["losses"][:2]
+        assert taken_up["losses"] == pytest.approx(alone["losses"], abs=2e-4)
+
+
+@pytest.mark.parametrize("launcher", ["zero1", "zero2_offload", "fsdp2"])
+def test_two_processes_equal_one(launcher, model, alone, tmp_path):
+    assert_same_training(launch(launcher, model, tmp_path), alone, launcher)
 
 
 @pytest.mark.parametrize(("launcher", "before", "after"), [("zero2", 2, 1), ("zero3", 1, 2)])

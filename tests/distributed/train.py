@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from tests.helpers.launched import finish
+from tests.helpers.launched import finish, shard_fully
 from tests.helpers.tiny import tiny_pairs, tiny_tokenizer
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
 from trl_ext.sparse_po.sparse_po_trainer import SparsePOTrainer
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--resume")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--settings", default="{}")
+    parser.add_argument("--fully_shard", action="store_true")
     options = parser.parse_args()
     trainer = SparsePOTrainer(
         options.model,
@@ -48,10 +49,14 @@ def main() -> None:
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]) if options.lora else None,
     )
+    if options.fully_shard:
+        shard_fully(trainer)
+        trainer.args.save_strategy = "no"  # accelerate gathers what is saved, where it has sharded it
     trainer.train(resume_from_checkpoint={"true": True}.get(options.resume, options.resume))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     weights = trainer.token_masks(batch)
-    trainer.save_model(str(Path(options.output) / "final"))
+    if not options.fully_shard:
+        trainer.save_model(str(Path(options.output) / "final"))
     history = trainer.state.log_history
     found = {
         "losses": [e["loss"] for e in history if "loss" in e],

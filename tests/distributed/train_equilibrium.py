@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.helpers.launched import finish
+from tests.helpers.launched import finish, shard_fully
 from tests.helpers.tiny import tiny_pairs, tiny_tokenizer
 from trl_ext import EPModelForSequenceClassification, EPRewardConfig, EPRewardTrainer
 
@@ -68,14 +68,20 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--max_steps", type=int, default=4)
     parser.add_argument("--resume")
+    parser.add_argument("--fully_shard", action="store_true")
     parser.add_argument("--everything", action="store_true", help="also resume, adapters, and the reward in GRPO")
     options = parser.parse_args()
     trainer = make_trainer(options, options.output, seed=0, max_steps=options.max_steps)
+    if options.fully_shard:
+        shard_fully(trainer)
+        trainer.args.save_strategy = "no"  # accelerate gathers what is saved, where it has sharded it
     trainer.train(resume_from_checkpoint=options.resume)
     found = {
         "losses": losses(trainer),
         "angles": [entry["ep/weight_angle"] for entry in trainer.state.log_history if "loss" in entry],
     }
+    if options.fully_shard:
+        finish(trainer, options.output, found)
     trainer.save_model(str(options.output / "final"))
     tiny_tokenizer().save_pretrained(options.output / "final")
     if options.everything:

@@ -2,12 +2,10 @@
 
 import argparse
 
-import torch
-
 from tests.distributed.train_ppo import finish, train
 from tests.helpers.constrained_grpo import BOUNDS
-from tests.helpers.constrained_ppo import length, low_ids, prompts
-from tests.helpers.tiny import WORDS, tiny_tokenizer
+from tests.helpers.constrained_ppo import fixed_completions, length, low_ids, prompts
+from tests.helpers.tiny import tiny_tokenizer
 from trl_ext import ConstrainedGRPOConfig, ConstrainedGRPOTrainer
 
 
@@ -17,24 +15,13 @@ LOGGED = (
 )  # fmt: skip
 
 
-def rollout(batch, trainer):
-    """Completions that follow from the step and the place in the rollout of all processes, as sampling would not."""
-    start = trainer.accelerator.process_index * len(batch)
-    completions = []
-    for row in range(start, start + len(batch)):
-        generator = torch.Generator().manual_seed(1000 * trainer.state.global_step + row)
-        count = int(torch.randint(2, 7, (), generator=generator))
-        completions.append(torch.randint(3, len(WORDS), (count,), generator=generator).tolist())
-    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in batch]
-    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--resume")
+    parser.add_argument("--fully_shard", action="store_true")
     options = parser.parse_args()
     trainer = ConstrainedGRPOTrainer(
         options.model,
@@ -70,9 +57,9 @@ def main() -> None:
         train_dataset=prompts(),
         eval_dataset=prompts(8),
         processing_class=tiny_tokenizer(),
-        rollout_func=rollout,
+        rollout_func=fixed_completions,
     )
-    finish(trainer, train(trainer, options.resume, LOGGED), options.output)
+    finish(trainer, train(trainer, options.resume, LOGGED, options.fully_shard), options.output)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
 from accelerate.utils import gather_object
 
-
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-from tests.helpers.constrained_ppo import low_ids, prompts  # noqa: E402
-from tests.helpers.launched import wrapper_chain  # noqa: E402
-from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
-from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer  # noqa: E402
+from tests.helpers.constrained_ppo import low_ids, prompts
+from tests.helpers.launched import shard_fully, wrapper_chain
+from tests.helpers.tiny import tiny_tokenizer
+from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 
 LOGGED = (
@@ -83,10 +79,19 @@ def make_trainer(options: argparse.Namespace, output: str, **settings) -> Constr
     )
 
 
-def train(trainer: ConstrainedPPOTrainer, resume: str | None = None, logged: tuple[str, ...] = LOGGED) -> dict:
-    """Trains, saves to the folder `final`, and gives what happened."""
+def train(
+    trainer: ConstrainedPPOTrainer,
+    resume: str | None = None,
+    logged: tuple[str, ...] = LOGGED,
+    fully_shard: bool = False,
+) -> dict:
+    """Trains, saves to the folder `final`, and gives what happened; with `fully_shard`, sharded and without saving."""
+    if fully_shard:
+        shard_fully(trainer)
+        trainer.args.save_strategy = "no"  # accelerate gathers what is saved, where it has sharded it
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(Path(trainer.args.output_dir) / "final"))
+    if not fully_shard:
+        trainer.save_model(str(Path(trainer.args.output_dir) / "final"))
     history = trainer.state.log_history
     return {
         "world_size": trainer.args.world_size,
@@ -115,12 +120,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--critic", default="shared")
     parser.add_argument("--resume")
+    parser.add_argument("--fully_shard", action="store_true")
     parser.add_argument("--reward_raises_on", type=int, help="rank on which the third call of a reward raises")
     options = parser.parse_args()
     trainer = make_trainer(options, options.output, critic=options.critic)
     if options.reward_raises_on == trainer.accelerator.process_index:
         trainer.reward_funcs[0] = RaisesLater(trainer.reward_funcs[0])
-    finish(trainer, train(trainer, options.resume), options.output)
+    finish(trainer, train(trainer, options.resume, fully_shard=options.fully_shard), options.output)
 
 
 if __name__ == "__main__":

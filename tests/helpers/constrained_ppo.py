@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.tiny import WORDS, tiny_tokenizer
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
 
 
@@ -22,6 +22,21 @@ def length(completion_ids, **columns):
 def prompts(count=64):
     words = ["the film", "a book", "we liked the", "i hated a meal"]
     return Dataset.from_list([{"prompt": words[index % 4]} for index in range(count)])
+
+
+def fixed_completions(batch, trainer):
+    """
+    A `rollout_func`: completions that follow from the step and the place in the rollout of all processes, as sampling
+    would not.
+    """
+    start = trainer.accelerator.process_index * len(batch)
+    completions = []
+    for row in range(start, start + len(batch)):
+        generator = torch.Generator().manual_seed(1000 * trainer.state.global_step + row)
+        count = int(torch.randint(2, 7, (), generator=generator))
+        completions.append(torch.randint(3, len(WORDS), (count,), generator=generator).tolist())
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in batch]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
 
 def make(folder, path, *, rewards=(low_ids, length), trainer_arguments=None, train_dataset=None, **settings):

@@ -1,5 +1,6 @@
 """What the scripts share that tests launch in several processes."""
 
+import functools
 import json
 import os
 import sys
@@ -7,10 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed.comm.torch  # noqa: F401
+import torch
+from deepspeed.ops import adam
+from torch.distributed.fsdp import fully_shard
 
 
-# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
+# Spare two compilations of 30 to 100 seconds each; gloo carries the collectives instead
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+class DeepSpeedCPUAdam(torch.optim.AdamW):
+    """Stands in for what accelerate puts in AdamW's place where DeepSpeed offloads the optimizer."""
+
+    def __init__(self, params, adamw_mode, **options):
+        assert adamw_mode
+        super().__init__(params, **options)
+
+
+adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
+
+
+def shard_fully(trainer) -> None:
+    """
+    Before training: each layer of the policy, and the policy, under torch's `fully_shard` over all processes, where
+    accelerate would wrap it in DDP. accelerate does the same under FSDP2, which it turns on for GPUs only.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    if model.can_generate():  # Whoever has ended its responses goes on with those that have not, as under accelerate
+        model.generate = functools.partial(model.generate, synced_gpus=True)
+    trainer.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
 
 def wrapper_chain(trainer) -> list[str]:

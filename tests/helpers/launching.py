@@ -21,9 +21,19 @@ CONFIGS = Path(trl_ext.__file__).parent / "accelerate_configs"
 ROOT = Path(trl_ext.__file__).parents[1]
 CHAINS = {
     "ddp": ["DistributedDataParallel", "AcceleratedOptimizer", "AdamW"],
+    "zero1": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
     "zero2": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"],
     "zero3": ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer_Stage3", "AdamW"],
-}
+    "zero2_offload": [
+        "DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "DeepSpeedCPUAdam",
+    ],
+    "zero3_offload": [
+        "DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedCPUAdam",
+    ],
+    # Sharded by torch's `fully_shard`: accelerate turns FSDP2 on for GPUs only
+    "fsdp2": ["FSDPLlamaForCausalLM", "AcceleratedOptimizer", "AdamW"],
+}  # fmt: skip
+STAGES = {"ddp": None, "fsdp2": None, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
 
 
 def free_port() -> str:
@@ -68,10 +78,15 @@ def run(launcher, script, model, output, *options, processes=2):
     """Runs a training script alone, or in two processes; returns what it found."""
     environments = [{}] if launcher == "single" else rank_environments(processes)
     if launcher.startswith("zero"):
+        stage = STAGES[launcher]
+        settings = ["--zero_stage", str(stage)]
+        if launcher.endswith("offload"):
+            settings += ["--offload_optimizer_device", "cpu"]
         # There is no configuration of stage 1
-        config, stage = f"cpu_{launcher}.yaml".replace("zero1", "zero2"), launcher.removeprefix("zero")
-        deepspeed = deepspeed_environment(config, script, "--zero_stage", stage)
+        deepspeed = deepspeed_environment(f"cpu_zero{max(stage, 2)}.yaml", script, *settings)
         environments = [{**deepspeed, **environment} for environment in environments]
+    if launcher == "fsdp2":
+        options = (*options, "--fully_shard")
     launch([script, "--model", model, "--output", output, *options], environments)
     return json.loads((Path(output) / "found.json").read_text())
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import trl_ext.optim
+from tests.helpers import hub_kernels as helper
+from trl_ext.core.hub_kernel import kernel_of_hub
 from trl_ext.integrations import hub_kernels
 from trl_ext.optim.kernels import compilation
+from trl_ext.sparse_po.lm_head import triton_kernels
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +23,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernel(folder):
-    """`build/torch-cpu` as `kernels` imports it: from its path, under the id of its metadata."""
-    variant = folder / "build" / "torch-cpu"
-    name = json.loads((variant / "metadata.json").read_text())["id"]
-    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = helper.load(folder)
     yield module
-    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == name]:
-        del sys.modules[loaded]
+    helper.forget(module)
 
 
 def test_layout(folder):
@@ -80,6 +77,18 @@ def test_it_does_not_import_this_package(kernel):
             assert not str(getattr(value, "__module__", "")).startswith("trl_ext.")
 
 
+def test_the_tiles_of_the_head(tmp_path):
+    """Kernels alone; `tests.sparse_po.head_cases` runs them, and the example of their card."""
+    folder = tmp_path / "kernel"
+    assert hub_kernels.main(["--output_dir", str(folder), "--kernel", "trl-ext-paired-log-probs"]) == 0
+    source = folder / "torch-ext" / "trl_ext_paired_log_probs"
+    modules = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    packages = {"__init__.py", "sparse_po/__init__.py", "sparse_po/lm_head/__init__.py"}
+    assert modules == {*packages, "sparse_po/lm_head/triton_kernels.py"}
+    with pytest.raises(FileExistsError, match="holds something else"):
+        hub_kernels.build(folder)  # of another kernel
+
+
 def test_only_relative_imports_and_only_into_its_own_folder(tmp_path, monkeypatch):
     (tmp_path / "one.py").write_text("from trl_ext import optim\n")
     monkeypatch.setattr(hub_kernels, "ROOT", tmp_path)
@@ -104,7 +113,12 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="`kernels` is not installed")
-def test_kernels_loads_it(folder):
+def test_kernels_loads_both(folder, tmp_path, monkeypatch):
     from kernels import get_local_kernel
 
     assert get_local_kernel(folder, backend="cpu").AdamP.__name__ == "AdamP"
+    pytest.importorskip("triton")
+    head = hub_kernels.build(tmp_path / "head", hub_kernels.PAIRED_LOG_PROBS)
+    monkeypatch.setenv("TRL_EXT_HUB_KERNELS", f"trl-ext-paired-log-probs={head}")
+    found = kernel_of_hub("trl-ext-paired-log-probs", triton_kernels)
+    assert found is not triton_kernels and found.Running._fields == triton_kernels.Running._fields

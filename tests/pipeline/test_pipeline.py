@@ -296,6 +296,7 @@ def test_dry_run_and_help(here, capsys):
     assert commands.lines == [] and not Path("out").exists()
     said = capsys.readouterr().out
     assert said.count("to run") == 2 and "optim/sft_playground" in said
+    assert "\n            sparse-po; " in said and "; reads sft\n" in said and max(map(len, said.splitlines())) <= 80
     assert run(commands, "--until", "sft") == 0 and run(commands, "--dry_run") == 0
     said = capsys.readouterr().out
     assert "done" in said and said.count("to run") == 1

@@ -92,7 +92,8 @@ def test_what_a_reader_looks_for_is_there(page):
     assert "1 of 3 stages done, 2 min 30 s in all" in page
     assert "done now" in page and "not finished" in page and "not begun" in page
     assert "prefers-color-scheme:dark" in page and 'name="viewport"' in page
-    assert "<dt>loss</dt><dd>0.3333</dd>" in page and "<dt>pairs</dt><dd>1</dd>" in page
+    assert re.search(r"<h3>Last training steps logged</h3><dl>.*<dt>loss</dt><dd>0.3333</dd>", page)
+    assert "<dt>pairs</dt><dd>1</dd>" in page
     assert re.search(
         r"<td><a href=\"#pairs\">pairs</a></td><td>sample-pairs</td><td><a href=\"#sft\">sft</a></td>", page
     )
@@ -122,6 +123,24 @@ def test_proxy_points_are_found(tmp_path):
     alone = {**summary, "joint": None, "independent": {"a": {"point": [1]}, "b": {"point": [2]}}}
     (tmp_path / "proxy_points" / "proxy_points.json").write_text(json.dumps(alone))
     assert read_findings(tmp_path).numbers[:2] == [("proxy point of a", 1), ("proxy point of b", 2)]
+
+
+def test_numbers_say_what_they_are_of(tmp_path):
+    """A run's mean, its last steps and an evaluation are three losses, each with another share of the objective."""
+    history = [
+        {"step": 10, "loss": 9.3, "ep/homeostasis_loss": 0.9}, {"step": 20, "loss": 0.6, "ep/homeostasis_loss": 0.01},
+        {"step": 20, "eval_loss": 0.7}, {"step": 20, "train_loss": 4.95},
+    ]  # fmt: skip
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    found = read_findings(tmp_path)
+    assert found.logged == {
+        "Last evaluation": [("eval_loss", 0.7)],
+        "Last training steps logged": [("loss", 0.6), ("ep/homeostasis_loss", 0.01)],
+        "Mean over all training steps": [("train_loss", 4.95)],
+    }
+    assert found.notes[0].startswith("The homeostasis objective is in eval_loss, loss, train_loss: homeostasis_coef")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    assert read_findings(tmp_path).notes == []
 
 
 def test_gold_comes_before_the_loss():

@@ -96,6 +96,8 @@ def parser():
         ("env: {PYTHONPATH: /tmp}", "PYTHONPATH.*decides what code.*Set PYTHONPATH in the shell"),
         ("env: {DYLD_INSERT_LIBRARIES: a}", "decides what code"),
         ("env: {PATH: a}", "decides what code"),
+        ("env: {TRL_EXT_HUB_KERNELS: a}", "decides what code"),
+        ("env: {LOCAL_KERNELS: a}", "decides what code"),
     ],
 )  # fmt: skip
 def test_wrong_types_and_environments(text, message, parser, tmp_path):

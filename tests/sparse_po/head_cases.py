@@ -5,13 +5,18 @@ python -m tests.sparse_po.head_cases
 """
 
 import sys
+import tempfile
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import torch
 
 from tests.benchmarks.head_traffic import traffic
+from tests.helpers.hub_kernels import load, stand_in
 from tests.helpers.sparse_po import PLAIN, TRANSFORMS, head_inputs, paired
+from trl_ext.integrations import hub_kernels
 from trl_ext.sparse_po.lm_head import paired_log_probs as head
 from trl_ext.sparse_po.lm_head import triton_kernels
 
@@ -126,6 +131,35 @@ def check_not_a_number():
     assert not ref_log_probs.isnan().any()
 
 
+def check_kernel_of_the_hub():
+    """It does what the own one does, to the last bit, and the example of its card is right."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = load(hub_kernels.build(Path(folder) / "kernel", hub_kernels.PAIRED_LOG_PROBS))
+        other, found = import_module(".sparse_po.lm_head.triton_kernels", kernel.__name__), []
+        for module in (triton_kernels, other):
+            with (
+                kernels(),
+                mock.patch.object(head, "_kernels", module),
+                mock.patch.object(module, "BLOCK_SIZE", BLOCK),
+            ):
+                outputs, gradients = run(
+                    head_inputs(vocab=VOCAB, dtype=torch.float32), TRANSFORMS[2], torch.tensor([1.0, -0.3])
+                )
+                found.append([*outputs, *gradients])
+        assert all(map(torch.equal, *found))
+        assert all(source.startswith(folder) for source in (kernel.fold.__code__.co_filename, other.__file__))
+        example = hub_kernels.PAIRED_LOG_PROBS.card.split("```")[1].removeprefix("python\n")
+        names = {}
+        with mock.patch.dict(sys.modules, {"kernels": stand_in(lambda *_, **__: kernel)}):
+            exec(example, names)
+        tensors = head_inputs(vocab=VOCAB, bias=False, dtype=torch.float32)
+        with torch.no_grad():
+            ours = names["log_probs_and_kl"](*tensors[:2], *tensors[3:5], tensors[6], tile=TILE)
+            expected = paired(tensors)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def check_traffic():
     """Eight bytes forward and ten backward in bfloat16, whatever is made of the products."""
     for options in ({}, {"policy_logit_scale": 0.5, "policy_softcap": 30.0, "ref_softcap": 20.0}):
@@ -141,6 +175,7 @@ def main():
         check_bfloat16(transforms, bias)
     check_bfloat16(PLAIN, False, torch.float32)
     check_not_a_number()
+    check_kernel_of_the_hub()
     check_traffic()
     sys.stdout.write("kernels agree\n")
 

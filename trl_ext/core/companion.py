@@ -228,7 +228,7 @@ class CompanionMixin(Trainer):
     @property
     def policy(self) -> PreTrainedModel:
         """The transformers model that holds the companion, without the wrappers of engines and adapters."""
-        return base_policy(self.accelerator.unwrap_model(self.model))
+        return base_policy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def attach_companion(self, companion: Companion, forward: Forward) -> None:
         """
@@ -247,7 +247,7 @@ class CompanionMixin(Trainer):
         self.companion = companion
         policy = self.policy
         policy.add_module(companion.name, companion.module.to(policy.device))
-        extend_forward(policy, forward)
+        extend_forward(policy, forward, compiled=self.args.torch_compile)
         names = {f"{companion.name}.{name}" for name in companion.module.state_dict()}
         policy._keys_to_ignore_on_save = set(policy._keys_to_ignore_on_save or ()) | names
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # their checkpoints are made of it
@@ -287,7 +287,7 @@ class CompanionMixin(Trainer):
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(self, "companion") and is_peft_model(model):
             # PEFT knows nothing of `_keys_to_ignore_on_save` and takes by name what an adapter trains, such as biases
             state = model.state_dict() if state_dict is None else state_dict

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 Forward = Callable[..., Any]
 
 
-def extend_forward(model: nn.Module, extension: Forward) -> None:
+def extend_forward(model: nn.Module, extension: Forward, compiled: bool = False) -> None:
     """
     Widens what a model's forward takes and returns.
 
@@ -23,9 +23,15 @@ def extend_forward(model: nn.Module, extension: Forward) -> None:
             Model, before any engine wraps it; under PEFT, the base model.
         extension (`Callable`):
             Called as `extension(forward, *args, **kwargs)` with the model's forward as it was.
+        compiled (`bool`, *optional*, defaults to `False`):
+            Whether `torch.compile` will trace the model. Both forwards then run as they are, and the backbone that
+            they call is compiled: of what is traced as a whole, hooks are seen that were there the first time.
     """
+    inner = model.forward
+    if compiled:
+        extension, inner = (torch.compiler.disable(each, recursive=False) for each in (extension, inner))
     # A partial and no function of this module: a call goes from the model straight to the extension
-    forward = functools.partial(extension, model.forward)
+    forward = functools.partial(extension, inner)
     model.forward = functools.update_wrapper(forward, model.forward)  # type: ignore[method-assign]
 
 

@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default="sparse_po/playground", help="recipe of the part sparse_po")
     parser.add_argument("--output_dir", default="outputs/demo", help="folder for models and pictures")
     parser.add_argument("--max_steps", type=int, default=None, help="steps of each method, to try the demo quickly")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
+    parts = f"parts to run, of {', '.join(PARTS)}; all by default"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=parts)
     parser.add_argument("--workers", type=int, default=default_workers(), help="trainings at a time")
     parser.add_argument("--verbose", action="store_true", help="log all that is logged, and what libraries warn of")
     options = parser.parse_args(arguments)

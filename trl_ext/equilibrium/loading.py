@@ -242,8 +242,9 @@ def load_adapter(
     model = model_class.from_pretrained(base, config=settings, **options)
     location = {name: value for name, value in hub_options(kwargs).items() if name != "trust_remote_code"}
     info = model.load_adapter(str(source), adapter_kwargs=location)
-    _restore_precision(model, load_peft_weights(str(source), device="cpu", **location))
-    lost = sorted(name for name in info.missing_keys if name.startswith("score."))
+    saved = load_peft_weights(str(source), device="cpu", **location)
+    _restore_weights(model, saved)
+    lost = [] if isinstance(model.score, EPHead) else _missing_from_head(model, saved)
     if lost or (not is_whole and isinstance(model.score, EPHead)):
         raise ValueError(
             f"The adapter in {source} lacks the head{f' ({lost[0]} and others)' if lost else ''}, which its base "
@@ -251,15 +252,25 @@ def load_adapter(
             "`LoraConfig(task_type='SEQ_CLS', ...)` or `modules_to_save=['score']`."
         )
     model.config.name_or_path = model.name_or_path = str(source)
-    return (model, info.to_dict()) if with_info else model
+    if with_info:
+        # transformers before 5.20 says nothing of what it loaded
+        return model, {"missing_keys": set(lost)} if info is None else info.to_dict()
+    return model
+
+
+def _missing_from_head(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> list[str]:
+    """Weights of a head that its adapter trained which the adapter's file does not have."""
+    trained = (f"score.{name}" for name, _ in model.score.modules_to_save["default"].named_parameters())
+    return sorted(name for name in trained if f"base_model.model.{name}" not in saved)
 
 
 @torch.no_grad()
-def _restore_precision(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
-    """Gives adapter weights the precision that they were trained in; transformers rounds them to the base model's."""
+def _restore_weights(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
+    """Gives an adapter its weights as trained: transformers rounds them to the base model's dtype, 5.5 skips some."""
     for name, parameter in model.named_parameters():
-        weight = saved.get(f"base_model.model.{name.replace('.default', '')}")
-        if weight is not None and weight.dtype != parameter.dtype:
+        key = name.replace(".modules_to_save.default", "").replace(".default", "")
+        weight = saved.get(f"base_model.model.{key}") if ".default" in name else None
+        if weight is not None:
             parameter.data = weight.to(parameter.device)
 
 

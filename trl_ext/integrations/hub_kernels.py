@@ -1,11 +1,13 @@
-"""Lays AdamP and SGDP with their Triton and C kernels out as a kernel of the Hub, which needs torch alone.
+"""Lays this package's Triton and C kernels out as kernels of the Hub, which need torch alone.
 
-python -m trl_ext.integrations.hub_kernels --output_dir DIR
+python -m trl_ext.integrations.hub_kernels --output_dir DIR [--kernel NAME]
 
-The folder has what `kernel-builder` takes (`build.toml`, `torch-ext/`) and what `kernels.get_local_kernel(DIR)` and,
-after an upload, `kernels.get_kernel(REPOSITORY)` load: `build/torch-cpu` and `build/torch-cuda`, the same sources,
-since Triton and this package's C are compiled on first use. Nothing is written for it: the modules are those that
-[`~trl_ext.optim.AdamP`] imports, at their places, so that this package's own kernels and the Hub's are one source.
+`trl-ext-adamp` is AdamP and SGDP, `trl-ext-paired-log-probs` the tiles of SparsePO's head. The folder has what
+`kernel-builder` takes (`build.toml`, `torch-ext/`) and what `kernels.get_local_kernel(DIR)` and, after an upload,
+`kernels.get_kernel(REPOSITORY)` load: `build/torch-cpu` and `build/torch-cuda`, the same sources, since Triton and
+this package's C are compiled on first use. Nothing is written for it: the modules are those that the entries import,
+at their places, so that this package's own kernels and the Hub's are one source.
+[`~trl_ext.core.hub_kernel.kernel_of_hub`] runs them in the place of the own ones.
 """
 
 import argparse
@@ -14,26 +16,52 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import trl_ext
 from trl_ext._version import __version__
 
 
-NAME = "trl-ext-adamp"
 BACKENDS = ("cpu", "cuda")
-ENTRIES = ("optim/adamp.py", "optim/sgdp.py")
 ROOT = Path(trl_ext.__file__).parent
-# Beside the modules: compiled on first use
-DATA = tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "optim" / "kernels").glob("*.[ch]")))
-INIT = '''"""AdamP and SGDP (https://huggingface.co/papers/2006.08217), of trl_ext {version}."""
+
+
+class Layout(NamedTuple):
+    """
+    A kernel.
+
+    Attributes:
+        name (`str`): Its name.
+        version (`int`): Its version on the Hub, raised where what it has changes.
+        entries (`tuple[str, ...]`): Modules that it hands out; they bring what they import.
+        data (`tuple[str, ...]`): Files beside the modules.
+        init (`str`): Its `__init__.py`.
+        card (`str`): Its `README.md`, with `{version}` for this package's version.
+    """
+
+    name: str
+    version: int
+    entries: tuple[str, ...]
+    data: tuple[str, ...]
+    init: str
+    card: str
+
+
+ADAMP = Layout(
+    name="trl-ext-adamp",
+    version=1,
+    entries=("optim/adamp.py", "optim/sgdp.py"),
+    # Compiled on first use
+    data=tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "optim" / "kernels").glob("*.[ch]"))),
+    init='''"""AdamP and SGDP (https://huggingface.co/papers/2006.08217), of trl_ext {version}."""
 
 from .optim.adamp import AdamP
 from .optim.sgdp import SGDP
 
 
 __all__ = ["SGDP", "AdamP"]
-'''
-CARD = """---
+''',
+    card="""---
 library_name: kernels
 license: apache-2.0
 ---
@@ -50,15 +78,65 @@ from kernels import get_kernel
 adamp = get_kernel("YOUR_NAME/trl-ext-adamp", version=1, trust_remote_code=True)
 optimizer = adamp.AdamP(model.parameters(), lr=1e-3, weight_decay=0.01)
 ```
-"""
+""",
+)
+PAIRED_LOG_PROBS = Layout(
+    name="trl-ext-paired-log-probs",
+    version=1,
+    entries=("sparse_po/lm_head/triton_kernels.py",),
+    data=(),
+    init='''"""Log-probabilities and KL of two models from tiles of their logits, in Triton, of trl_ext {version}."""
+
+from .sparse_po.lm_head.triton_kernels import INTERFACE, VERSION, Running, Side, fold, logit_gradient_
 
 
-def modules_of(entries: tuple[str, ...] = ENTRIES) -> list[str]:
+__all__ = ["INTERFACE", "VERSION", "Running", "Side", "fold", "logit_gradient_"]
+''',
+    card="""---
+library_name: kernels
+license: apache-2.0
+---
+
+# Paired log-probabilities
+
+Log-probabilities of labels under a policy and a reference model, and the KL over the whole vocabulary, from tiles of
+their projections: what [SparsePO](https://huggingface.co/papers/2410.05102) needs of every token, of `trl_ext`
+{version}. `fold` reads each tile of both once, in its own dtype, and sums in float32; `logit_gradient_` writes the
+gradient in its place. Bias, scale and soft-capping are applied in registers. Triton runs it, on a GPU.
+
+```python
+import torch
+from kernels import get_kernel
+
+paired = get_kernel("YOUR_NAME/trl-ext-paired-log-probs", version=1, trust_remote_code=True)
+
+
+def log_probs_and_kl(hidden, weight, ref_hidden, ref_weight, labels, tile=32768):
+    def full(value):
+        return torch.full(labels.shape, value, device=labels.device)
+
+    lowest, zeros = (full(-torch.inf) for _ in range(2)), (full(0.0) for _ in range(7))
+    sums = paired.Running(*lowest, *zeros)
+    for start in range(0, len(weight), tile):
+        policy, ref = hidden @ weight[start : start + tile].T, ref_hidden @ ref_weight[start : start + tile].T
+        paired.fold(
+            paired.Side(policy, None, 1.0, None), paired.Side(ref, None, 1.0, None), sums, labels, start
+        )
+    normalizer, ref_normalizer = sums.policy_max + sums.policy_sum.log(), sums.ref_max + sums.ref_sum.log()
+    kl = sums.gap_weighted / sums.ref_sum - ref_normalizer + normalizer
+    return sums.policy_label - normalizer, sums.ref_label - ref_normalizer, kl
+```
+""",
+)
+LAYOUTS = {layout.name: layout for layout in (ADAMP, PAIRED_LOG_PROBS)}
+
+
+def modules_of(entries: tuple[str, ...]) -> list[str]:
     """
     The modules of this package that some of them import, themselves too, at their top and inside functions.
 
     Args:
-        entries (`tuple[str, ...]`, *optional*):
+        entries (`tuple[str, ...]`):
             Paths of modules within the package.
 
     Returns:
@@ -91,13 +169,15 @@ def _imported_by(path: str) -> list[str]:
     return imported
 
 
-def build(output_dir: str | Path) -> Path:
+def build(output_dir: str | Path, layout: Layout = ADAMP) -> Path:
     """
     Writes the layout; a folder that holds something else is refused.
 
     Args:
         output_dir (`str` or `Path`):
-            Folder, replaced if it is a layout already.
+            Folder, replaced if it is the same kernel's layout already.
+        layout ([`Layout`], *optional*, defaults to `ADAMP`):
+            Kernel.
 
     Returns:
         `Path`: The folder.
@@ -106,31 +186,33 @@ def build(output_dir: str | Path) -> Path:
         FileExistsError: If the folder holds something else.
     """
     folder = Path(output_dir)
+    general = f'[general]\nname = "{layout.name}"\n'
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "build.toml").is_file() or NAME not in (folder / "build.toml").read_text(encoding="utf-8"):
+        file = folder / "build.toml"
+        if not file.is_file() or not file.read_text(encoding="utf-8").startswith(general):
             raise FileExistsError(f"{folder} holds something else. Name another folder as `output_dir`.")
         shutil.rmtree(folder)
-    source = folder / "torch-ext" / NAME.replace("-", "_")
-    for path in [*modules_of(), *DATA]:
+    source = folder / "torch-ext" / layout.name.replace("-", "_")
+    for path in [*modules_of(layout.entries), *layout.data]:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, source / path)
-    for package in {path.parent for path in source.rglob("*.py")} - {source}:
-        (package / "__init__.py").touch()  # those of this package import more
-    (source / "__init__.py").write_text(INIT.format(version=__version__), encoding="utf-8")
+        for package in (source / path).relative_to(source).parents:
+            (source / package / "__init__.py").touch()  # those of this package import more
+    (source / "__init__.py").write_text(layout.init.replace("{version}", __version__), encoding="utf-8")
     backends = ", ".join(f'"{backend}"' for backend in BACKENDS)
     (folder / "build.toml").write_text(
-        f'[general]\nname = "{NAME}"\nversion = 1\nedition = 5\nlicense = "Apache-2.0"\nbackends = [{backends}]\n\n'
+        f'{general}version = {layout.version}\nedition = 5\nlicense = "Apache-2.0"\nbackends = [{backends}]\n\n'
         "[torch-noarch]\n",
         encoding="utf-8",
     )
-    (folder / "README.md").write_text(CARD.format(version=__version__), encoding="utf-8")
+    (folder / "README.md").write_text(layout.card.replace("{version}", __version__), encoding="utf-8")
     digest = _digest(source)
     for backend in BACKENDS:
         variant = folder / "build" / f"torch-{backend}"
         shutil.copytree(source, variant)
         metadata = {
-            "id": f"_{NAME.replace('-', '_')}_{backend}_{digest[:8]}", "name": NAME, "version": 1,
-            "license": "Apache-2.0", "python-depends": [], "backend": {"type": backend},
+            "id": f"_{layout.name.replace('-', '_')}_{backend}_{digest[:8]}", "name": layout.name,
+            "version": layout.version, "license": "Apache-2.0", "python-depends": [], "backend": {"type": backend},
         }  # fmt: skip
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -159,8 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--output_dir", required=True, help="folder that becomes the kernel's repository")
-    folder = build(parser.parse_args(arguments).output_dir)
-    print(f"Written to {folder}. Upload it with: hf upload --repo-type kernel YOUR_NAME/{NAME} {folder}")  # noqa: T201
+    parser.add_argument("--kernel", choices=LAYOUTS, default=ADAMP.name, help="defaults to %(default)s")
+    options = parser.parse_args(arguments)
+    folder = build(options.output_dir, LAYOUTS[options.kernel])
+    upload = f"hf upload --repo-type kernel YOUR_NAME/{options.kernel} {folder}"
+    print(f"Written to {folder}. Upload it with: {upload}")  # noqa: T201
     return 0
 
 

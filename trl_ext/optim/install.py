@@ -1,10 +1,13 @@
 """Our optimizers in trainers: by `optim` in every configuration of a process, in one trainer, or as an argument."""
 
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from .. import _upstream
+from ..core.hub_kernel import kernel_of_hub, named_kernels
 from .callbacks import OptimizerCheckCallback
 from .names import GroupedOptimizer, add_names, named_optimizer, own_optimizer, remove_names
 
@@ -58,8 +61,23 @@ class OwnOptimizerMixin:
     def get_optimizer_cls_and_kwargs(cls, args: Any, model: Any = None) -> tuple[Any, Any]:
         """The optimizer that `args.optim` names, with its options; see [`~transformers.Trainer`]."""
         if named_optimizer(args.optim) is not None:
+            take_kernel_of_hub()
             return own_optimizer(args)
         return super().get_optimizer_cls_and_kwargs(args, model)  # type: ignore[misc]
+
+
+def take_kernel_of_hub() -> None:
+    """
+    Runs the Triton kernels of the Hub that `TRL_EXT_HUB_KERNELS` names as `trl-ext-adamp`, if they fit, from now on:
+    trainers call it where `optim` names one of our optimizers. Nothing is loaded without a GPU.
+
+    Raises:
+        ValueError: If the variable names something that cannot be a kernel.
+    """
+    if named_kernels() and torch.cuda.is_available() and find_spec("triton"):
+        from .kernels import plan, triton
+
+        plan.substitute = kernel_of_hub("trl-ext-adamp", triton)
 
 
 class OptimizerMixin:

@@ -472,7 +472,8 @@ def _zero3_shards(param: torch.Tensor, originals: Sequence[tuple[int, torch.Tens
         if id(member) not in places:
             raise _unknown(param, "a ZeRO-3 sub-group with a parameter of another group")
         size, shape = member.partition_numel(), tuple(member.ds_shape)
-        shard = _overlap(places[id(member)], shape, 0, size, member.ds_zero_partition_rank, member.ds_process_group)
+        group = member.ds_process_group
+        shard = _overlap(places[id(member)], shape, 0, size, torch.distributed.get_rank(group), group)
         shards.append(Shard(shard.index, shape, start, shard.offset, shard.numel, shard.borders, shard.process_group))
         start += size
     if start != param.numel():

@@ -10,14 +10,13 @@ stage fails, `report.html` in the output folder has it all.
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from ..core.quiet import VERBOSE_VARIABLE
 from ..core.safe_text import for_terminal
@@ -28,6 +27,7 @@ from .definition import Pipeline, Stage, read_pipeline
 from .progress import Progress
 
 
+_WIDTH = 80
 _WORDS = {
     "done": "done",
     "new": "to run",
@@ -67,7 +67,7 @@ def main(arguments: list[str], training: Mapping[str, str], run: Callable[[list[
     pipeline = read_pipeline(arguments, training)
     progress = Progress(pipeline)
     if dry:
-        console.print(plan_table(pipeline, progress))
+        console.print(plan_text(pipeline, progress), markup=False)
         return 0
     from ..core.run_folder import RunLock  # which imports torch
 
@@ -80,19 +80,23 @@ def main(arguments: list[str], training: Mapping[str, str], run: Callable[[list[
         lock.release()
 
 
-def plan_table(pipeline: Pipeline, progress: Progress) -> Table:
-    """What a pipeline would do now, a row for each stage."""
-    table = Table(title=for_terminal(pipeline.title), box=SIMPLE_HEAD)
-    for column in ("stage", "command", "recipe", "reads", "state"):
-        table.add_column(column)
+def plan_text(pipeline: Pipeline, progress: Progress) -> str:
+    """What a pipeline would do now, an entry for each stage, for 80 columns."""
+    width = max((len(stage.name) for stage in pipeline.stages), default=0)
+    lines = textwrap.wrap(for_terminal(pipeline.title), _WIDTH)
     waits: set[str] = set()
     for stage in pipeline.stages:
         state = "new" if waits & set(stage.reads()) else progress.state(stage)
         if state != "done":
             waits.add(stage.name)
-        words = (stage.name, stage.command, stage.config or "", ", ".join(stage.reads()), _WORDS[state])
-        table.add_row(*map(for_terminal, words))
-    return table
+        reads = f"reads {', '.join(stage.reads())}" if stage.reads() else ""
+        words = "; ".join(filter(None, (stage.command, stage.config, reads)))
+        lines.append(f"{for_terminal(stage.name):<{width}}  {_WORDS[state]}")
+        lines += textwrap.wrap(
+            for_terminal(words), _WIDTH, initial_indent=" " * (width + 2), subsequent_indent=" " * (width + 2),
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from typing import Any
 _KEYS = (
     r"eval_gold", r"eval_rewards/.+/mean", r"eval_kl/per_response", r"eval_accuracy", r"eval_rewards/accuracies",
     r"eval_loss", r"rewards/.+/mean", r"rewards/accuracies", r"accuracy", r"mean_token_accuracy", r"mask/reward/mean",
-    r"multiplier/.+", r"kl/per_response", r"loss", r"train_loss",
+    r"multiplier/.+", r"kl/per_response", r"loss", r"ep/homeostasis_loss", r"train_loss",
 )  # fmt: skip
+# When the number under a key was taken, for the heading above it
+EVALUATION, STEP, RUN = "Last evaluation", "Last training steps logged", "Mean over all training steps"
 MAX_NUMBERS, MAX_CURVES, MAX_PICTURES, MAX_EXAMPLES = 12, 3, 8, 3
 MAX_PICTURE_BYTES = 4_000_000
 
@@ -27,7 +29,9 @@ class Findings:
 
     Args:
         numbers (`list[tuple[str, float]]`):
-            Last value of each key worth it.
+            What a stage without a log says of itself.
+        logged (`dict[str, list[tuple[str, float]]]`):
+            Of the log's keys worth a place the last value, by what it is of: an evaluation, some steps, all of them.
         curves (`list[tuple[str, bytes]]`):
             Key of the log and PNG of its course.
         pictures (`list[tuple[str, bytes]]`):
@@ -41,6 +45,7 @@ class Findings:
     """
 
     numbers: list[tuple[str, float]] = field(default_factory=list)
+    logged: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
     curves: list[tuple[str, bytes]] = field(default_factory=list)
     pictures: list[tuple[str, bytes]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,7 +67,14 @@ def read_findings(folder: Path) -> Findings:
     found = Findings()
     history = log_history(folder)
     names = ordered_keys(history)
-    found.numbers = [(name, _course(history, name)[-1][1]) for name in names[:MAX_NUMBERS]]
+    for name in names[:MAX_NUMBERS]:
+        found.logged.setdefault(_taken(name), []).append((name, _course(history, name)[-1][1]))
+    if "ep/homeostasis_loss" in names:
+        losses = [name for name in ("eval_loss", "loss", "train_loss") if name in names]
+        found.notes.append(
+            f"The homeostasis objective is in {', '.join(losses)}: homeostasis_coef times what is logged as "
+            "ep/homeostasis_loss, which falls from the first steps on."
+        )
     found.curves = draw_curves(history, names)
     _proxy_points(folder / "proxy_points" / "proxy_points.json", found)
     _pairs(folder, found)
@@ -71,6 +83,12 @@ def read_findings(folder: Path) -> Findings:
         found.pictures.append((str(path.relative_to(folder).with_suffix("")), path.read_bytes()))
     found.left_out = max(0, len(paths) - MAX_PICTURES)
     return found
+
+
+def _taken(name: str) -> str:
+    if name == "train_loss":
+        return RUN
+    return EVALUATION if name.startswith("eval_") else STEP
 
 
 def log_history(folder: Path) -> list[dict[str, Any]]:

@@ -147,6 +147,7 @@ def _stage(pipeline: Pipeline, progress: Progress, stage: Stage, marker: Marker 
         head,
         f'<p class="soft">{_text(stage.command)}, {_time(marker.seconds)}, in {_text(shown_folder(folder))}</p>',
         _numbers(found.numbers),
+        "".join(f"<h3>{_text(heading)}</h3>{_numbers(numbers)}" for heading, numbers in found.logged.items()),
         "".join(f"<p>{_text(note)}</p>" for note in found.notes),
         _pictures(found.curves, "curves"),
         _pictures(found.pictures, "pictures"),

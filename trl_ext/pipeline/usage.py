@@ -35,8 +35,9 @@ def usage_text(training: Mapping[str, str]) -> str:
     for item in dataclasses.fields(PipelineArguments):
         default = "" if item.default in (dataclasses.MISSING, None) else f" (default: {item.default})"
         lines += _entry(f"--{item.name}", f"{item.metadata['help']}{default}")
-    lines += ["", "A stage has `command`, `config`, `settings`, `options`, `accelerate_config` and `num_processes`."]
-    lines += textwrap.wrap(f"Commands of stages: {', '.join(commands)}.", 80)
+    keys = "A stage has `command`, `config`, `settings`, `options`, `accelerate_config` and `num_processes`."
+    for text in (keys, f"Commands of stages: {', '.join(commands)}."):
+        lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

@@ -35,7 +35,6 @@ def main(arguments: list[str], modules: Mapping[str, str]) -> int:
         ValueError: If the recipe is refused, names no command, or its model's configuration cannot be read.
     """
     from ..scripts.recipe.stand_ins import light_parser
-    from .of_recipe import plan_of
 
     options, rest = make_parser(list(modules)).parse_known_args(arguments)
     if options.gpus < 1 or not options.memory > 0 or options.prompt_length < 1:
@@ -47,6 +46,8 @@ def main(arguments: list[str], modules: Mapping[str, str]) -> int:
     parser.check(["--config", options.config, *rest])
     if not parser.parsed.model_name_or_path:
         raise ValueError("`model_name_or_path` is missing. Name a model, or a folder with its `config.json`.")
+    from .of_recipe import plan_of  # which imports torch
+
     plan = plan_of(parser.parsed, modules[command].rpartition(".")[2], _config, options.prompt_length)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(_heading(parser.parsed, plan))
@@ -64,18 +65,21 @@ def make_parser(commands: list[str]) -> argparse.ArgumentParser:
     add("--config", required=True, help="recipe: a file, or the name of a packaged one")
     add("--gpus", type=int, default=1, help="number of GPUs")
     add("--memory", type=float, default=80.0, help="memory of one GPU in GiB")
-    add("--command", choices=commands, default=None, help="training command; by default the one in the recipe's head")
+    listed = f"training command, of {', '.join(commands)}; by default the one in the recipe's head"
+    add("--command", choices=commands, default=None, metavar="COMMAND", help=listed)
     add("--prompt_length", type=int, default=512, help="tokens of a prompt, where completions are generated")
     return parser
 
 
 def _command_of(config: str, modules: Mapping[str, str]) -> str:
     """The training command that the head of a recipe names."""
-    from ..scripts.recipe.packaged import find_packaged, header_of
+    from ..scripts.recipe.packaged import closest_packaged, find_packaged, header_of
 
     path = Path(config) if Path(config).is_file() else find_packaged(config)
     if path is None:
-        raise ValueError(f"`--config {config}` is not a file, nor the name of a packaged recipe (`trl-ext recipes`).")
+        raise ValueError(
+            f"`--config {config}` is not a file.{closest_packaged(config)} `trl-ext recipes` lists the recipes."
+        )
     named = header_of(path).command.split()
     if len(named) < 2 or named[1] not in modules:
         raise ValueError(f"{config} does not say in its head which command it is for. Give `--command`.")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,9 +166,11 @@ def _train(settings: BaseModelSettings, show_progress: bool) -> LlamaForCausalLM
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
     warmup = max(1, settings.steps // 20)
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
+    interval = 2.0 if sys.stderr.isatty() else 30.0
     steps = tqdm(
-        range(settings.steps), desc="Training the playground's base model", mininterval=2, disable=not show_progress
-    )
+        range(settings.steps), desc="Training the playground's base model", mininterval=interval,
+        disable=not show_progress,
+    )  # fmt: skip
     for _ in steps:
         texts = [
             generate_review(generator, num_drafts=settings.num_drafts).text + EOS for _ in range(settings.batch_size)

@@ -80,11 +80,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         split_of,
         train_and_save,
     )
-    from .recipe.required import require_rewards
+    from .recipe.required import require_files, require_rewards
     from .recipe.strict_parser import RecipeError
     from .recipe.tokenizer import load_tokenizer
 
     require_rewards(reward_args.reward_funcs)
+    require_files(reward_args, training_args)
     require_model_and_data(model_args, script_args, dataset_args)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
     gold_reward = load_reward(reward_args.gold_reward, "gold_reward") if reward_args.gold_reward else None

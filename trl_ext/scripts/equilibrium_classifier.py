@@ -261,7 +261,7 @@ def main(
     trainer.accelerator.print(saved_text("Classifier", training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def _print_confusion(trainer: Any, dataset: Any) -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.safe_text import for_terminal
+from .recipe.usage import description
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -51,8 +52,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The parser of the command's options."""
     parser = argparse.ArgumentParser(
-        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        prog, description=description(__doc__, prog), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("--runs", nargs="+", required=True, metavar="[REWARD=]FOLDER", help="output folders of runs with a gold "
         "metric; REWARD= says which reward a run maximised, whose curve then takes its runs only")  # fmt: skip

@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from .constrained_ppo import load_reward
+from .recipe.usage import description
 
 
 PAIRS_FILE, SUMMARY_FILE = "pairs.jsonl", "summary.json"
@@ -61,8 +62,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The parser of the command's options."""
     parser = argparse.ArgumentParser(
-        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        prog, description=description(__doc__, prog), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("--model", required=True, help="policy: folder or id")
     add("--reward", required=True, help="what scores completions: a function by dotted path, or a reward model")

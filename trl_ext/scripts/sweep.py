@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 
 from ..core.checks import shown
+from .recipe.usage import description
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -50,8 +51,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The parser of the command's own options; all others are the recipe's."""
     parser = argparse.ArgumentParser(
-        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        prog, description=description(__doc__, prog), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("--config", required=True, help="recipe of `trl-ext constrained-ppo` with `method: ppo`, a `gold_reward` and "
         "`eval_strategy: steps`")  # fmt: skip

@@ -86,6 +86,8 @@ def reference_forward(
     return FusedCausalLMOutput(loss=states.hidden.new_zeros(()))
 
 
+# Traced by a compiler, which does not look at hooks again, the first batch's would be those of every other
+@torch.compiler.disable
 def read_reference(
     model: PreTrainedModel, mask_type: str, labels: torch.Tensor, *args: Any, share_prompt: bool = False, **kwargs: Any
 ) -> ReferenceStates:

@@ -38,6 +38,7 @@ from ..core.model_card import MethodCardMixin
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
 from .given_weights import WEIGHT_COLUMNS, TokenWeightsCollator, attach_token_weights
+from .lm_head.paired_log_probs import take_kernel_of_hub
 from .loss import length_desensitized_weights, mask_l1_penalty, sft_loss
 from .mask_kinds import MASK_KINDS
 from .masks import TokenMaskCompanion, TokenMasks
@@ -184,8 +185,11 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
         self._warned_of_dead_masks = False
         self._compared_shared_prompts = not args.share_prompt
         self._reference: PreTrainedModel = (
-            self.policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+            self.policy
+            if self.ref_model is None
+            else self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
         )
+        take_kernel_of_hub(self.accelerator.device)
         check_tokenizer(self.processing_class, self.policy)
         check_vocabularies(
             (vocabulary_size(self.policy), vocabulary_size(self._reference)),
@@ -206,7 +210,7 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
 
     def _attach_masks(self) -> None:
         reference, args = self._reference, self.args
-        extend_forward(reference, partial(reference_forward, reference))
+        extend_forward(reference, partial(reference_forward, reference), compiled=args.torch_compile)
         masks = TokenMasks(
             num_layers=len(decoder_layers(reference)) if args.mask_type == "learned" else 0,
             hidden_size=reference.config.get_text_config().hidden_size,
@@ -296,7 +300,7 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
     def _run_reference(self, inputs: dict[str, Any], collector: ReferenceCollector) -> tuple[ReferenceStates, Any]:
         """The reference's states on a batch, and its head."""
         if self.ref_model is None:
-            policy = self.accelerator.unwrap_model(self.model)
+            policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
             model = self.model
         else:

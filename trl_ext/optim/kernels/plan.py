@@ -7,6 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ BLOCK, NUM_WARPS, MAX_REGISTERS, NUM_PROGRAMS = 1024, 4, 0, 8
 SUM_BLOCK, SPLIT_ROWS, SPLIT_PARTS = 1024, 32, 32
 # Of a chunk, as triton.py has them
 NUM_SUMS = 5
+# Runs in the place of triton.py where it is set
+substitute: ModuleType | None = None
 
 
 def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], moments: Sequence[str]) -> bool:
@@ -59,6 +62,14 @@ def takes(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any], mom
 @functools.cache
 def _triton_is_here() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _kernels() -> ModuleType:
+    if substitute is not None:
+        return substitute
+    from . import triton
+
+    return triton
 
 
 def _allows(group: dict[str, Any], device: torch.device) -> bool:
@@ -277,8 +288,7 @@ class Plan(Table):
 
     def measure(self) -> None:
         """First kernel: moments, dot products, and the step of what is not expected to be projected."""
-        from . import triton as kernels
-
+        kernels = _kernels()
         with self._on_device():
             for dtypes, first, last in self._launches:
                 kernels.measure_kernel[self._grid(last - first)](
@@ -290,8 +300,7 @@ class Plan(Table):
 
     def apply(self) -> None:
         """The other two kernels; [`totals`] must have been added up over processes where borders cut weights."""
-        from . import triton as kernels
-
+        kernels = _kernels()
         with self._on_device():
             self._decide(adds_up=not self.cut_weights, decides=True)
             for dtypes, first, last in self._launches:
@@ -303,9 +312,7 @@ class Plan(Table):
         increment_version(self.watch.stepped_memory())
 
     def _decide(self, adds_up: bool, decides: bool) -> None:
-        from . import triton as kernels
-
-        kernels.decide_kernel[(len(self.items),)](
+        _kernels().decide_kernel[(len(self.items),)](
             *self._tables(), self.was_projected, self.modes, self.layer_values, self.row_values, self.sums,
             self.totals, self.hits, self.is_anything_left, SUM=adds_up, DECIDE=decides, ADAM=self.is_adam,
             BLOCK=SUM_BLOCK, ROWS=SPLIT_ROWS, PARTS=SPLIT_PARTS, num_warps=8,

@@ -15,6 +15,12 @@ from . import table
 from .table import Column
 
 
+# Raised with what a column, an option or an argument means, so that no kernel of the Hub from before is taken for this
+VERSION = 1
+INTERFACE = ("VERSION", "Column", "OPTIONS", "LEVELS", "DTYPES", "measure_kernel", "decide_kernel", "apply_kernel")
+OPTIONS, LEVELS, DTYPES = table.NUM_OPTIONS, table.LEVELS, table.DTYPES
+
+
 def _columns(names: str) -> list[tl.constexpr]:
     return [tl.constexpr(int(Column[name])) for name in names.split()]
 

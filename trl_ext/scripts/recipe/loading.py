@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 
 from ...core.checkpoint import checkpoints
-from .required import require_model_and_data as require_model_and_data
+from . import required
 from .strict_parser import RecipeError
 
 
@@ -27,6 +27,17 @@ _LEFT_BEHIND = {
     "optimizer": "optimizer_report.json",
     "log": "trainer_state.json",
 }
+
+
+def require_model_and_data(model_args: Any, script_args: Any, dataset_args: Any) -> None:
+    """
+    Refuses arguments without model or data, or with files that are not here, before anything is loaded or trained.
+
+    Raises:
+        RecipeError: If one is missing.
+    """
+    required.require_model_and_data(model_args, script_args, dataset_args)
+    required.require_files(model_args, dataset_args)
 
 
 def resolve_model(name: str) -> str:
@@ -143,7 +154,7 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, datas
     trainer.accelerator.print(saved_text(what, args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()  # `Trainer.end` calls it, which transformers 5.5 has not
 
 
 def saved_text(what: str, folder: str | Path) -> str:

@@ -16,7 +16,8 @@ from ...core.checks import shown
 from .reading import RecipeError, parse_yaml
 
 
-_BUILDERS = {
+# Ending of a file: what `datasets` reads it with
+BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow",
 }  # fmt: skip
 
@@ -154,7 +155,7 @@ def _replace_datasets(recipe: dict[str, Any], args: list[str], hints: Mapping[st
     if not datasets:
         recipe["datasets"] = [{"path": reader_of(files), "data_files": files}]
     elif isinstance(datasets, list) and len(datasets) == 1 and isinstance(datasets[0], dict):
-        if datasets[0].get("path") not in _BUILDERS.values() and Path(files).is_file():
+        if datasets[0].get("path") not in BUILDERS.values() and Path(files).is_file():
             datasets[0]["path"] = reader_of(files)  # a file here in place of a data set of the Hub
         datasets[0]["data_files"] = files
     else:
@@ -178,9 +179,9 @@ def reader_of(files: str) -> str:
         RecipeError: If the ending is not known.
     """
     name = PurePath(files.lower().removesuffix(".gz"))
-    if name.suffix not in _BUILDERS:
-        raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(_BUILDERS)}, or that and .gz.")
-    return _BUILDERS[name.suffix]
+    if name.suffix not in BUILDERS:
+        raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(BUILDERS)}, or that and .gz.")
+    return BUILDERS[name.suffix]
 
 
 def take_option(args: list[str], name: str) -> str | None:

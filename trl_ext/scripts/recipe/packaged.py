@@ -80,12 +80,22 @@ def read_packaged(name: str) -> str:
     return _packaged(name).read_text(encoding="utf-8")
 
 
+def closest_packaged(name: str) -> str:
+    """A question that names the packaged recipe closest to a name, with a space before it; empty where none is."""
+    relative = name.removeprefix("recipes/").removesuffix(".yaml")
+    try:
+        close = get_close_matches(relative, packaged_recipes(), n=1, cutoff=0.7)
+    except FileNotFoundError:
+        return ""
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
 def _packaged(name: str) -> Path:
     path = find_packaged(name)
     if path is None:
-        close = get_close_matches(name, packaged_recipes(), n=1, cutoff=0.5)
-        hint = f" Did you mean `{close[0]}`?" if close else ""
-        raise ValueError(f"{name} is not a recipe of the package.{hint} `trl-ext recipes` lists them.")
+        raise ValueError(
+            f"{name} is not a recipe of the package.{closest_packaged(name)} `trl-ext recipes` lists them."
+        )
     return path
 
 

@@ -92,14 +92,15 @@ def dry_run_text(parser: Any, module: str, accelerate_config: str, processes: in
         "tokenizer": getattr(args, "tokenizer_name_or_path", None) or "the model's own",
         "data": _data(args),
         "rewards": ", ".join(map(str, _as_list(getattr(args, "reward_funcs", None)))),
+        "limits": "; ".join(map(_constraint, getattr(args, "constraints", None) or ())),
         "critic": getattr(args, "critic_model_name_or_path", None),
         "processes": f"{processes}, {Path(accelerate_config).stem}{_deepspeed(args)}",
         "batch": _batch(args, script, processes),
         "steps": _steps(args, processes),
         "precision": "fp16" if args.fp16 else "float32" if args.bf16 is False else "bf16",
         "optimizer": f"{_plain(args.optim)}, learning rate {args.learning_rate:g}, {_plain(args.lr_scheduler_type)}",
-        "evaluates": _when(args.eval_strategy, args.eval_steps or args.logging_steps),
-        "saves": f"{args.output_dir}, {_when(args.save_strategy, args.save_steps)}",
+        "evaluates": _when(args.eval_strategy, args.eval_steps or args.logging_steps) or "never",
+        "saves": f"{args.output_dir}, {_when(args.save_strategy, args.save_steps) or 'at the end alone'}",
         "settings": f"{len(parser.given)} given, the others default: --print_config shows them",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items() if value)
@@ -173,6 +174,12 @@ def _rows(args: Any) -> int | None:
     )
 
 
+def _constraint(constraint: dict[str, Any]) -> str:
+    stated = {key: constraint[key] for key in ("threshold", "quantile", "relative_gain") if key in constraint}
+    bound = ", ".join(f"{value}" if key == "threshold" else f"{key} {value}" for key, value in stated.items())
+    return " ".join(filter(None, (str(constraint.get("reward")), constraint.get("kind"), bound)))
+
+
 def _when(strategy: Any, steps: Any) -> str:
     strategy = _plain(strategy)
-    return {"no": "never", "steps": f"every {steps:g} steps", "epoch": "after every epoch"}.get(strategy, strategy)
+    return {"no": "", "steps": f"every {steps:g} steps", "epoch": "after every epoch"}.get(strategy, strategy)

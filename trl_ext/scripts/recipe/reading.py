@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ...core.checks import shown
-from .packaged import find_packaged
+from .packaged import closest_packaged, find_packaged
 
 
 # Far above any recipe; what is larger was not written by hand
@@ -45,7 +45,8 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], Lines]:
     """
     file = Path(path) if _is_file(path) else find_packaged(path)
     if file is None:
-        raise RecipeError(f"`--config {path}` is not a file. `trl-ext recipes` lists the recipes.")
+        hint = closest_packaged(str(path))
+        raise RecipeError(f"`--config {path}` is not a file.{hint} `trl-ext recipes` lists the recipes.")
     recipe, lines = parse_yaml(_text(file), str(path))
     if not isinstance(recipe, dict):
         raise RecipeError(f"The recipe {path} must be a mapping of arguments to values, got {type(recipe).__name__}.")

@@ -90,6 +90,11 @@ def light_parser(module: str, prog: str | None = None) -> Any:
     return parser
 
 
+def stand_in(module: str, name: str) -> Any:
+    """The stand-in of a class in a module."""
+    return _Module(module)[name]
+
+
 def prefixed(settings: Any, prefix: str, lists: tuple[str, ...] = ()) -> Any:
     """
     A dataclass of the fields of another under names with a prefix.

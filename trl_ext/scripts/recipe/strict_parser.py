@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from datetime import date
@@ -25,6 +26,7 @@ from .named_code import check_trust, named_code
 from .overrides import apply_overrides, take_option
 from .preview import given_text
 from .reading import Lines, RecipeError, read_recipe
+from .stand_ins import stand_in
 
 
 __all__ = ["RecipeError", "StrictParser", "convert", "load_recipe", "run_strictly", "take_flag"]
@@ -35,6 +37,11 @@ _LISTED = 20
 _BOOLEANS = {
     **dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False),
 }  # fmt: skip
+# Class whose fields are the keys of a mapping, or of each in a list, that its field's type does not say
+_KEYS_OF = {
+    "constraints": ("trl_ext.constrained_ppo.constraints", "Constraint"),
+    "search": ("trl_ext.constrained_ppo.threshold_search.config", "ThresholdSearchConfig"),
+}
 # Lists that TRL's configurations take one text for
 _ONE_IS_A_LIST = ("loss_type", "lora_target_modules")
 
@@ -183,20 +190,7 @@ class StrictParser(TrlParser):
         known = set(fields) | {"env"}
         unknown = [(key, known, f"the recipe {path}{_line(lines, key)}") for key in recipe if key not in fields]
         for key, value in recipe.items():
-            nested = _nested_dataclass(fields.get(key))
-            if nested is None or not isinstance(value, list):
-                continue
-            names = {field.name for field in dataclasses.fields(nested)}
-            for position, entry in enumerate(value):
-                place = f"`{key}[{position}]`"
-                if not isinstance(entry, dict):
-                    line = _line(lines, key, position)
-                    raise RecipeError(f"{place} in the recipe {path}{line} must be a mapping, got {shown(entry)}.")
-                unknown += [
-                    (name, names, f"{place} of the recipe {path}{_line(lines, key, position, name)}")
-                    for name in entry
-                    if name not in names
-                ]
+            unknown += _unknown_inside(key, value, fields.get(key), path, lines)
         options = set(self._option_string_actions)
         suggested = {option[2:] for option in options if option[:2] == "--"} | set(other_options) | {"config"}
         suggested |= {"trust_recipe_code", "print_config", "dry_run"}
@@ -382,12 +376,40 @@ def _nested_dataclass(hint: Any) -> Any:
     return members[0] if members and dataclasses.is_dataclass(members[0]) else None
 
 
+def _unknown_inside(key: str, value: Any, hint: Any, path: str, lines: Lines) -> list[tuple[Any, set[str], str]]:
+    """Of a field of mappings whose keys are known: each key that is none, what is valid, and where it stands."""
+    nested = _nested_dataclass(hint)
+    if nested is None and key in _KEYS_OF and hint is not None:
+        nested = stand_in(*_KEYS_OF[key])
+    if nested is None or not isinstance(value, (list, dict)):
+        return []
+    names = {field.name for field in dataclasses.fields(nested)}
+    found = []
+    for position, entry in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        place = (key,) if position is None else (key, position)
+        name = f"`{key}`" if position is None else f"`{key}[{position}]`"
+        if not isinstance(entry, dict):
+            where = f"{name} in the recipe {path}{_line(lines, *place)}"
+            raise RecipeError(f"{where} must be a mapping, got {shown(entry)}.")
+        found += [
+            (inner, names, f"{name} of the recipe {path}{_line(lines, *place, inner)}")
+            for inner in entry if inner not in names
+        ]  # fmt: skip
+    return found
+
+
 def _required(dataclass: Any) -> set[str]:
     return {
         field.name
         for field in dataclasses.fields(dataclass)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
+
+
+def _says_it_all(error: Exception) -> bool:
+    """Whether an error is a library's own words about a model or data that it could not load, before training."""
+    trained = any(frame.name == "train" for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, OSError) and error.errno is None and not trained
 
 
 def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
@@ -401,6 +423,8 @@ def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
     except Exception as error:
         from ...core.files import is_lack_of_space  # which imports torch
 
+        if _says_it_all(error) and not take_flag(sys.argv[1:], "--verbose"):
+            raise SystemExit(f"{Path(sys.argv[0]).name}: {error}\n--verbose shows where.") from None
         if not is_lack_of_space(error):
             raise
         raise SystemExit(

@@ -89,6 +89,42 @@ def _help(action: Any) -> str:
     return text if default is None else f"{text} (default: {default})"
 
 
+def description(text: str | None, prog: str | None = None) -> str:
+    """
+    What stands at the head of a command's help, for 80 columns.
+
+    Args:
+        text (`str`, *optional*):
+            Docstring of the command's module: paragraphs, lines of comment and command lines of Python.
+        prog (`str`, *optional*):
+            The command as it was called, which takes the place of `python -m MODULE`.
+
+    Returns:
+        `str`
+    """
+    blocks = []
+    for block in (text or "").strip().split("\n\n"):
+        lines: list[str] = []
+        for line in block.splitlines():
+            if lines and not line.startswith(("#", "python ")) and not lines[-1].startswith("#"):
+                lines[-1] += f" {line.strip()}"
+            else:
+                lines.append(line)
+        blocks.append("\n".join(_filled(" ".join(line.split()), prog) for line in lines))
+    return "\n\n".join(blocks)
+
+
+def _filled(line: str, prog: str | None) -> str:
+    if not line.startswith("python -m "):
+        return textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False)
+    _, _, module, *words = line.split()
+    head = prog.split() if prog else ["python", "-m", module]
+    rows = textwrap.wrap(
+        " ".join([*head, *words]), WIDTH - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(rows)
+
+
 def _entry(option: str, text: str) -> list[str]:
     head = textwrap.wrap(
         option, WIDTH, initial_indent="  ", subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
@@ -97,6 +133,7 @@ def _entry(option: str, text: str) -> list[str]:
         head = [line.replace(", ", ",") for line in textwrap.wrap(
             option.replace(",", ", "), WIDTH - 2, initial_indent="  ", subsequent_indent="      "
         )]  # fmt: skip
+    indent = "      "
     return head + textwrap.wrap(
-        text, WIDTH, initial_indent="      ", subsequent_indent="      ", break_long_words=False
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from ..._upstream import maybe_gather_lm_head_ctx
+from ...core.hub_kernel import kernel_of_hub, named_kernels
 from . import triton_kernels
 
 
@@ -27,6 +28,8 @@ from . import triton_kernels
 # accelerator, 256 MB in bfloat16, enough to fill its matrix units
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 32768)
+# What folds tiles and differentiates them; `take_kernel_of_hub` may put another in its place
+_kernels = triton_kernels
 
 
 class HeadStatistics(NamedTuple):
@@ -169,6 +172,23 @@ def paired_log_probs(
     if return_statistics:
         return log_probs, ref_log_probs, kl, HeadStatistics(*statistics)
     return log_probs, ref_log_probs, kl
+
+
+def take_kernel_of_hub(device: torch.device) -> None:
+    """
+    Runs the kernel of the Hub that `TRL_EXT_HUB_KERNELS` names as `trl-ext-paired-log-probs`, if it fits, from now on.
+
+    Args:
+        device (`torch.device`):
+            Where the models are. Nothing is loaded for a CPU, which runs no such kernel.
+
+    Raises:
+        ValueError: If the variable names something that cannot be a kernel.
+    """
+    global _kernels
+    named = named_kernels()
+    if device.type == "cuda":
+        _kernels = kernel_of_hub("trl-ext-paired-log-probs", triton_kernels) if named else triton_kernels
 
 
 def head_parameters(head: Any) -> tuple[Any, Any]:
@@ -359,7 +379,7 @@ class _PairedLogProbs(torch.autograd.Function):
                 places = [(buffers[side], rows, columns, weight_tiles[side]) for side in range(2)]
                 if has_kernels:
                     sides = policy.side(*places[0]), ref.side(*places[1])
-                    triton_kernels.fold(*sides, running.of_rows(rows), labels[rows], columns.start)
+                    _kernels.fold(*sides, running.of_rows(rows), labels[rows], columns.start)
                     continue
                 policy_logits, ref_logits = policy.logits(*places[0]), ref.logits(*places[1])
                 scratch = buffers[2][: policy_logits.numel()].view_as(policy_logits)
@@ -413,9 +433,7 @@ class _PairedLogProbs(torch.autograd.Function):
                 places = [(buffers[side], rows, columns, weight_tiles[side]) for side in range(2)]
                 if has_kernels:
                     sides = policy.side(*places[0]), None if divergence is None else ref.side(*places[1])
-                    gradient = triton_kernels.logit_gradient_(
-                        *sides, *per_row, divergence, live_labels[rows], columns.start
-                    )
+                    gradient = _kernels.logit_gradient_(*sides, *per_row, divergence, live_labels[rows], columns.start)
                 else:
                     logits = policy.logits(*places[0])
                     capped = None

@@ -1,0 +1,34 @@
+"""Runs under `torch.compile` among runs without, in one process."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState
+
+
+@contextmanager
+def compiled_training() -> Iterator[dict[str, str]]:
+    """
+    Settings of a trainer made and run until the context ends: accelerate keeps what the first trainer of a process
+    said, and transformers writes it to the environment. No code is generated, which takes a minute: the model is
+    traced, and what was traced runs operation by operation.
+    """
+    with mock.patch.dict(os.environ):
+        _forget()
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        try:
+            with warnings.catch_warnings():  # of torch's own tracing
+                warnings.simplefilter("ignore", DeprecationWarning)
+                yield {"torch_compile_backend": "eager"}
+            assert torch._dynamo.utils.counters["frames"]["ok"] > before, "nothing was compiled"
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=False)
+    torch.compiler.reset()

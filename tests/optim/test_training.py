@@ -1,0 +1,59 @@
+"""A whole run with AdamP is the run with the authors' package, by whatever means the model is trained."""
+
+from contextlib import nullcontext
+
+import adamp
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+from tests.helpers.compiling import compiled_training
+from tests.helpers.optim import TRAINING, text_data
+from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
+from trl_ext.optim import AdamP
+from trl_ext.optim.callbacks import bottom_optimizer
+
+
+OPTIONS = {"delta": 0.5, "wd_ratio": 0.1}
+ADAPTER = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", hidden_size=64)
+
+
+@pytest.mark.parametrize("means", ["evaluated", "lora", "qlora", "checkpointing", "compiled"])
+def test_equals_the_run_with_the_authors_package(means, registered, model, tmp_path):
+    settings, arguments = {"gradient_checkpointing": means == "checkpointing"}, {}
+    if means in ("lora", "qlora"):
+        arguments = dict(ADAPTER)
+    if means == "qlora":
+        pytest.importorskip("bitsandbytes")
+        arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+
+    def trained(folder, **more):
+        given = {name: more.pop(name) for name in ("optimizer_cls_and_kwargs",) if name in more}
+        training = {**TRAINING, "max_steps": 4, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = SFTTrainer(
+            model, args=SFTConfig(str(tmp_path / folder), **training, **settings, **more),
+            train_dataset=text_data(), eval_dataset=text_data(), processing_class=tiny_tokenizer(),
+            **arguments, **given,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    theirs = adamp.AdamP, {"lr": 1e-2, "weight_decay": 0.1, **OPTIONS}
+    expected = trained("theirs", optimizer_cls_and_kwargs=theirs)
+    with compiled_training() if means == "compiled" else nullcontext({}) as compiling:
+        found = trained("ours", optim="adamp", optim_args="delta=0.5,wd_ratio=0.1", **compiling)
+    optimizer = bottom_optimizer(found.optimizer)
+    assert type(optimizer) is AdamP and type(bottom_optimizer(expected.optimizer)) is adamp.AdamP
+    assert sum(row["layer"] + row["channel"] > 0 for row in optimizer.report().values()) > 0
+    for key in ("loss", "eval_loss"):
+        here, there = ([e[key] for e in trainer.state.log_history if key in e] for trainer in (found, expected))
+        assert len(there) == (4 if key == "loss" else 2) and here == pytest.approx(there, abs=1e-5), key
+    for (name, one), other in zip(found.model.named_parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
