@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs each supported set of versions in an environment of its own and runs tests against it.
 # Arguments: "contract" for the contract tests and those of the trainers, or "quick" for the fast tier of the suite; the
-# torch requirement; then the requirements that everything was built on.
+# torch requirement; then the requirements that everything was built on. SETS names some of the sets.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tier=$1 torch=$2
@@ -15,7 +15,7 @@ declare -A sets=(
     [newest]="trl transformers accelerate peft datasets deepspeed"
 )
 
-for name in lowest usual newest; do
+for name in ${SETS:-lowest usual newest}; do
     environment=.venv-$name
     python=$environment/bin/python
     if [ ! -f "$environment/.installed" ]; then

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from functools import partial
 from importlib import import_module
 
@@ -29,6 +30,15 @@ def test_they_are_those_that_we_ran():
     said = {path for path in said_to_be_run() if "playground" in path.read_text() and path.parent.name != "pipeline"}
     assert said and said <= set(RECIPES.values()) and len(RECIPES) >= 8
     assert {command_of(path)[0] for path in RECIPES.values()} == {command_of(RECIPES[name])[0] for name in USUAL}
+
+
+def test_a_real_model_that_we_ran_says_how_its_seeds_differ():
+    said = {path for path in said_to_be_run() if "model_name_or_path: HuggingFaceTB/SmolLM2" in path.read_text()}
+    assert len(said) == 4 and len({path.parent for path in said}) == 4  # one of each method
+    for path in said:
+        expected = path.read_text().partition("# Expected: ")[2].partition("\n#\n")[0]
+        assert re.search(r"seeds? 42.*: [\d.]+", expected, re.DOTALL), path
+        assert "minutes on one core" in expected, path
 
 
 @pytest.fixture(scope="module")

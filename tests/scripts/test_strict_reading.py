@@ -184,6 +184,16 @@ def test_other_nested_fields_and_data_files(hints):
     assert recipe["datasets"] == [{"path": "csv", "data_files": "c.csv"}]
 
 
+def test_a_file_takes_the_place_of_a_data_set_of_the_hub(hints, tmp_path):
+    """A file that is not there is one of the data set's own, on the Hub."""
+    (tmp_path / "reviews.jsonl.gz").touch()
+    here = str(tmp_path / "reviews.jsonl.gz")
+    for files, path in ((here, "json"), ("plain/train.parquet", "stanfordnlp/imdb")):
+        recipe: dict = {"datasets": [{"path": "stanfordnlp/imdb", "columns": ["text"]}]}
+        apply_overrides(recipe, ["--data_files", files], hints)
+        assert recipe["datasets"] == [{"path": path, "columns": ["text"], "data_files": files}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,7 +202,7 @@ def test_other_nested_fields_and_data_files(hints):
         (["--constraints.3.reward", "b"], "`constraints` has 1 entries.*'3' is none.*or 1 for a new one"),
         (["--constraints.x.reward", "b"], "'x' is none"),
         (["--constraints.0.threshold.x", "b"], "`constraints.0.threshold` is 1, which has no parts"),
-        (["--data_files", "b.txt.gz"], "must end in one of"),
+        (["--data_files", "b.xls.gz"], "must end in one of"),
     ],
 )
 def test_wrong_nested_fields(arguments, message, hints):

@@ -2,12 +2,17 @@
 Data of the Hub that a recipe wants in another form than it is published in.
 
 trl-ext data hh-prompts --output data/hh_prompts.json
+trl-ext data imdb-pairs --output data/imdb_pairs.jsonl --data_files imdb_train.parquet
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .recipe.overrides import reader_of
+from .review_pairs import review_pairs
 
 
 _LAST_TURN = "\n\nAssistant:"
@@ -49,6 +54,12 @@ def _split(dialogue: str) -> tuple[str, str]:
     return before + turn, answer
 
 
+def _by_row(form: Callable[[Row], Row], dataset: Any) -> Any:
+    """A data set whose rows are given another form each; those whose prompt is empty are left out."""
+    found = dataset.map(form, remove_columns=dataset.column_names)
+    return found.filter(lambda row: bool(row["prompt"]))
+
+
 class Recast(NamedTuple):
     """
     One form of a data set.
@@ -58,21 +69,28 @@ class Recast(NamedTuple):
             Id on the Hub.
         split (`str`):
             Split of it.
-        row (`Callable`):
-            From a row to the row that is written; one whose `prompt` is empty is left out.
-        wanted_by (`str`):
-            Recipe that reads it.
+        written (`Callable`):
+            From the [`~datasets.Dataset`] to the one that is written.
+        wanted_by (`tuple[str, ...]`):
+            Recipes that read it.
     """
 
     source: str
     split: str
-    row: Callable[[Row], Row]
-    wanted_by: str
+    written: Callable[[Any], Any]
+    wanted_by: tuple[str, ...]
 
 
+_HH = ("Anthropic/hh-rlhf", "train")
 RECASTS = {
-    "hh-prompts": Recast("Anthropic/hh-rlhf", "train", hh_prompt, "constrained_ppo/helpful_harmless"),
-    "hh-pairs": Recast("Anthropic/hh-rlhf", "train", hh_pair, "sparse_po/hh_pythia_1.4b"),
+    "hh-prompts": Recast(*_HH, partial(_by_row, hh_prompt), ("constrained_ppo/helpful_harmless",)),
+    "hh-pairs": Recast(*_HH, partial(_by_row, hh_pair), ("sparse_po/hh_pythia_1.4b",)),
+    "imdb-pairs": Recast(
+        "stanfordnlp/imdb",
+        "train",
+        review_pairs,
+        ("sparse_po/smollm2_135m", "equilibrium/smollm2_reward", "constrained_ppo/grpo_smollm2"),
+    ),
 }
 
 
@@ -91,8 +109,7 @@ def recast(dataset: Any, name: str, path: Path) -> int:
     Returns:
         `int`: number of rows written.
     """
-    written = dataset.map(RECASTS[name].row, remove_columns=dataset.column_names)
-    written = written.filter(lambda row: bool(row["prompt"]))
+    written = RECASTS[name].written(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     written.to_json(str(path))
     return len(written)
@@ -100,10 +117,11 @@ def recast(dataset: Any, name: str, path: Path) -> int:
 
 def make_parser(prog: str = "trl-ext data") -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
-    forms = "; ".join(f"{name}: {one.source} for {one.wanted_by}" for name, one in RECASTS.items())
+    forms = "; ".join(f"{name}: {one.source} for {', '.join(one.wanted_by)}" for name, one in RECASTS.items())
     parser = argparse.ArgumentParser(prog=prog, description=f"Writes data of the Hub as a recipe wants it ({forms}).")
     parser.add_argument("name", choices=sorted(RECASTS), help="Form of the data.")
     parser.add_argument("--output", type=Path, required=True, help="File of JSON lines to write.")
+    parser.add_argument("--data_files", help="The data set's rows in a file of one's own, read in place of the Hub.")
     return parser
 
 
@@ -120,6 +138,7 @@ def main(arguments: list[str]) -> int:
 
     Raises:
         FileExistsError: If the file is there already.
+        RecipeError: If `--data_files` has an ending that is not known.
     """
     args = make_parser().parse_args(arguments)
     if args.output.exists():
@@ -127,6 +146,10 @@ def main(arguments: list[str]) -> int:
     from datasets import load_dataset
 
     form = RECASTS[args.name]
-    count = recast(load_dataset(form.source, split=form.split), args.name, args.output)
-    print(f"{count:,} rows of {form.source} written to {args.output}.")  # noqa: T201
+    if args.data_files:
+        dataset = load_dataset(reader_of(args.data_files), data_files=args.data_files, split="train")
+    else:
+        dataset = load_dataset(form.source, split=form.split)
+    count = recast(dataset, args.name, args.output)
+    print(f"{count:,} rows of {args.data_files or form.source} written to {args.output}.")  # noqa: T201
     return 0

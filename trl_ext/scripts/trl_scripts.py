@@ -153,7 +153,7 @@ def main(
     """Runs a TRL script on parsed arguments, with checkpoints and resumption as in our own scripts."""
     from ..optim.callbacks import OptimizerReportCallback, default_callback
     from ..optim.names import check_optim_args
-    from .recipe.loading import last_checkpoint, left_behind, require_model_and_data, resolve_model
+    from .recipe.loading import last_checkpoint, left_behind, one_split, require_model_and_data, resolve_model
 
     check_optim_args(training_args)
     if training_args.hub_token is not None:  # TRL's configurations would write it into `training_args.bin`
@@ -165,6 +165,7 @@ def main(
         report = OptimizerReportCallback() if optimizer_args.log_optimizer_report else None
         stack.enter_context(_whole_checkpoints(name, run_args, report))
         stack.enter_context(_playground_known(name))
+        stack.enter_context(one_split())
         if report is not None:
             stack.enter_context(default_callback(report))
         _of_trl(name).main(script_args, training_args, model_args, dataset_args)

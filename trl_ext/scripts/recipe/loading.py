@@ -1,8 +1,11 @@
 """What the scripts share: models, datasets and checkpoints from parsed arguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 
@@ -14,6 +17,7 @@ from .strict_parser import RecipeError
 logger = get_logger(__name__)
 PLAYGROUND = "playground"
 PLAYGROUND_MODELS = (PLAYGROUND, "playground-small")  # those of `trl_ext.playground.MODELS`
+_SPLIT_SEED = 42
 # What trainers and their callbacks leave in the output folder
 _LEFT_BEHIND = {
     "model card": "README.md",
@@ -55,6 +59,20 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def one_split() -> Iterator[None]:
+    """
+    Has [`~trl.get_dataset`] hold out the same rows by `test_split_size` in every process, in a resumed run and under
+    every seed: it draws them from NumPy's global generator, which starts differently in each process.
+    """
+    state = np.random.get_state()
+    np.random.seed(_SPLIT_SEED)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
 def load_datasets(script_args: Any, dataset_args: Any) -> Any:
     """The data that a recipe names: the mixture `datasets`, or `dataset_name`; `"playground"` is made on the spot."""
     from datasets import load_dataset
@@ -63,7 +81,8 @@ def load_datasets(script_args: Any, dataset_args: Any) -> Any:
     if dataset_args.datasets:
         if script_args.dataset_name:
             logger.warning(f"`datasets` is given, so `dataset_name: {script_args.dataset_name}` is not used.")
-        return get_dataset(dataset_args)
+        with one_split():
+            return get_dataset(dataset_args)
     if script_args.dataset_name == PLAYGROUND:
         from ...playground import load_playground_dataset
 

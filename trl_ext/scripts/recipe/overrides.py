@@ -8,7 +8,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -153,16 +153,35 @@ def _replace_datasets(recipe: dict[str, Any], args: list[str], hints: Mapping[st
         return
     datasets = recipe.get("datasets")
     if not datasets:
-        builder = BUILDERS.get(PurePath(files).suffix.lower())
-        if builder is None:
-            raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(BUILDERS)}.")
-        recipe["datasets"] = [{"path": builder, "data_files": files}]
+        recipe["datasets"] = [{"path": reader_of(files), "data_files": files}]
     elif isinstance(datasets, list) and len(datasets) == 1 and isinstance(datasets[0], dict):
+        if datasets[0].get("path") not in BUILDERS.values() and Path(files).is_file():
+            datasets[0]["path"] = reader_of(files)  # a file here in place of a data set of the Hub
         datasets[0]["data_files"] = files
     else:
         raise RecipeError(
             f"`--data_files {files}`: the recipe has several `datasets`. Give `--datasets.0.data_files`."
         )
+
+
+def reader_of(files: str) -> str:
+    """
+    What [`~datasets.load_dataset`] reads files of data by.
+
+    Args:
+        files (`str`):
+            Path or pattern of paths, maybe of files packed by gzip.
+
+    Returns:
+        `str`: such as `"json"`.
+
+    Raises:
+        RecipeError: If the ending is not known.
+    """
+    name = PurePath(files.lower().removesuffix(".gz"))
+    if name.suffix not in BUILDERS:
+        raise RecipeError(f"`--data_files {files}` must end in one of {', '.join(BUILDERS)}, or that and .gz.")
+    return BUILDERS[name.suffix]
 
 
 def take_option(args: list[str], name: str) -> str | None:
