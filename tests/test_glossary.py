@@ -7,7 +7,7 @@ import pytest
 from tests import glossary
 
 
-# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, data, a level, wandb's axis
+# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, data, levels, wandb's axis
 NO_KEYS = {
     "mask/<>/sparsity",
     "mask/<>/sum",
