@@ -7,7 +7,7 @@ import pytest
 from tests import glossary
 
 
-# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, a level, wandb's axis
+# Of the form of a logged key, and none: what is kept before it is logged, folders, recipes, data, levels, wandb's axis
 NO_KEYS = {
     "mask/<>/sparsity",
     "mask/<>/sum",
@@ -21,6 +21,7 @@ NO_KEYS = {
     "sparse_po/playground",
     "equilibrium/playground_reward",
     "constrained_ppo/helpful_harmless",
+    "stanfordnlp/imdb",
     "head/<>",
     "train/global_step",
 }
