@@ -76,5 +76,7 @@ def google(text: str) -> str:
             line = f"{' ' * indent}{entry[1].split(', ')[-1]} ({kind or 'Any'}):{entry[3]}"
         elif depth >= 0 and line.strip().startswith("> "):
             continue
+        elif depth >= 0 and not line.strip() and (not lines[-1].strip() or _SECTION.match(lines[-1])):
+            continue  # the empty line below a heading: under the section's own name it would end the section
         lines.append(line)
     return "\n".join(lines)

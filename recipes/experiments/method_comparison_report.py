@@ -89,21 +89,21 @@ def write_report(results: Results, names: dict[str, str], folder: Path, gold: st
 
 def draw_overoptimization(results: Results, names: dict[str, str], path: Path, gold: str) -> None:
     """Every reward and the gold metric of the runs that maximise one reward, mean over seeds with its error."""
-    figure, axes = new_axes(1, len(names), width=11 / len(names), height=4.4)
+    figure, axes = new_axes(1, len(names), width=10 / len(names), height=4.4)
     for axis, (reward, method) in zip(axes, names.items(), strict=True):
         own = [result for result in results if result["name"] == method]
         for position, (key, label) in enumerate([("gold", gold), *zip(names, names, strict=True)]):
             _band(axis, own, key, line_style(position), label)
         axis.set_title(f"only {reward} is maximised, without KL", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
-    axes[0].set_ylabel("value of the metric, mean and standard error over seeds")
+        axis.set_ylabel("value of the metric, mean and standard error")
     axes[0].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
 def draw_methods(results: Results, path: Path, gold: str) -> None:
     """The gold metric of every method as training goes on, mean over seeds, and at its end, seed by seed."""
-    figure, (by_step, at_end) = new_axes(1, 2, width=6.0, height=5.2)
+    figure, (by_step, at_end) = new_axes(1, 2, width=5.2, height=5.4)
     for position, name in enumerate(methods_of(results)):
         own, style = [result for result in results if result["name"] == name], line_style(position)
         color = style["color"]
@@ -117,14 +117,14 @@ def draw_methods(results: Results, path: Path, gold: str) -> None:
         values = [result["test"]["gold"] for result in own]
         mean, error = mean_and_error(values)
         at_end.errorbar(mean, -position, xerr=error, color=color, marker=style["marker"], capsize=3)
-        at_end.plot(values, [-position - 0.2] * len(values), ".", color=color, markersize=4, alpha=0.7)
+        at_end.plot(values, [-position - 0.22] * len(values), ".", color=color, markersize=4, alpha=0.7)
     by_step.set_xlabel("optimizer step")
     by_step.set_ylabel(gold)
-    by_step.set_title("validation prompts, mean and standard error", loc="left", fontsize=10)
-    by_step.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    by_step.set_title("validation prompts:\nmean and standard error over seeds", loc="left", fontsize=10)
+    by_step.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     at_end.set_yticks([-position for position in range(len(methods_of(results)))], methods_of(results), fontsize=8)
     at_end.set_xlabel(gold)
-    at_end.set_title("test prompts at the end; dots: seeds", loc="left", fontsize=10)
+    at_end.set_title("test prompts at the end:\nmean, standard error, seeds (dots)", loc="left", fontsize=10)
     save_figure(figure, path)
 
 

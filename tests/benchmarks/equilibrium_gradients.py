@@ -96,27 +96,29 @@ def cosines_of(activation: str, seeds: int, correction: str) -> list[dict[str, f
 
 
 def plot_errors(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
-    figure, axes = new_axes(1, len(tables), width=4.2, height=3.6, dpi=110, sharey=True)
+    figure, axes = new_axes(2, 2, width=5.0, height=3.4, sharex=True, sharey=True)
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         for position, (name, values) in enumerate(table.items()):
             axis.loglog(RADII, values, label=name, markersize=5, linewidth=1.2, **line_style(position))
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("radius")
-    axes[0].set_ylabel("relative error of the gradient")
-    axes[-1].legend(fontsize=8, frameon=False)
+        axis.set_title(title, loc="left", fontsize=10)
+    for axis in axes[2:]:
+        axis.set_xlabel("radius of the nudge")
+    for axis in axes[::2]:
+        axis.set_ylabel("relative error of the gradient")
+    axes[-1].legend(fontsize=9, frameon=False, title="N: points on the circle")
     save_figure(figure, path)
 
 
 def plot_cosines(tables: dict[str, list[dict[str, float]]], path: Path) -> None:
-    figure, axes = new_axes(1, len(tables), width=4.2, height=3.4, dpi=110, sharey=True)
+    figure, axes = new_axes(1, len(tables), width=3.4, height=3.4, sharey=True)
     for axis, (title, rows) in zip(axes, tables.items(), strict=True):
         for position, name in enumerate(rows[0]):
             style = {**line_style(position), "markersize": 8 - 2 * position}  # lines that coincide stay visible
             axis.plot(ANGLES, [row[name] for row in rows], label=name, linewidth=1.2, **style)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("angle of the feedback (degrees)")
     axes[0].set_ylabel("cosine to the exact gradient")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=9, frameon=False, title="gradient of")
     save_figure(figure, path)
 
 

@@ -108,10 +108,10 @@ def table(results: dict[str, list[list[dict[str, float]]]]) -> str:
 
 
 def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
-    figure, axes = new_axes(1, 4, width=3.5, height=3.4, dpi=110)
-    labels = {"accuracy": "test accuracy (%)", "symmetry": "|S| / (|S| + |A|)",
-              "cosine_1": "cosine of estimated and exact errors, layer 1",
-              "cosine_2": "cosine of estimated and exact errors, layer 2"}  # fmt: skip
+    figure, axes = new_axes(2, 2, width=5.0, height=3.4)
+    labels = {"accuracy": "test accuracy (%)", "symmetry": "symmetry |S| / (|S| + |A|)",
+              "cosine_1": "cosine to the exact errors, layer 1",
+              "cosine_2": "cosine to the exact errors, layer 2"}  # fmt: skip
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for position, (arm, runs) in enumerate(results.items()):
             values = np.array([[epoch[name] for epoch in run] for run in runs])
@@ -124,7 +124,8 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
     axes[0].set_ylim(bottom=60)
-    axes[-1].legend(fontsize=7, frameon=False)
+    axes[-1].legend(fontsize=9, frameon=False)
+    figure.suptitle("Lines: mean over seeds; bands: standard deviation", x=0.01, ha="left", fontsize=10)
     save_figure(figure, path)
 
 

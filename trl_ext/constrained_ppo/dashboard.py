@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..core.figures import COLORS, new_figure, save_figure, tidy
+from ..core.figures import COLORS, line_style, new_figure, save_figure, tidy
 from ..core.log import LogHistory, best_value, last_value, reward_names, series
 from ..core.safe_text import for_terminal, one_line
 from .constraints import Constraint, constraints_by_reward
@@ -212,6 +212,8 @@ class _Line:
             axes.axhline(values[0], **options)
             return
         stride = math.ceil(len(steps) / MAX_POINTS)
+        if "num_markers" in options:
+            options["markevery"] = max(1, len(steps) // stride // options.pop("num_markers"))
         if len(steps) == 1:
             options.setdefault("marker", "o")
         axes.plot(steps[::stride], values[::stride], **options)
@@ -230,18 +232,19 @@ def _panels(
 ) -> list[Panel]:
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     panels = [_reward_panel(log_history, name, grouped.get(name, []), colors[name]) for name in names]
-    # A curve for each constraint: those on one reward share its color
-    marks = {
-        key: (colors[name], _STYLES[index % len(_STYLES)])
+    marks = {name: _mark(index) for index, name in enumerate(names)}
+    # A curve for each constraint: those on one reward share its color and marker
+    styles = {
+        key: {**marks[name], **({"linestyle": _STYLES[index % len(_STYLES)]} if index else {})}
         for name in names
         for index, (key, _) in enumerate(grouped.get(name) or [(name, None)])
     }
-    violations = _per_constraint(log_history, marks, "violation")
+    violations = _per_constraint(log_history, styles, "violation")
     if violations:
         violations.append(_Line(([], [0.0]), "", "#999999", linewidth=1.0, linestyle=":", zorder=1))
     panels.append(("violation (positive asks for more weight)", violations))
-    panels.append(("multiplier, before squashing", _per_constraint(log_history, marks, "multiplier")))
-    weights = _per_constraint(log_history, marks, "weight")
+    panels.append(("multiplier, before squashing", _per_constraint(log_history, styles, "multiplier")))
+    weights = _per_constraint(log_history, styles, "weight")
     objective = series(log_history, "weight/objective")
     if objective[0]:
         weights.append(_Line(objective, "objective", _OBJECTIVE_COLOR, linestyle="--"))
@@ -249,17 +252,21 @@ def _panels(
     panels.append(_kl_panel(log_history, kl_ceiling))
     panels.append(_gold_panel(log_history))
     critics = [
-        _Line(series(log_history, f"critic/{name}/loss"), _shortened(name, 26), color, yscale="log")
-        for name, color in {**colors, "kl": _OBJECTIVE_COLOR}.items()
+        _Line(series(log_history, f"critic/{name}/loss"), _shortened(name, 26), yscale="log", **mark)
+        for name, mark in {**marks, "kl": {"color": _OBJECTIVE_COLOR, "linestyle": "--"}}.items()
     ]
     panels.append(("critic loss", [line for line in critics if line.points[0]]))
     return [panel for panel in panels if panel[1]]
 
 
-def _per_constraint(log_history: LogHistory, marks: dict[str, tuple[str, str]], part: str) -> list[_Line]:
+def _mark(position: int) -> dict[str, Any]:
+    """How a reward is drawn wherever it shares a panel with others."""
+    return {**line_style(position), "markersize": 4, "num_markers": 8}
+
+
+def _per_constraint(log_history: LogHistory, styles: dict[str, dict[str, Any]], part: str) -> list[_Line]:
     lines = [
-        _Line(series(log_history, f"{part}/{key}"), _shortened(key, 26), color, linestyle=style)
-        for key, (color, style) in marks.items()
+        _Line(series(log_history, f"{part}/{key}"), _shortened(key, 26), **style) for key, style in styles.items()
     ]
     return [line for line in lines if line.points[0]]
 

@@ -200,10 +200,13 @@ def save_png(texts: list[WeightedText], heading: str, path: str | Path) -> None:
             color="#222222" if is_title else "#8a8a8a" if color is None else _ink(color),
         )  # fmt: skip
     bar_axes = figure.add_axes((0.935, 0.2, 0.014, 0.6))
-    figure.colorbar(
+    bar = figure.colorbar(
         ScalarMappable(Normalize(0, highest or 1.0), color_scale()), cax=bar_axes, extend="min", extendrect=True,
         extendfrac=0.06, label="token weight",
     )  # fmt: skip
+    # Zero is the white box below the scale, which begins right above it
+    bar.set_ticks([tick for tick in bar.get_ticks() if 0 < tick <= (highest or 1.0)])
+    bar_axes.text(1.5, -0.03, "0", transform=bar_axes.transAxes, va="center")
     figure.savefig(path)
 
 

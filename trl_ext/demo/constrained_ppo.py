@@ -230,7 +230,9 @@ def draw_courses(
     for axes, proxy, threshold in zip(panels[1:], PROXIES, thresholds, strict=True):
         axes.axhline(threshold, color="black", linewidth=1.2, linestyle=":", label="threshold")
         axes.set_title(f"What is rewarded: {proxy.replace('_', ' ')}", loc="left", fontsize=11)
+        axes.set_ylabel(f"{proxy.replace('_', ' ')}, mean")
     panels[0].set_title("What matters: gold (no run sees it)", loc="left", fontsize=11)
+    panels[0].set_ylabel("gold, mean of the validation prompts")
     panels[1].legend(frameon=False, fontsize=9)
     for axes in panels:
         axes.set_ylim(bottom=0.0)

@@ -209,16 +209,17 @@ def draw_alignment(histories: dict[str, list[dict[str, Any]]], path: str | Path)
     figure, (left, right) = new_axes(1, 2, width=5, height=4.2, dpi=140)
     for index, (name, history) in enumerate(histories.items()):
         steps, color = [entry["step"] for entry in history], COLORS[index % len(COLORS)]
+        marker: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markevery": 0.15, "markersize": 5}
         for layer, cosines in enumerate(zip(*(entry["cosines"] for entry in history), strict=True), start=1):
             style = ("-", "--", ":", "-.")[(layer - 1) % 4]
-            left.plot(steps, cosines, style, color=color, label=f"{name}, layer {layer}" if name else f"layer {layer}")
-        marker: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markevery": 0.15, "markersize": 5}
+            label = f"{name}, layer {layer}" if name else f"layer {layer}"
+            left.plot(steps, cosines, linestyle=style, color=color, label=label, **marker)
         right.plot(steps, [entry["weight_angle"] for entry in history], color=color, label=name or None, **marker)
-    left.set(ylim=(None, 1.05), xlabel="step", ylabel="cosine")
-    left.set_title("Estimated against exact error vectors", loc="left", fontsize=11)
-    right.set(ylim=(0, 100), xlabel="step", ylabel="degrees")
+    left.set(ylim=(None, 1.05), xlabel="step", ylabel="cosine to the exact errors")
+    left.set_title("Estimated error vectors", loc="left", fontsize=11)
+    right.set(ylim=(0, 100), xlabel="step", ylabel="angle (degrees)")
     right.set_title("Angle between forward and feedback weights", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=9)
     if any(histories):
-        right.legend(frameon=False, fontsize=8)
+        right.legend(frameon=False, fontsize=9)
     save_figure(figure, path)

@@ -127,6 +127,7 @@ def draw_curves(history: Sequence[dict[str, Any]], names: Iterable[str]) -> list
         figure, (axes,) = new_axes(width=4.2, height=2.8)
         axes.plot(*zip(*course, strict=True), **{**line_style(len(drawn)), "markersize": 4})
         axes.set_xlabel("step")
+        axes.set_ylabel(name if len(name) < 36 else f"{name[:34]}…", parse_math=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         drawn.append((name, buffer.getvalue()))

@@ -249,7 +249,7 @@ def write(report: dict[str, Any], measurements: Any, output_dir: Path) -> None:
         safe = re.sub(r"[^\w.-]+", "_", name)
         draw_curve(own.rewards[:, index], own, peak, name, output_dir / f"{safe}.png", gold)
     if report["kl"] is not None:
-        label = "KL from the reference, nats per response"
+        label = "KL(policy || reference), nats per response"
         draw_curve(measurements.kl, measurements, report["kl"], label, output_dir / "kl.png", gold)
     if report["joint"] is not None:
         independent = [float(peak.point[0]) for peak in report["independent"].values()]

@@ -270,7 +270,7 @@ def differences(runs: list[Run]) -> str:
 def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
     """Loss against learning rate, and effective step size in training at the rate that suits AdamW best."""
     families = list(dict.fromkeys(run.family for run in runs))
-    figure, panels = new_axes(2, len(families), width=4, height=3.2, dpi=110)
+    figure, panels = new_axes(2, len(families), width=3.5, height=3.1)
     for by_rate, by_step, family in zip(panels, panels[len(families) :], families, strict=False):
         rate = best_learning_rate([r for r in runs if (r.family, r.optimizer) == (family, "AdamW")])
         for name, style in STYLES.items():
@@ -289,8 +289,8 @@ def plot(runs: list[Run], traces: list[dict[str, Any]], path: Path) -> None:
                 steps = [point["step"] for point in kept[0]]
                 angles = np.mean([[point["angle"] for point in trace] for trace in kept], axis=0)
                 by_step.plot(steps, angles, **style, markevery=5, markersize=4, label=name)
-        by_rate.set(title=TITLES[family], xscale="log", xlabel="learning rate", ylabel="test loss")
-        by_step.set(xlabel=f"step (learning rate {rate:g})", ylabel="effective step size (radians)", yscale="log")
+        by_rate.set(title=TITLES[family], xscale="log", xlabel="learning rate", ylabel="test loss (nats per token)")
+        by_step.set(xlabel=f"step (learning rate {rate:g})", ylabel="effective step (radians)", yscale="log")
         by_rate.legend(frameon=False)
     save_figure(figure, path)
 

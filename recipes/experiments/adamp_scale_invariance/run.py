@@ -190,7 +190,7 @@ def toy_table(toys: dict[str, dict[str, list[float]]]) -> str:
 
 def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], path: Path) -> None:
     """Norm and effective step size of both problems; the network at the first schedule, third learning rate."""
-    figure, panels = new_axes(2, 3, width=4, height=3.2, dpi=110)
+    figure, panels = new_axes(2, 3, width=3.5, height=3.1)
     toy_axes, network_axes = panels[:3], panels[3:]
     for name, trace in toys.items():
         for axis, key in zip(toy_axes, ("norm", "angle", "gap"), strict=True):
@@ -204,7 +204,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
                       markevery=0.1, markersize=4, label=name)  # fmt: skip
         accuracy = [np.mean([row["accuracy"] for row in own if row["learning_rate"] == rate]) for rate in rates]
         network_axes[2].plot(rates, accuracy, **style, label=name)
-    labels = ("norm", "effective step (radians)", "distance to the minimum")
+    labels = ("norm of the weights", "effective step (radians)", "distance to the minimum")
     for axis, label in zip(panels, labels * 2, strict=True):
         axis.set(xlabel="step", ylabel=label)
     for axis in (*toy_axes[1:], network_axes[1]):
@@ -212,7 +212,7 @@ def plot(toys: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], pa
     toy_axes[0].set(title="scale-invariant function")
     toy_axes[0].legend(frameon=False)
     network_axes[0].set(title="network with batch normalisation", ylabel="norm / first norm")
-    network_axes[2].set(xlabel="learning rate", ylabel="accuracy", xscale="log", ylim=(0.95, 0.99))
+    network_axes[2].set(xlabel="learning rate", ylabel="test accuracy (from 0.95)", xscale="log", ylim=(0.95, 0.99))
     save_figure(figure, path)
 
 

@@ -1,12 +1,13 @@
 """Tables and picture of the long comparison."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trl_ext.core.figures import COLORS, MARKERS, new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 
 from ..method_comparison_report import mean_and_error
 from ..runner import markdown_table
@@ -17,8 +18,7 @@ Results = Sequence[dict[str, Any]]
 Chosen = Mapping[tuple[str, int], int]
 # The gold metric over the second half says whether a method keeps what it has gained
 TAIL = (64, 128)
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 3)))
-PER_PANEL = 5
+PER_PANEL = 4
 
 
 def at(curve: Sequence[dict[str, float]], step: int, key: str = "test/gold") -> float:
@@ -102,25 +102,28 @@ def _shown(settings: dict[str, Any]) -> str:
 
 
 def draw(results: Results, chosen: Chosen, horizon: int, path: Path) -> None:
-    """The gold metric against updates, mean over seeds and, thin, its least; one panel for five methods."""
+    """The gold metric against updates, mean over seeds and, thin, the least of them; a few methods a panel."""
     names = list(dict.fromkeys(result["name"] for result in results))
-    groups = [names[start : start + PER_PANEL] for start in range(0, len(names), PER_PANEL)]
-    figure, panels = new_axes(1, len(groups), width=4.6, height=4.4, sharey=True)
-    for axes, group in zip(panels, groups, strict=True):
+    num_panels = math.ceil(len(names) / PER_PANEL)
+    groups = [list(group) for group in np.array_split(names, num_panels)]
+    columns = min(2, num_panels)
+    figure, panels = new_axes(
+        math.ceil(num_panels / columns), columns, width=4.8, height=3.6, sharex=True, sharey=True
+    )
+    for unused in panels[num_panels:]:
+        unused.set_visible(False)
+    for axes, group in zip(panels, groups, strict=False):
         for position, name in enumerate(group):
             curves = [run["curve"] for run in runs_for(results, name, horizon, chosen)]
             steps = [point["step"] for point in curves[0]]
             values = np.array([[point["test/gold"] for point in curve] for curve in curves])
-            style: dict[str, Any] = {
-                "color": COLORS[position],
-                "marker": MARKERS[position],
-                "linestyle": LINES[position],
-            }
+            style = line_style(position)
             axes.plot(steps, values.mean(axis=0), label=name, linewidth=2.0, markersize=5, **style)
             axes.plot(steps, values.min(axis=0), linewidth=0.7, alpha=0.7, **{**style, "marker": None})
-        axes.set_xlabel("update")
-        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    panels[0].set_ylabel("gold on test prompts (thin: the worst seed)")
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.supxlabel("update", fontsize=11)
+    figure.supylabel("gold on test prompts", fontsize=11)
+    figure.suptitle("Thick: mean over seeds; thin: the least of them", x=0.01, ha="left", fontsize=10)
     save_figure(figure, path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.core.figures import COLORS, MARKERS, new_axes, save_figure
+from trl_ext.core.figures import line_style, new_axes, save_figure
 
 from ..method_comparison_report import mean_and_error
 from ..runner import markdown_table
@@ -16,7 +16,6 @@ from .gold import distinct_pairs, fluency, gold
 Results = Sequence[dict[str, Any]]
 # Updates that one measurement is the mean of
 WINDOW = 4
-LINES = ("-", "--", "-.", ":")
 
 
 def usual_surprisal(results: Results) -> tuple[float, float]:
@@ -75,22 +74,22 @@ def _cell(values: Sequence[float]) -> str:
 def draw(results: Results, path: Path) -> None:
     """The gold metric against the KL, and the first proxy against updates; thin lines are single seeds."""
     usual, spread = usual_surprisal(results)
-    figure, (by_divergence, by_step) = new_axes(1, 2, width=5.6, height=4.2)
+    figure, (by_divergence, by_step) = new_axes(1, 2, width=5.0, height=4.2)
     for position, arm in enumerate(dict.fromkeys(result["arm"] for result in results)):
         runs = [measured(result, usual, spread) for result in results if result["arm"] == arm]
-        style: dict[str, Any] = {"color": COLORS[position], "linestyle": LINES[position], "marker": MARKERS[position]}
+        style = line_style(position)
         for number, run in enumerate(runs):
             label = {"label": arm} if number == 0 else {}
             by_divergence.plot(run["kl"], run["gold"], linewidth=1.0, markersize=4, **style, **label)
         mean = np.mean([run["sentiment_score"] for run in runs], axis=0)
         by_step.plot(runs[0]["step"], mean, linewidth=2.0, **style, label=arm)
-    by_divergence.set_xlabel("KL(policy || base model) of a response, nats")
+    by_divergence.set_xlabel("KL(policy || base model), nats per response")
     by_divergence.set_ylabel(f"gold, mean of {WINDOW} updates")
     by_divergence.set_title("what matters; a line a seed", loc="left", fontsize=10)
     by_step.set_xlabel("update")
     by_step.set_ylabel("sentiment score")
     by_step.set_title("what is rewarded; mean over seeds", loc="left", fontsize=10)
-    by_divergence.legend(frameon=False, fontsize=8)
+    by_divergence.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

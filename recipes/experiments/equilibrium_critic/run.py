@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from trl_ext import ConstrainedPPOConfig, ConstrainedPPOTrainer
-from trl_ext.core.figures import line_style
+from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.playground import base_model_path, count_positive_words, load_playground_dataset, playground_gold
 from trl_ext.scripts.recipe.strict_parser import StrictParser, run_strictly
 
@@ -172,12 +172,7 @@ def main(config: ConstrainedPPOConfig, args: CriticArguments) -> None:
 
 def draw(rows: list[dict[str, Any]], critics: list[str], tuning_seed: int, path: Path) -> None:
     """Explained variance and value loss against updates, mean of the seeds and their range."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = new_axes(1, 3, width=3.5, height=3.4)
     panels = {
         "explained_variance": "explained variance",
         "loss": "value loss",
@@ -189,13 +184,12 @@ def draw(rows: list[dict[str, Any]], critics: list[str], tuning_seed: int, path:
             own = [row["history"] for row in rows if (row["critic"], row["rate"]) == (critic, rate)]
             steps = [point["step"] for point in own[0]]
             values = np.array([[point[name] for point in history] for history in own])
-            (line,) = axis.plot(steps, values.mean(0), label=critic, **line_style(index))
+            (line,) = axis.plot(steps, values.mean(0), label=critic, **line_style(index), markersize=5)
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(xlabel="update", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle("Lines: mean over seeds; bands: their range", x=0.01, ha="left", fontsize=10)
+    save_figure(figure, path)
 
 
 def make_parser() -> StrictParser:

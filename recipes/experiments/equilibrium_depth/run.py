@@ -152,7 +152,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy, and the cosine of estimated and exact error vectors of the first layer, against depth."""
     figure, axes = new_axes(1, 2, width=4.6, height=3.4, dpi=110)
     for axis, entry, title in zip(
-        axes, ("accuracy", "cosine"), ("test accuracy (%)", "cosine of the first layer's errors"), strict=True
+        axes, ("accuracy", "cosine"), ("test accuracy (%)", "cosine to the exact errors, first layer"), strict=True
     ):
         for position, arm in enumerate(ARMS):
             own = [row for row in rows if row["arm"] == arm and entry in row]
@@ -163,6 +163,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.errorbar(depths, means, spreads, **line_style(position), capsize=3, label=arm)
         axis.set(xlabel="layers", ylabel=title, xticks=sorted({row["depth"] for row in rows}))
     axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_title("mean and standard deviation over seeds", loc="left", fontsize=10)
     save_figure(figure, path)
 
 

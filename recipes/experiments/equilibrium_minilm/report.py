@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext.core.figures import COLORS, new_axes, save_figure
+from trl_ext.core.figures import COLORS, MARKERS, new_axes, save_figure
 
 from ..runner import markdown_table
 
@@ -135,13 +135,13 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Test accuracy of every head, a panel for each task, a colour for each backbone and depth, a dot for each run."""
+    """Test accuracy of every head, a panel for each task, a marker for each backbone and depth, a dot for each run."""
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     kinds = dict.fromkeys((row["backbone"], row["depth"]) for row in rows if row["depth"])
     figure, panels = new_axes(1, len(tasks), width=5, height=3.6)
     for axes, task in zip(panels, tasks, strict=True):
         for place, (backbone, depth) in enumerate(kinds):
-            label = f"{backbone}, {depth} layers"
+            label = f"encoder {backbone}, heads of {depth} layers"
             for line, name in enumerate(reversed(HEADS)):
                 setting = {"task": task, "backbone": backbone, "head": name, "depth": 0 if name == "linear" else depth}
                 if not any(setting.items() <= row.items() for row in rows):
@@ -149,9 +149,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 values = [row["test_accuracy"] for row in at_best_setting(rows, **setting)]
                 height = line + 0.2 * (len(kinds) / 2 - place)
                 axes.plot(values, [height] * len(values), ".", color=COLORS[place], alpha=0.5)
-                axes.plot(np.mean(values), height, "D", color=COLORS[place], label=label, markersize=5)
+                axes.plot(np.mean(values), height, MARKERS[place], color=COLORS[place], label=label, markersize=7)
                 label = "_" + label  # one entry of the legend for each kind
-        axes.set(xlabel="test accuracy", title=TITLES[task])
+        axes.set(xlabel="test accuracy (dots: seeds)", title=TITLES[task])
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(HEADS)), list(reversed(HEADS)) if axes is panels[0] else [""] * len(HEADS))
     panels[-1].legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -70,10 +70,8 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
     Returns:
         `str`: the table, Markdown.
     """
-    figure, (axes,) = new_axes(width=8, height=5.2)
     cells = []
-    for place, method in enumerate(METHODS):
-        points = []
+    for method in METHODS:
         own = [row for row in rows if row["method"] == method and not row["tuning"]]
         for beta in sorted({row["beta"] for row in own}):
             runs = [row for row in own if row["beta"] == beta]
@@ -86,19 +84,31 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], task: str, f
                 f"{mean(runs, 'sparsity_reward')} / {mean(runs, 'sparsity_divergence')}",
                 f"{np.mean(auc):.3f}" if auc else "", str(len(runs)),
             ])  # fmt: skip
-            points.append((divergence[0], reward[0], standard_error(values[1]), standard_error(values[0])))
-        if points:
-            x, y, dx, dy = np.array(sorted(points)).T
-            axes.errorbar(
-                x, y, xerr=dx, yerr=dy, capsize=2,
-                elinewidth=0.8, label=method, **line_style(place),
-            )  # fmt: skip
-    axes.set_xlabel("KL(policy || reference), nats per response; bars are standard errors over seeds")
-    axes.set_xlim(left=0)
-    axes.set_ylabel(REWARDS[task])
-    if cells:
-        axes.legend(frameon=False)
-    save_figure(figure, folder / "frontier.png")
+    draw_frontier(rows, task, folder / "frontier.png")
     table = markdown_table(_COLUMNS, cells)
     (folder / "results.md").write_text(f"{table}\n\nShared by all runs: `{json.dumps(facts)}`\n")
     return table
+
+
+def draw_frontier(rows: list[dict[str, Any]], task: str, path: Path) -> None:
+    """Reward against KL, a line for each method and a point for each beta."""
+    figure, (axes,) = new_axes(width=8, height=5.2)
+    for place, method in enumerate(METHODS):
+        points = []
+        own = [row for row in rows if row["method"] == method and not row["tuning"]]
+        for beta in sorted({row["beta"] for row in own}):
+            divergences, rewards = (
+                [row[key] for row in own if row["beta"] == beta] for key in ("divergence", "reward")
+            )
+            points.append(
+                (np.mean(divergences), np.mean(rewards), standard_error(divergences), standard_error(rewards))
+            )
+        if points:
+            x, y, dx, dy = np.array(sorted(points)).T
+            axes.errorbar(x, y, xerr=dx, yerr=dy, capsize=2, elinewidth=0.8, label=method, **line_style(place))
+    axes.set_xlabel("KL(policy || reference), nats per response; bars: standard errors over seeds")
+    axes.set_xlim(left=0)
+    axes.set_ylabel(REWARDS[task])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    save_figure(figure, path)

@@ -23,7 +23,7 @@ def draw_curve(
     at = peak.candidates[:, 0]
     axes.fill_between(at, *peak.band, color=BLUE, alpha=0.2, linewidth=0, label="bootstrap interval")
     axes.plot(at, peak.fitted, color=BLUE, linewidth=2, label="fitted")
-    axes.axvspan(*peak.interval[:, 0], color=ORANGE, alpha=0.1, linewidth=0)
+    axes.axvspan(*peak.interval[:, 0], color=ORANGE, alpha=0.1, linewidth=0, label="interval of the peak")
     edge = " (at the edge of the data)" if peak.at_edge else ""
     axes.axvline(float(peak.point[0]), color=ORANGE, linestyle="--", label=f"peak {peak.point[0]:.4g}{edge}")
     axes.set_xlabel(label, parse_math=False)
@@ -46,13 +46,14 @@ def draw_joint(
         surface = axes.pcolormesh(*_upper_surface(peak, i, j), cmap="viridis", shading="nearest", rasterized=True)
         figure.colorbar(surface, ax=axes).set_label(f"fitted {gold_label}", parse_math=False)
         axes.plot(
-            *measurements.rewards[:, [i, j]].T, ".", color="white", markeredgecolor=GREY, markersize=5, alpha=0.7
-        )
+            *measurements.rewards[:, [i, j]].T, ".", color="white", markeredgecolor=GREY, markersize=5, alpha=0.7,
+            label="measured",
+        )  # fmt: skip
         axes.plot(
-            peak.point[i], peak.point[j], "*", color=ORANGE, markeredgecolor="white", markersize=16, label="joint"
+            peak.point[i], peak.point[j], "*", color=ORANGE, markeredgecolor="white", markersize=16, label="joint peak"
         )
         axes.plot(independent[i], independent[j], "X", color=BLUE, markeredgecolor="white", markersize=10,
-                  label="independent")  # fmt: skip
+                  label="each reward's own peak")  # fmt: skip
         axes.set_xlabel(names[i], parse_math=False)
         axes.set_ylabel(names[j], parse_math=False)
         axes.legend(loc="lower left", fontsize=9)  # the best place takes seconds to find among so many cells
