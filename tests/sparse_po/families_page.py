@@ -129,7 +129,7 @@ def _activations(rows: dict[str, Any]) -> list[str]:
         if row["activations"]:
             groups = (f"{group}: {', '.join(names)}" for group, names in row["activations"].items() if names)
             kinds.setdefault("; ".join(groups), []).append(name)
-    return [f"- {', '.join(names)}\n  - {what}" for what, names in kinds.items()]
+    return [f"- {', '.join(names)}\n    - {what}" for what, names in kinds.items()]
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
