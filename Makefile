@@ -50,11 +50,12 @@ shuffle: $(STAMP) ## Run the test-suite in a random order; it prints the SEED, w
 faults: $(STAMP) ## Kill runs, damage their checkpoints, fill their disks: 108 kills and more (as root: full disks too)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults
 
-kernels: $(STAMP) ## The GPU kernels compiled for sm_90, every case of them in Triton's interpreter and of sharded optimizers, and the GPU script dry (10 minutes)
+kernels: $(STAMP) ## The GPU kernels compiled for sm_90, every case of them in Triton's interpreter and of sharded optimizers and compiled models, and the GPU script dry (10 minutes)
 	$(PYTHON) -m tests.benchmarks.kernel_registers
 	TRITON_INTERPRET=1 $(PYTHON) -m tests.optim.plan_cases --all
 	$(PYTHON) -m tests.gpu.run --dry --output_dir outputs/gpu_dry --seconds 1800
 	OMP_NUM_THREADS=1 TRL_EXT_ALL_CASES=1 $(PYTHON) -m pytest tests/distributed/test_optimizer_shards.py tests/optim/test_kernels.py
+	OMP_NUM_THREADS=1 TRL_EXT_ALL_CASES=1 $(PYTHON) -m pytest -k compiled tests/constrained_ppo/test_other_means.py tests/optim/test_training.py tests/sparse_po/test_sparse_po_trainer.py
 
 fuzz: $(STAMP) ## Try 20,000 random recipes, configurations, constraints, rows and token weights (10 minutes); CASES=n for others
 	OMP_NUM_THREADS=1 TRL_EXT_FUZZ_CASES=$(CASES) $(PYTHON) -m pytest tests/fuzz

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.helpers import constrained_grpo, constrained_ppo
-from tests.helpers.compiling import compiled_training
+from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.constrained_ppo import XI, assert_same, fixed_completions
 from tests.helpers.tiny import save_tiny_model
 from tests.helpers.vllm import FakeServer
@@ -55,7 +55,7 @@ def plain(path, tmp_path_factory):
     [
         ({"gradient_checkpointing": True}, 1e-5),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-5),
-        ({"torch_compile": True}, 1e-4),
+        pytest.param({"torch_compile": True}, 1e-4, marks=slow_to_compile),
         ({"bf16": True}, 3e-2),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, 3e-2),
     ],

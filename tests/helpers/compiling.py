@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+
+# Tracing takes some 20 seconds each time: all but one of the tests run in `make kernels`
+slow_to_compile = pytest.mark.skipif(os.environ.get("TRL_EXT_ALL_CASES") != "1", reason="for `make kernels`")
 
 
 @contextmanager

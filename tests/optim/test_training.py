@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from tests.helpers.compiling import compiled_training
+from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.optim import TRAINING, text_data
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
 from trl_ext.optim import AdamP
@@ -25,7 +25,9 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", hidden_size=64)
 
 
-@pytest.mark.parametrize("means", ["evaluated", "lora", "qlora", "checkpointing", "compiled"])
+@pytest.mark.parametrize(
+    "means", ["evaluated", "lora", "qlora", "checkpointing", pytest.param("compiled", marks=slow_to_compile)]
+)
 def test_equals_the_run_with_the_authors_package(means, registered, model, tmp_path):
     settings, arguments = {"gradient_checkpointing": means == "checkpointing"}, {}
     if means in ("lora", "qlora"):

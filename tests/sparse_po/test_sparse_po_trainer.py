@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests import glossary
-from tests.helpers.compiling import compiled_training
+from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.sparse_po import LOG2, first_batch, gradients, losses, make_trainer, perturb
 from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
@@ -344,7 +344,7 @@ def test_load_best_model_restores_it_and_its_masks(family, tmp_path, tokenizer):
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile": True},
-        {"torch_compile": True, "share_prompt": True},
+        pytest.param({"torch_compile": True, "share_prompt": True}, marks=slow_to_compile),
     ],
     ids=["accumulation", "checkpointing", "reentrant", "compiled", "compiled-shared"],
 )
