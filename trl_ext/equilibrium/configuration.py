@@ -94,7 +94,8 @@ class EPConfig(PreTrainedConfig):
     pooling: PoolingName | None = None
     homeostasis_coef: float = 0.0
 
-    keys_to_ignore_at_inference = ["past_key_values"]  # which no evaluation gathers
+    # What no evaluation gathers; the second is its name from transformers 5.24 on
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     pad_token_id = _of_backbone("pad_token_id")
     eos_token_id = _of_backbone("eos_token_id")
     bos_token_id = _of_backbone("bos_token_id")

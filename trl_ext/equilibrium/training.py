@@ -131,7 +131,7 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
 
     def _homeostasis_weight(self) -> float:
         """The coefficient, over the number of accumulated batches where the trainer takes the loss to be so."""
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # which transformers 5.5 has not
         if scaled is None:
             scaled = self.compute_loss_func is not None
         weight = equilibrium_model(self.model).config.homeostasis_coef
