@@ -85,6 +85,6 @@ def faults(figure, headings_name_axes=False):
         for text, box in boxes
         if text.strip() and not (edges.contains(box.x0, box.y0) and edges.contains(box.x1, box.y1))
     ]
-    measured = [text.get_text() for text in texts if "KL" in text.get_text() and "nats" in text.get_text()]
+    measured = [text.get_text() for text in texts if "nats" in text.get_text() and "loss" not in text.get_text()]
     found += [f"which KL: {text}" for text in measured if "||" not in text]
     return found
