@@ -37,7 +37,7 @@ format: $(STAMP) ## Bring sources into the house's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-quick: $(STAMP) ## Run the fast tier of the tests: no process, no trainer, under two minutes on 2 cores
+quick: $(STAMP) ## Run the fast tier of the tests: no process, no trainer, under five minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not distributed"
 
 test: lint ## Check style and types and run the test-suite
