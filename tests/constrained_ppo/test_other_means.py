@@ -5,13 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.helpers import constrained_grpo, constrained_ppo
 from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.constrained_ppo import XI, assert_same, fixed_completions
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.tiny import qlora_arguments, save_tiny_model
 from tests.helpers.vllm import FakeServer
 from trl_ext.optim import AdamP
 from trl_ext.optim.callbacks import bottom_optimizer
@@ -100,12 +99,10 @@ def test_without_a_critic_and_with_lora(tmp_path, path):
 @pytest.mark.parametrize("kind", [PPO, GRPO])
 def test_qlora(kind, tmp_path):
     pytest.importorskip("bitsandbytes")
-    arguments = {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
-        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"]),
-    }
     path = save_tiny_model(tmp_path / "model", hidden_size=64)
-    trainer = make(kind, tmp_path, path, bf16=True, trainer_arguments=arguments, samples=True, learning_rate=1e-2)
+    trainer = make(
+        kind, tmp_path, path, bf16=True, trainer_arguments=qlora_arguments(), samples=True, learning_rate=1e-2
+    )
     assert trainer.model.is_loaded_in_4bit
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}

@@ -4,7 +4,13 @@ import math
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 _SIZES = {
@@ -101,3 +107,13 @@ def tokenizer_of_size(vocab_size: int) -> PreTrainedTokenizerFast:
     missing = math.ceil(SMALLEST_SHARE * vocab_size) - len(tokenizer)
     tokenizer.add_tokens([f"<unused {number}>" for number in range(missing)])
     return tokenizer
+
+
+def qlora_arguments() -> dict:
+    """Arguments of a TRL trainer: 4-bit weights of the model at a path, computing in bfloat16, under LoRA."""
+    from peft import LoraConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"]),
+    }

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tests import glossary
 from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.sparse_po import LOG2, first_batch, gradients, losses, make_trainer, perturb
-from tests.helpers.tiny import FAMILIES, save_tiny_model, tiny_model, tiny_pairs
+from tests.helpers.tiny import FAMILIES, qlora_arguments, save_tiny_model, tiny_model, tiny_pairs
 from trl_ext.sparse_po.loss import sparse_po_loss
 from trl_ext.sparse_po.policy_forward import MaskedCausalLMOutput
 from trl_ext.sparse_po.sparse_po_config import SparsePOConfig
@@ -379,15 +379,9 @@ def test_lora_trains_masks_against_the_disabled_adapter(tmp_path, tiny_path, tok
 
 
 def test_qlora(tmp_path, tokenizer):
-    from transformers import BitsAndBytesConfig
-
     pytest.importorskip("bitsandbytes")
-    arguments = {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
-        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"]),
-    }
     path = save_tiny_model(tmp_path / "model", hidden_size=64)
-    trainer = make_trainer(tmp_path, path, tokenizer, max_steps=3, bf16=True, trainer_arguments=arguments)
+    trainer = make_trainer(tmp_path, path, tokenizer, max_steps=3, bf16=True, trainer_arguments=qlora_arguments())
     assert trainer.model.is_loaded_in_4bit
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
@@ -397,7 +391,7 @@ def test_qlora(tmp_path, tokenizer):
     assert trainer.state.log_history[0]["kl/chosen"] == 0 and losses(trainer)[0] == LOG2 != losses(trainer)[2]
 
 
-# Said by peft before 0.19
+# Said by peft 0.18
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
 def test_ref_adapter_and_trained_head(tmp_path, tiny_path, tokenizer):
     from peft import get_peft_model

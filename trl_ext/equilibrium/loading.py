@@ -253,7 +253,7 @@ def load_adapter(
         )
     model.config.name_or_path = model.name_or_path = str(source)
     if with_info:
-        # transformers before 5.20 says nothing of what it loaded
+        # transformers 5.5 says nothing of what it loaded
         return model, {"missing_keys": set(lost)} if info is None else info.to_dict()
     return model
 
