@@ -8,8 +8,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from trl_ext import demo
+from trl_ext import demo, playground
 from trl_ext.demo import pipeline as demo_pipeline
+from trl_ext.demo import work as demo_work
 from trl_ext.demo.work import Part, Task, default_workers, run_parts
 
 
@@ -69,6 +70,23 @@ def test_pipeline_part(tmp_path, monkeypatch):
     assert commands[0][-2:] == ["--stages.sft.settings.max_steps=3", "--stages.reward.settings.max_steps=3"]
     said = console.export_text()
     assert said.index("sft") < said.index("reward") and "12" in said and "report.html" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "models"),
+    [
+        (list(demo.PARTS), ["playground", "playground-small"]),
+        (["sparse_po"], ["playground"]),
+        (["pipeline", "equilibrium"], ["playground-small"]),
+    ],
+)
+def test_base_models_are_trained_first_and_no_others(asked, models, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(demo_work, "run_parts", lambda parts, workers, say: ran.extend(parts))
+    assert demo.main(["--output_dir", str(tmp_path), "--parts", *asked, "--workers", "2"]) == 0
+    assert len(ran) == len(asked) + 1
+    assert [task.arguments for task in ran[0].tasks] == [(name,) for name in models]
+    assert {task.function for task in ran[0].tasks} == {playground.resolve}
 
 
 def test_wrong_number_of_workers(tmp_path):

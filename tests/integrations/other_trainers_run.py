@@ -52,8 +52,8 @@ def write(folder: Path, page: str) -> list[str]:
     rows = [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]}
             for row in pairs]  # fmt: skip
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "adamp.py").write_text(code_of(page, "python"))
-    words = shlex.split(code_of(page, "text").replace("\\\n", " "))
+    (folder / "train.py").write_text(code_of(page, "python"))
+    words = shlex.split(code_of(page, "text").split("\n\n")[0].replace("\\\n", " "))
     given = {"--model": "model", "--dataset": "own.jsonl"}
     words = [given.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     own = {"--model_type": "llama", "--template": "dummy", "--max_length": 64, "--output_dir": "out",
@@ -61,7 +61,7 @@ def write(folder: Path, page: str) -> list[str]:
            "--report_to": "none", "--torch_dtype": "float32", "--per_device_train_batch_size": 2,
            "--add_version": "false", "--split_dataset_ratio": 0, "--dataset_num_proc": 1,
            "--dataloader_num_workers": 0}  # fmt: skip
-    return [sys.executable, "-m", "swift.cli.sft", *words[2:], *(str(word) for pair in own.items() for word in pair)]
+    return [sys.executable, *words[1:], *(str(word) for pair in own.items() for word in pair)]
 
 
 def trained(folder: Path) -> str:

@@ -143,12 +143,12 @@ def test_what_a_library_says_of_a_missing_model_ends_a_run_without_a_traceback(e
     monkeypatch.setattr(strict_parser.sys, "argv", ["/folder/script.py"])
     if message is None:
         with pytest.raises(type(error)):
-            strict_parser.run_strictly(Parser(), main)
+            strict_parser.run_strictly(Parser, main)
         return
     with pytest.raises(SystemExit, match=message):
-        strict_parser.run_strictly(Parser(), main)
+        strict_parser.run_strictly(Parser, main)
     with pytest.raises(type(error)):  # a training has more to tell
-        strict_parser.run_strictly(Parser(), train)
+        strict_parser.run_strictly(Parser, train)
     monkeypatch.setattr(strict_parser.sys, "argv", ["/folder/script.py", "--verbose"])
     with pytest.raises(type(error)):
-        strict_parser.run_strictly(Parser(), main)
+        strict_parser.run_strictly(Parser, main)

@@ -30,6 +30,7 @@ from .._upstream import disable_gradient_checkpointing, reference_built_by
 from ..core.companion import CompanionMixin
 from ..core.dropout import disable_dropout
 from ..core.files import warn_of_failure
+from ..core.four_bits import keep_four_bits_trainable
 from ..core.model_card import MethodCardMixin
 from ..core.recorder import ForwardRecorder
 from ..core.safe_text import known_secrets, redacted
@@ -215,6 +216,7 @@ class ConstrainedPPOTrainer(
         self.stop_reason: str | None = None
         self.scores = self._score_scaling()
         self._attach_critic(critic_model)
+        keep_four_bits_trainable(self.model)
         models = [one for one in (self.model, self.ref_model) if one is not None and args.disable_dropout]
         self._dropped = [probability for one in models for probability in disable_dropout(one)]
         self.add_callback(CalibrationCallback(self))

@@ -33,6 +33,7 @@ _WARNINGS = (
 _LOGGED = {
     "DeepSpeed": r"Setting accelerator to CPU|async_io requires|CUTLASS|sparse_attn|skipping unsupported",
     "accelerate.utils.other": r"Detected kernel version",
+    "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
     "accelerate.commands.launch": r"The following values were not passed|^\t",
     "transformers.generation.configuration_utils": r"generation flags",
     "transformers.generation.utils": r"generation flags|`generation_config` default values|pad_token_id",
@@ -88,9 +89,6 @@ def quiet_run(verbose: bool = False) -> Iterator[None]:
     if verbose or is_verbose():
         yield
         return
-    from .. import _upstream
-    from .short_log import ShortLogCallback
-
     filters = {logging.getLogger(name): _Without(pattern) for name, pattern in _LOGGED.items()}
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -101,6 +99,10 @@ def quiet_run(verbose: bool = False) -> Iterator[None]:
         for logger, kept_back in filters.items():
             logger.addFilter(kept_back)
             stack.callback(logger.removeFilter, kept_back)
+        # Some speak while they are imported
+        from .. import _upstream
+        from .short_log import ShortLogCallback
+
         stack.enter_context(_late_bars())
         stack.enter_context(_upstream.progress_shown_by(ShortLogCallback))
         yield

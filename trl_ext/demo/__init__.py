@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .work import Part
 
 PARTS = ("sparse_po", "constrained_ppo", "equilibrium", "pipeline")
+# Those of them that train the large base model; the other parts begin with the small one
+_WITH_LARGE_MODEL = ("sparse_po",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         parts = _parts(options, output_dir, console)
         count = sum(len(part.tasks) for part in parts)
         console.print(
-            f"{count} pieces of work, {options.workers} at a time, each with a log in {output_dir}. A base model is "
-            "trained first where there is none yet.", highlight=False, soft_wrap=True,
+            f"{count} pieces of work, {options.workers} at a time, each with a log in {output_dir}. Base models are "
+            "trained first where there are none yet.", highlight=False, soft_wrap=True,
         )  # fmt: skip
         run_parts(parts, options.workers, lambda line: console.print(line, highlight=False, soft_wrap=True))
     console.print(f"{time.monotonic() - start:.0f} seconds in all.", highlight=False)
@@ -66,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parts(options: argparse.Namespace, output_dir: Path, console: Console) -> "list[Part]":
-    """The parts that are asked for; those of few, long pieces begin, so that no core waits for them at the end."""
+    """The parts that are asked for, after their base models; long pieces begin, so that no core waits for them."""
+    from .base_models import base_models_part
     from .constrained_ppo import constrained_ppo_part
     from .equilibrium import equilibrium_part
     from .pipeline import pipeline_part
@@ -78,4 +81,7 @@ def _parts(options: argparse.Namespace, output_dir: Path, console: Console) -> "
         "sparse_po": sparse_po_part(output_dir, options.config, console, options.max_steps),
         "equilibrium": equilibrium_part(output_dir / "equilibrium", console, options.max_steps),
     }
-    return [part for name, part in made.items() if name in options.parts]
+    # The large model takes longest, and what waits for the small one waits beside it
+    models = ["playground"] if set(options.parts) & set(_WITH_LARGE_MODEL) else []
+    models += ["playground-small"] if set(options.parts) - set(_WITH_LARGE_MODEL) else []
+    return [base_models_part(output_dir, models), *(part for name, part in made.items() if name in options.parts)]

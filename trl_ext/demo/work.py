@@ -89,7 +89,7 @@ def _results(parts: Sequence[Part], workers: int) -> Iterator[tuple[Part, int, f
         for part, position in places:
             yield (part, position, *_run(part.tasks[position]))
         return
-    with _one_thread(), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with _one_thread(), ProcessPoolExecutor(workers, get_context("spawn"), _import_quietly) as pool:
         running: dict[Future, tuple[Part, int]] = {
             pool.submit(_run, part.tasks[position]): (part, position) for part, position in places
         }
@@ -98,6 +98,14 @@ def _results(parts: Sequence[Part], workers: int) -> Iterator[tuple[Part, int, f
                 yield (*running[future], *future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _import_quietly() -> None:
+    """Lets libraries say what they say when they are imported, before a task is unpickled and imports them."""
+    from ..core.quiet import quiet_run
+
+    with quiet_run():
+        pass
 
 
 @contextlib.contextmanager

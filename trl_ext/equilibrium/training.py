@@ -19,6 +19,7 @@ from trl import RewardConfig, RewardTrainer
 from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.checks import Range, check_fields
 from ..core.dataset_rows import checked_stream
+from ..core.four_bits import keep_four_bits_trainable
 from ..core.model_card import known_of
 from ..core.parameter_groups import move_to_own_groups
 from ..core.run_arguments import RunArguments
@@ -98,9 +99,11 @@ class _HeadTrainer(WholeCheckpointsMixin, OwnOptimizerMixin, Trainer):
             _set_homeostasis_coef(model, args.homeostasis_coef)
         self._head_metrics: dict[str, list[float]] = defaultdict(list)
         super().__init__(model, args, *positional, **kwargs)
+        keep_four_bits_trainable(self.model)
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
+        keep_four_bits_trainable(model)
         _set_homeostasis_coef(model, self.args.homeostasis_coef)
         return model
 

@@ -31,4 +31,4 @@ def make_parser(prog: str | None = None) -> "StrictParser":
 if __name__ == "__main__":
     from .recipe.strict_parser import run_strictly
 
-    run_strictly(make_parser(), main)
+    run_strictly(make_parser, main)

@@ -136,4 +136,4 @@ def make_parser(prog: str | None = None, config: type | None = None) -> "StrictP
 if __name__ == "__main__":
     from .recipe.strict_parser import run_strictly
 
-    run_strictly(make_parser(), main)
+    run_strictly(make_parser, main)

@@ -59,7 +59,7 @@ def trl_script(name: str, module_name: str) -> tuple[Callable[..., None], "Calla
     if module_name == "__main__":
         from .recipe.strict_parser import run_strictly
 
-        run_strictly(make_parser(name), partial(main, name))
+        run_strictly(partial(make_parser, name), partial(main, name))
     return partial(main, name), partial(make_parser, name)
 
 

@@ -34,6 +34,7 @@ from .._upstream import disable_gradient_checkpointing, use_adapter
 from ..core.checkpointing import WholeCheckpointsMixin
 from ..core.companion import CompanionMixin, extend_forward
 from ..core.dropout import DroppedProbability, disable_dropout, stated_probabilities
+from ..core.four_bits import keep_four_bits_trainable
 from ..core.model_card import MethodCardMixin
 from ..core.tokenizer_check import check_tokenizer
 from ..optim.install import OwnOptimizerMixin
@@ -195,6 +196,7 @@ class SparsePOTrainer(WholeCheckpointsMixin, CompanionMixin, MethodCardMixin, Ow
             (vocabulary_size(self.policy), vocabulary_size(self._reference)),
             None if ref_model is not None else self.policy.config.name_or_path,
         )
+        keep_four_bits_trainable(self.model)
         self._dropped: list[DroppedProbability] = []
         if args.disable_dropout:
             self._dropped = [*disable_dropout(self.model), *disable_dropout(self._reference)]

@@ -377,4 +377,4 @@ def make_parser() -> StrictParser:
 
 
 if __name__ == "__main__":
-    run_strictly(make_parser(), main)
+    run_strictly(make_parser, main)

@@ -412,11 +412,13 @@ def _says_it_all(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is None and not trained
 
 
-def run_strictly(parser: StrictParser, main: Callable[..., None]) -> None:
+def run_strictly(make_parser: Callable[[], StrictParser], main: Callable[..., None]) -> None:
     """Parses the process's arguments and runs `main` on them; a refused recipe ends the process with its message."""
     end_with_parent()
+    parser = None
     try:
         with quiet_run(verbose=take_flag(sys.argv[1:], "--verbose")):
+            parser = make_parser()  # which imports libraries that speak as they are imported
             main(*parser.parse_args_and_config())
     except (RecipeError, RunError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
