@@ -70,7 +70,7 @@ def launch(argv: list[str], environments: list[dict[str, str]]) -> str:
     """Runs a script in forked processes; returns what they wrote to the standard output."""
     with tempfile.TemporaryDirectory() as folder:
         status, printed, errors = fork_server().run([str(part) for part in argv], environments, folder)
-    assert status == 0, errors[-4000:]
+    assert status == 0, f"exit status {status}; {errors[-4000:]}"
     return printed
 
 
