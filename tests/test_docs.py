@@ -104,6 +104,8 @@ def test_commands_in_the_header_of_a_recipe(recipe, capsys, monkeypatch):
 
 # A test runs all of it, so that its blocks may go on from one another
 RUN_WHOLE = (ROOT / "docs" / "equilibrium_plain_torch.md").read_text()
+# Trainers and tools that are no dependency, not even of the tests
+OTHERS = ("axolotl", "kernels", "llamafactory", "swift")
 
 
 @pytest.mark.parametrize("block", blocks("python"))
@@ -112,7 +114,7 @@ def test_code_compiles_and_its_imports_exist(block):
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert imports or block in RUN_WHOLE
     for node in imports:
-        if node.module.split(".")[0] in ("axolotl", "kernels", "llamafactory"):  # no dependency, not even of the tests
+        if node.module.split(".")[0] in OTHERS:
             continue
         module = importlib.import_module(node.module)
         for name in node.names:

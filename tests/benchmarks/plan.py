@@ -45,7 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reward model, equilibrium head": ("equilibrium-reward", {"gradient_checkpointing": False}),
     "constrained GRPO": ("constrained-grpo", {"gradient_checkpointing": False, **PROMPTS}),
     "PPO, critic apart": (
-        "constrained-ppo", {"gradient_checkpointing": False, "critic": "separate", **PROMPTS, "num_generations": 1}
+        "constrained-ppo",
+        {"gradient_checkpointing": False, "method": "ppo", "critic": "separate", **PROMPTS, "num_generations": 1},
     ),
 }  # fmt: skip
 

@@ -65,8 +65,9 @@ class Architecture:
         inputs = batch * length * self.hidden_size * self.element_bytes
         if not checkpointed:
             return self.kept_outside + self.num_layers * self.kept_by_layer
-        # What the layer keeps when it is run again, and up to as much of gradients on the way back through it
-        return self.kept_outside + self.num_layers * inputs + 2 * self.kept_by_layer
+        # What the layer keeps when it is run again, and on the way back through it about twice as much of gradients
+        # and of what products need: fitted to four measured runs (docs/command_line.md)
+        return self.kept_outside + self.num_layers * inputs + 3 * self.kept_by_layer
 
 
 def measure(config: Any, dtype: torch.dtype, batch: int, length: int, peft_config: Any = None) -> Architecture:

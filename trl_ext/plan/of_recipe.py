@@ -80,13 +80,15 @@ def plan_of(args: Any, script: str, load_config: Callable[[str], Any], prompt_le
     if script == "sparse_po":
         masks, kept = _masks(args, sizes, batch * length)
         parts += masks
-    parts += _heads(args, script, sizes, without_head)
+    parts += _heads(args, script, sizes, head)
     parts += _reward_models(args, load_config, notes)
     tile = 0
     if script not in _CLASSIFIERS:
         tile = _TILE_BYTES * min(batch * length, 4096) * min(sizes.vocab_size, 32768)
     moments, moment_bytes = _moments(str(getattr(args.optim, "value", args.optim)), notes)
     activations = sizes.activations(batch, length, bool(args.gradient_checkpointing))
+    if any(part.name == "critic" for part in parts):  # it goes forward before the policy goes back
+        activations *= 2
     # The hidden states, with their gradients, that go from backbone to head
     activations += 2 * batch * length * sizes.hidden_size * sizes.element_bytes + tile
     work = Work(
@@ -150,8 +152,8 @@ def _masks(args: Any, sizes: Architecture, tokens: int) -> tuple[list[Part], int
     return [masks], states + sizes.num_layers * tokens * width * (element + copies)
 
 
-def _heads(args: Any, script: str, sizes: Architecture, without: int) -> list[Part]:
-    """The critic of a policy, or the head of a classifier."""
+def _heads(args: Any, script: str, sizes: Architecture, head: int) -> list[Part]:
+    """The critic of a policy, which has no head of the vocabulary, or the head of a classifier."""
     if script in _CLASSIFIERS:
         size = _head_size(
             sizes.hidden_size, args.head_hidden_features, getattr(args, "num_labels", None) or 1, args.head_feedback
@@ -165,8 +167,9 @@ def _heads(args: Any, script: str, sizes: Architecture, without: int) -> list[Pa
     heads = rewards * _head_size(sizes.hidden_size, widths, 1, args.critic_feedback)
     parts = [Part("value heads", heads, heads, 4, shardable=False)]
     if critic == "separate":
-        trained = sizes.trained if args.use_peft else sizes.parameters - without
-        parts.append(Part("critic", sizes.parameters, trained, 4, sizes.outside, sizes.layer, gathers=2))
+        total = sizes.parameters - head
+        trained = sizes.trained if args.use_peft else total
+        parts.append(Part("critic", total, trained, 4, max(sizes.outside - head, 0), sizes.layer, gathers=2))
     return parts
 
 
