@@ -42,9 +42,7 @@ def test_weights_are_not_packed_in_evaluation_mode(model):
 
 def test_packed_weights_are_refused(model):
     layers_of(model)[3].weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(
-        ValueError, match=r"`model\.layers\.0\.self_attn\.o_proj` is packed.*just loaded"
-    ):
+    with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.o_proj` is packed.*just loaded"):
         keep_four_bits_trainable(model)
 
 
