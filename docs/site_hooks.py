@@ -14,12 +14,14 @@ from latex2mathml.converter import convert
 
 _MATH = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+_ROW = re.compile(r"^\|.*$", re.MULTILINE)
 _SECTION = re.compile(r"^(\s*)(Args|Parameters|Attributes):\s*$")
 _ENTRY = re.compile(r"^([\w*]+(?:, [\w*]+)*) \((.*)\):(.*)$")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
-    """Links that leave the documentation lead to the repository, where the site knows one, and are text otherwise."""
+    """Links that leave the documentation lead to the repository, where the site knows one, and are text otherwise; a
+    number of a table stays on a line with its error."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def replaced(found: re.Match) -> str:
@@ -29,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> st
         repository = config["repo_url"]
         return f"[{found[2]}]({repository.rstrip('/')}/blob/main/{target})" if repository else found[2]
 
-    return _LINK.sub(replaced, markdown)
+    return _ROW.sub(lambda row: row[0].replace(" \u00b1 ", "\u00a0\u00b1\u00a0"), _LINK.sub(replaced, markdown))
 
 
 def on_page_content(html_text: str, **kwargs: Any) -> str:

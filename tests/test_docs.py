@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_commands(block, capsys, monkeypatch):
     assert lines
     for line in lines:
         check_command(shlex.split(line), capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_table_has_an_empty_line_before_and_after_it(page):
+    """What follows a row at once is a row of the table in the site, a picture too."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for line, following in itertools.pairwise(text.splitlines()):
+        if line.startswith("|") != following.startswith("|"):
+            assert not (line and following), (line, following)
 
 
 def test_modules_that_make_runs():
