@@ -1,6 +1,7 @@
 """`trl-ext doctor` says what is at fault, and how to mend it."""
 
 import importlib.metadata
+import logging
 import shutil
 from collections import namedtuple
 
@@ -93,6 +94,17 @@ def test_the_command(monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 80
     assert cli.main(["doctor", "now"]) == 2
     assert "takes no arguments" in capsys.readouterr().err
+
+
+def test_what_libraries_say_of_themselves_is_kept_back(monkeypatch, caplog, capsys):
+    def check():
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("the disk is full")
+        yield doctor.Finding(doctor.OK, "import", "done")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"Libraries": check})
+    assert doctor.main([]) == 0
+    assert "import" in capsys.readouterr().out and caplog.messages == ["the disk is full"]
 
 
 @pytest.mark.parametrize("title", ["Caches", "Compilers"])

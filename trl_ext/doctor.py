@@ -16,6 +16,8 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from .core.quiet import quiet_libraries
+
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 _USAGE = """usage: trl-ext doctor
@@ -68,7 +70,9 @@ def main(arguments: list[str]) -> int:
     faults = 0
     for title, check in CHECKS.items():
         console.print(title)
-        for finding in _safely(title, check):
+        with quiet_libraries():
+            findings = list(_safely(title, check))
+        for finding in findings:
             faults += finding.level == FAULT
             head = f"  {finding.level:<5} {finding.topic:<16} "
             console.print(textwrap.fill(finding.text, 80, initial_indent=head, subsequent_indent=" " * len(head)))

@@ -10,6 +10,8 @@ import argparse
 import gzip
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,21 @@ from trl_ext.core.token_colors import WeightedText, save_png
 from trl_ext.demo.sparse_po import MethodResult, draw_frontier
 from trl_ext.equilibrium.report import draw_alignment
 
+from .adamp_language_models import run as adamp_language_models
+from .adamp_scale_invariance import run as adamp_scale_invariance
 from .constrained_ppo_playground import long_run, long_run_report
 from .constrained_ppo_smollm2 import report as constrained_ppo_smollm2
 from .equilibrium_critic import run as equilibrium_critic
 from .equilibrium_depth import run as equilibrium_depth
 from .equilibrium_minilm import report as equilibrium_minilm
-from .method_comparison_report import draw_methods
+from .method_comparison import alone, proxy_points
+from .method_comparison_report import draw_methods, draw_overoptimization
 from .sparse_po_sentiment.report import Frontier, draw_frontiers
 from .sparse_po_smollm2 import report as sparse_po_smollm2
 
 
 RESULTS = Path("docs/results")
+PLAYGROUND_PROXIES = ["positive_word_share", "reference_similarity"]
 Rows = list[dict[str, Any]]
 
 
@@ -56,6 +62,41 @@ def critics(rows: Rows, path: Path) -> None:
 def dialog(rows: Rows, path: Path) -> None:
     """Every method on DailyDialog."""
     draw_methods(rows, path, "evaluation score")
+
+
+def playground_methods(rows: Rows, path: Path) -> None:
+    """Every method on the playground."""
+    draw_methods([row for row in rows if not row["name"].startswith("tuning")], path, "playground_gold")
+
+
+def playground_overoptimization(rows: Rows, path: Path) -> None:
+    """The playground's rewards, each maximised alone."""
+    draw_overoptimization(rows, {name: alone(name) for name in PLAYGROUND_PROXIES}, path, "playground_gold")
+
+
+def playground_proxy_points(rows: Rows, path: Path) -> None:
+    """The joint surface of the playground's proxy points."""
+    with tempfile.TemporaryDirectory() as folder:
+        proxy_points(rows, PLAYGROUND_PROXIES, Path(folder), degree=3)
+        shutil.copy(Path(folder) / "joint.png", path)
+
+
+def scale_invariance(rows: Rows, path: Path) -> None:
+    """Norms and effective steps of both problems."""
+    toys = {row["name"]: row["toy"] for row in rows if "toy" in row}
+    adamp_scale_invariance.plot(toys, [row for row in rows if "toy" not in row], path)
+
+
+def language_models(rows: Rows, path: Path) -> None:
+    """Loss against learning rate, and effective steps."""
+    adamp_language_models.plot([adamp_language_models.Run(**row["run"]) for row in rows], rows, path)
+
+
+def homeostasis(rows: Rows, path: Path) -> None:
+    """Accuracy, symmetry and cosines through training."""
+    from tests.benchmarks import equilibrium_homeostasis
+
+    equilibrium_homeostasis.plot({row["arm"]: row["runs"] for row in rows}, str(path))
 
 
 def masks(heading: str) -> Callable[[Rows, Path], None]:
@@ -88,12 +129,18 @@ def smollm2_frontier(rows: Rows, path: Path) -> None:
 
 # Picture, the runs it is drawn from, and how; both lie in docs/results
 PICTURES: dict[str, tuple[str, Callable[[Rows, Path], None]]] = {
+    "adamp_language_models": ("adamp_language_models_runs", language_models),
+    "adamp_scale_invariance": ("adamp_scale_invariance_runs", scale_invariance),
     "constrained_ppo_dailydialog_methods": ("constrained_ppo_dailydialog_runs", dialog),
     "constrained_ppo_playground_long": ("constrained_ppo_playground_long_runs", long_comparison),
+    "constrained_ppo_playground_methods": ("constrained_ppo_playground_runs", playground_methods),
+    "constrained_ppo_playground_overoptimization": ("constrained_ppo_playground_runs", playground_overoptimization),
+    "constrained_ppo_playground_proxy_points": ("constrained_ppo_playground_runs", playground_proxy_points),
     "constrained_ppo_playground_warmup": ("constrained_ppo_playground_warmup_runs", long_comparison),
     "constrained_ppo_smollm2": ("constrained_ppo_smollm2_runs", chats),
     "equilibrium_critic": ("equilibrium_critic_runs", critics),
     "equilibrium_depth": ("equilibrium_depth_runs", equilibrium_depth.plot),
+    "equilibrium_homeostasis": ("equilibrium_homeostasis_runs", homeostasis),
     "equilibrium_minilm": ("equilibrium_minilm_runs", equilibrium_minilm.plot),
     "equilibrium_playground_alignment": ("equilibrium_playground_alignment_runs", alignment),
     "sparse_po_playground_frontier": ("sparse_po_playground_demo_runs", demo_frontier),

@@ -77,6 +77,22 @@ def quiet_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Until the context ends, keeps back what other libraries warn of and log about themselves."""
+    filters = {logging.getLogger(name): _Without(pattern) for name, pattern in _LOGGED.items()}
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        for category in _CATEGORIES:
+            warnings.simplefilter("ignore", category)
+        for pattern in _WARNINGS:
+            warnings.filterwarnings("ignore", message=pattern)
+        for logger, kept_back in filters.items():
+            logger.addFilter(kept_back)
+            stack.callback(logger.removeFilter, kept_back)
+        yield
+
+
+@contextmanager
 def quiet_run(verbose: bool = False) -> Iterator[None]:
     """
     Until the context ends, keeps back what other libraries say of themselves, shows bars only after `BAR_DELAY`
@@ -89,23 +105,13 @@ def quiet_run(verbose: bool = False) -> Iterator[None]:
     if verbose or is_verbose():
         yield
         return
-    filters = {logging.getLogger(name): _Without(pattern) for name, pattern in _LOGGED.items()}
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        for category in _CATEGORIES:
-            warnings.simplefilter("ignore", category)
-        for pattern in _WARNINGS:
-            warnings.filterwarnings("ignore", message=pattern)
-        for logger, kept_back in filters.items():
-            logger.addFilter(kept_back)
-            stack.callback(logger.removeFilter, kept_back)
+    with quiet_libraries():
         # Some speak while they are imported
         from .. import _upstream
         from .short_log import ShortLogCallback
 
-        stack.enter_context(_late_bars())
-        stack.enter_context(_upstream.progress_shown_by(ShortLogCallback))
-        yield
+        with _late_bars(), _upstream.progress_shown_by(ShortLogCallback):
+            yield
 
 
 @contextmanager
