@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from trl_ext.core.figures import line_style, new_axes, save_figure
 from trl_ext.equilibrium.relaxation import EquilibriumError
 
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "EP, no objective": {},
     "EP, closed form": {"homeostasis_coef": True},
     "EP, 5 probes a sample": {"homeostasis_coef": True, "probes_per_sample": 5},
@@ -41,7 +42,9 @@ def read_idx(path: str) -> torch.Tensor:
 def gradient_of(head: EPHead, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     head.zero_grad()
     torch.nn.functional.cross_entropy(head(images), labels).backward()
-    gradient = head.input_weight.grad.flatten().clone()
+    gradient = head.input_weight.grad
+    assert gradient is not None
+    gradient = gradient.flatten().clone()
     head.zero_grad()
     return gradient
 
