@@ -6,6 +6,7 @@ The processes get the environment that a launcher would give them, and see what 
 hashes of strings are the same, and they never import anew. The real commands are run by tests of their own.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -64,6 +65,7 @@ def become(argv, environment, folder, rank):
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(folder) / f"{name}_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
+    faulthandler.enable(all_threads=False)  # where a signal ends it
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
     status = 1
