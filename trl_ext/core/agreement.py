@@ -1,5 +1,6 @@
 """What the processes of a run decide together: all go on or all end with one error, and none waits for ever."""
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ from .status import RunError
 
 
 Found = TypeVar("Found")
+# Seconds in which a thread of gloo frees what it has sent, for which it needs the interpreter's lock
+_FREEING = 0.2
 
 
 def from_main(work: Callable[[], Found]) -> Found:
@@ -75,3 +78,19 @@ def on_each_node(check: Callable[[], str | None]) -> str | None:
 def wait_for_all() -> None:
     """A barrier."""
     PartialState().wait_for_everyone()
+
+
+def end_processes(trainer: Any) -> None:
+    """
+    Ends the trackers and the group of processes of a trainer that is about to be dropped.
+
+    The last to hold the group is the model under DDP. When it goes, torch waits for the threads of gloo with the
+    interpreter's lock in hand, and for ever if one of them needs the lock to free what it has just sent.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that has saved all it has to.
+    """
+    trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:
+        time.sleep(_FREEING)

@@ -206,6 +206,7 @@ def main(
     from peft import get_peft_model
     from transformers import DataCollatorWithPadding
 
+    from ..core.agreement import end_processes
     from ..equilibrium.report import EPAlignmentCallback
     from ..equilibrium.training import EPTrainer
     from .recipe.equilibrium_arguments import adapter_config, check_head_arguments, load_model
@@ -261,7 +262,7 @@ def main(
     trainer.accelerator.print(saved_text("Classifier", training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
-    trainer.accelerator.end_training()
+    end_processes(trainer)
 
 
 def _print_confusion(trainer: Any, dataset: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 
+from ...core.agreement import end_processes
 from ...core.checkpoint import checkpoints
 from . import required
 from .strict_parser import RecipeError
@@ -154,7 +155,7 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, what: str, datas
     trainer.accelerator.print(saved_text(what, args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    trainer.accelerator.end_training()  # `Trainer.end` calls it, which transformers 5.5 has not
+    end_processes(trainer)
 
 
 def saved_text(what: str, folder: str | Path) -> str:
