@@ -78,7 +78,7 @@ def playground_proxy_points(rows: Rows, path: Path) -> None:
     """The joint surface of the playground's proxy points."""
     with tempfile.TemporaryDirectory() as folder:
         proxy_points(rows, PLAYGROUND_PROXIES, Path(folder), degree=3)
-        shutil.copy(Path(folder) / "joint.png", path)
+        shutil.copy(Path(folder) / "joint_surface.png", path)
 
 
 def scale_invariance(rows: Rows, path: Path) -> None:

@@ -56,7 +56,7 @@ def draw_joint(
                   label="each reward's own peak")  # fmt: skip
         axes.set_xlabel(names[i], parse_math=False)
         axes.set_ylabel(names[j], parse_math=False)
-        axes.legend(loc="lower left", fontsize=9)  # the best place takes seconds to find among so many cells
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
