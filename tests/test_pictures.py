@@ -36,7 +36,8 @@ def test_twenty_lines_differ_in_grey():
 
 
 @pytest.mark.parametrize("name", [
-    "adamp_scale_invariance", "constrained_ppo_dailydialog_methods", "constrained_ppo_playground_long",
+    "adamp_language_models", "adamp_scale_invariance", "constrained_ppo_dailydialog_methods",
+    "constrained_ppo_playground_long",
     "constrained_ppo_playground_methods", "constrained_ppo_playground_overoptimization",
     "constrained_ppo_playground_proxy_points", "constrained_ppo_playground_warmup", "constrained_ppo_smollm2",
     "equilibrium_critic", "equilibrium_depth",
