@@ -9,6 +9,8 @@ from trl_ext import EPHead, cli
 from trl_ext.plan.architecture import measure
 from trl_ext.plan.command import GIB, fits
 from trl_ext.plan.memory import ENGINES, Part, Work, need
+from trl_ext.plan.of_recipe import plan_of
+from trl_ext.scripts.recipe.stand_ins import light_parser
 
 
 CONFIG = LlamaConfig(
@@ -82,6 +84,25 @@ def test_the_table_by_hand():
     assert need("DDP", [policy], Work(500, generation=9000), 1).work == 9000 - 4000
     with pytest.raises(ValueError, match="`engine` must be one of DDP"):
         need("ZeRO-4", [policy], work, 4)
+
+
+def test_a_critic_apart_is_a_backbone_with_activations_of_its_own(tmp_path):
+    def plan(critic):
+        parser = light_parser(cli.TRAINING_COMMANDS["constrained-ppo"])
+        parser.check([
+            "--model_name_or_path", "x", "--dataset_name", "x", "--reward_funcs", "a.b", "--method", "ppo", "--critic",
+            critic, "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false",
+        ])  # fmt: skip
+        return plan_of(parser.parsed, "constrained_ppo", lambda name: CONFIG, 64)
+
+    shared, apart = plan("shared"), plan("separate")
+    (critic,) = [part for part in apart.parts if part.name == "critic"]
+    assert critic.parameters == critic.trained == LlamaForCausalLM(CONFIG).model.num_parameters()
+    assert critic.outside == CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size  # embeddings and last norm
+    assert not [part for part in shared.parts if part.name == "critic"]
+    sizes = measure(CONFIG, torch.float32, shared.batch, shared.length)
+    backbone = sizes.activations(shared.batch, shared.length, checkpointed=False)
+    assert apart.work.activations - shared.work.activations == pytest.approx(backbone, rel=0.2)
 
 
 def test_the_command(tmp_path, capsys):

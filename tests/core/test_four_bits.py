@@ -19,6 +19,7 @@ def model(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
     for layer in layers_of(loaded):
+        assert hasattr(layer, "support_avx512bf16_for_cpu")  # as bitsandbytes calls it
         layer.support_avx512bf16_for_cpu = True
     return loaded
 
