@@ -37,12 +37,11 @@ def test_twenty_lines_differ_in_grey():
 
 @pytest.mark.parametrize("name", [
     "adamp_language_models", "adamp_scale_invariance", "constrained_ppo_dailydialog_methods",
-    "constrained_ppo_playground_long",
-    "constrained_ppo_playground_methods", "constrained_ppo_playground_overoptimization",
-    "constrained_ppo_playground_proxy_points", "constrained_ppo_playground_warmup", "constrained_ppo_smollm2",
-    "equilibrium_critic", "equilibrium_depth",
-    "equilibrium_minilm", "equilibrium_playground_alignment", "sparse_po_playground_frontier", "sparse_po_smollm2",
-    "sparse_po_sentiment",
+    "constrained_ppo_playground_long", "constrained_ppo_playground_methods",
+    "constrained_ppo_playground_overoptimization", "constrained_ppo_playground_proxy_points",
+    "constrained_ppo_playground_warmup", "constrained_ppo_smollm2", "equilibrium_critic", "equilibrium_depth",
+    "equilibrium_homeostasis", "equilibrium_minilm", "equilibrium_playground_alignment",
+    "sparse_po_playground_frontier", "sparse_po_smollm2", "sparse_po_sentiment",
 ])  # fmt: skip
 def test_pictures_of_kept_runs(name, tmp_path, monkeypatch):
     from recipes.experiments import pictures

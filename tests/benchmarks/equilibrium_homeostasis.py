@@ -127,7 +127,7 @@ def plot(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
     axes[0].set_ylim(bottom=60)
-    axes[-1].legend(fontsize=9, frameon=False)
+    axes[0].legend(loc="lower right", fontsize=9, frameon=False)  # where no line is
     figure.suptitle("Lines: mean over seeds; bands: standard deviation", x=0.01, ha="left", fontsize=10)
     save_figure(figure, path)
 
