@@ -128,7 +128,9 @@ def _stand_in(node: ast.ClassDef, module: str) -> type:
             hint = _evaluated(statement.annotation, inside)
             default = () if statement.value is None else (_evaluated(statement.value, inside),)
             items.append((statement.target.id, hint, *default))
-    return make_dataclass(node.name, items, bases=bases, namespace={"__module__": module})
+    made = make_dataclass(node.name, items, bases=bases)
+    made.__module__ = module  # Python 3.12 overwrites what a namespace says of it
+    return made
 
 
 def _statements(node: ast.stmt) -> Iterator[ast.stmt]:
