@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SEED := $(shell date +%s)
 CASES := 20000
 
-export SETS
+export SETS INTERPRETER
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -66,10 +66,10 @@ audit: $(STAMP) ## Look up known vulnerabilities of the pinned versions and what
 	test -x $(VENV)/audit/bin/pip-audit || (python3 -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/pinned.txt
 
-contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions (SETS=newest for one)
+contract: ## Run the contract tests and the trainers' on the lowest, the usual and the newest versions (SETS=newest for one, INTERPRETER=python3.13)
 	bash tests/contract/run_matrix.sh contract "$(TORCH)" "$(PINNED)"
 
-matrix: ## Run the fast tier on the lowest, the usual and the newest versions, each in its own environment (SETS=newest for one)
+matrix: ## Run the fast tier on the lowest, the usual and the newest versions, each in its own environment (SETS=newest for one, INTERPRETER=python3.13)
 	bash tests/contract/run_matrix.sh quick "$(TORCH)" "$(PINNED)"
 
 axolotl: ## Train with the plugin in axolotl 0.19.0 as released, in an environment of its own

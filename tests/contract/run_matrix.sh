@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs each supported set of versions in an environment of its own and runs tests against it.
 # Arguments: "contract" for the contract tests and those of the trainers, or "quick" for the fast tier of the suite; the
-# torch requirement; then the requirements that everything was built on. SETS names some of the sets.
+# torch requirement; then the requirements that everything was built on. SETS names some of the sets, INTERPRETER another
+# Python than python3, such as python3.13.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tier=$1 torch=$2
@@ -16,10 +17,10 @@ declare -A sets=(
 )
 
 for name in ${SETS:-lowest usual newest}; do
-    environment=.venv-$name
+    environment=.venv-$name${INTERPRETER:+-$(basename "$INTERPRETER")}
     python=$environment/bin/python
     if [ ! -f "$environment/.installed" ]; then
-        python3 -m venv "$environment"
+        "${INTERPRETER:-python3}" -m venv "$environment"
         "$python" -m pip install --quiet "$torch"
         read -r -a requirements <<< "${sets[$name]}"
         "$python" -m pip install --quiet "${requirements[@]}" -e ".[dev]"

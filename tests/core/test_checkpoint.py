@@ -148,6 +148,12 @@ def test_metadata_of_sharded_checkpoints_is_let_through(tmp_path):
     assert (tmp_path / "sharded" / ".metadata").is_file() and unsafe_files(tmp_path) == {}
 
 
+@pytest.mark.parametrize(("module", "is_let_through"), [("pathlib", True), ("pathlib._local", True), ("pathl", False)])
+def test_paths_of_every_python_are_let_through(module, is_let_through, tmp_path):
+    (tmp_path / ".metadata").write_bytes(f"c{module}\nPosixPath\n(V.\ntR.".encode())
+    assert unsafe_files(tmp_path) == ({} if is_let_through else {".metadata": [f"{module}.PosixPath"]})
+
+
 def test_settings_are_compared():
     saved = {"optim": "adamp", "learning_rate": 0.1, "rewards": ["a", "b"], "gone": 1}
     own = {"optim": "adamp", "learning_rate": 0.2, "rewards": ["a", "b"], "new": 1}

@@ -43,6 +43,7 @@ _HARMLESS = {
     "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
     "numpy.dtypes.UInt32DType", "_codecs.encode", "collections.OrderedDict", "collections.defaultdict",
     "builtins.dict", "builtins.set", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",  # as Python 3.13 calls them
     "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.utils.tensor_fragment.fragment_address",
     "torch.Size", "torch.serialization._get_layout", "torch._utils._rebuild_tensor_v2",
