@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import adamp
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -61,3 +63,11 @@ def test_equals_the_run_with_the_authors_package(means, registered, model, tmp_p
         assert len(there) == (4 if key == "loss" else 2) and here == pytest.approx(there, abs=1e-5), key
     for (name, one), other in zip(found.model.named_parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_run_under_compile_leaves_other_trainers_their_state():
+    accelerator = Accelerator(cpu=True)
+    before = dict(AcceleratorState._shared_state)
+    with pytest.raises(AssertionError, match="nothing was compiled"), compiled_training():
+        assert not AcceleratorState._shared_state
+    assert AcceleratorState._shared_state == before and accelerator.process_index == 0
