@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml Makefile
 	-$(PYTHON) -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib  # on all cores, where pip would take one
 	touch $(STAMP)
 
-demo: $(STAMP) ## Compare methods on the playground: tables and pictures (7 to 11 minutes on 2 idle cores)
+demo: $(STAMP) ## Compare methods on the playground: tables and pictures (7 minutes on 2 idle cores)
 	$(VENV)/bin/trl-ext demo
 
 lint: $(STAMP) ## Check style and types

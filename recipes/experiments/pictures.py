@@ -66,7 +66,7 @@ def dialog(rows: Rows, path: Path) -> None:
 
 def playground_methods(rows: Rows, path: Path) -> None:
     """Every method on the playground."""
-    draw_methods([row for row in rows if not row["name"].startswith("tuning")], path, "playground_gold")
+    draw_methods(rows, path, "playground_gold")
 
 
 def playground_overoptimization(rows: Rows, path: Path) -> None:

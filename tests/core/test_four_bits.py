@@ -4,7 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers import constrained_grpo, constrained_ppo
+from tests.helpers.equilibrium import reward_model, trainer_of
+from tests.helpers.sparse_po import make_trainer
+from tests.helpers.tiny import qlora_arguments, save_tiny_model, tiny_tokenizer
+from trl_ext import EPRewardTrainer
 from trl_ext.core.four_bits import keep_four_bits_trainable
 
 
@@ -51,3 +55,33 @@ def test_other_layers_are_left_alone():
     layer = torch.nn.Linear(2, 2)
     keep_four_bits_trainable(layer)
     assert not hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def sparse_po(folder, path):
+    return make_trainer(folder, path, tiny_tokenizer(), bf16=True, trainer_arguments=qlora_arguments())
+
+
+def ppo(folder, path):
+    return constrained_ppo.make(folder, path, bf16=True, trainer_arguments=qlora_arguments(), **constrained_ppo.XI)
+
+
+def grpo(folder, path):
+    return constrained_grpo.make(
+        folder, path, bf16=True, trainer_arguments=qlora_arguments(), **constrained_grpo.BOUNDS
+    )
+
+
+def equilibrium(folder, path):
+    settings = qlora_arguments()
+    model = reward_model(path, quantization_config=settings["quantization_config"])
+    return trainer_of(EPRewardTrainer, path, folder, model, settings["peft_config"])
+
+
+@pytest.mark.parametrize("made", [sparse_po, ppo, grpo, equilibrium])
+def test_every_trainer_keeps_them(made, tmp_path, monkeypatch):
+    """Layers are made as on such a CPU, whatever this one is."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    trainer = made(tmp_path / "out", save_tiny_model(tmp_path / "model", hidden_size=64))
+    layers = layers_of(trainer.model)
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)

@@ -1,5 +1,6 @@
 """What a stranger sees of the commands: help within 80 columns, and errors before anything is loaded or trained."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,18 @@ class Parser:
 
     def parse_args_and_config(self):
         return ()
+
+
+def test_what_libraries_say_while_a_parser_is_made_is_kept_back(monkeypatch, caplog):
+    def make_parser():
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("other words")
+        return Parser()
+
+    monkeypatch.setattr(strict_parser.sys, "argv", ["/folder/script.py"])
+    monkeypatch.delenv("TRL_EXT_VERBOSE", raising=False)
+    strict_parser.run_strictly(make_parser, lambda: None)
+    assert caplog.messages == ["other words"]
 
 
 @pytest.mark.parametrize(

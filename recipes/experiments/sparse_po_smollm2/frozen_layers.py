@@ -47,7 +47,9 @@ class FrozenLayerCache:
         self, index: int, forward: Callable[..., Any], while_no_grad: bool, hidden: torch.Tensor, **kwargs: Any
     ) -> Any:
         untouched = while_no_grad or torch.is_grad_enabled()
-        if not untouched or hidden.requires_grad or kwargs.get("past_key_values") is not None:
+        # The second name is that of transformers 5.24
+        fills_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        if not untouched or hidden.requires_grad or fills_cache:
             return forward(hidden, **kwargs)
         key = hashlib.blake2b(str(index).encode())
         for tensor in _tensors([hidden, *kwargs.values()]):
