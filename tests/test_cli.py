@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
+from packaging.version import Version
 
 import trl_ext
 from tests.helpers.tiny import save_tiny_model, tiny_pairs
@@ -340,7 +342,8 @@ def test_the_real_command(tmp_path):
         capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert failed.returncode != 0 and "is not a folder" in failed.stderr
-    assert "FutureWarning" in failed.stderr
+    if Version(transformers.__version__) >= Version("5.23"):  # before, others had nothing to warn of
+        assert "FutureWarning" in failed.stderr
 
 
 def test_script_refuses_before_loading(tmp_path):

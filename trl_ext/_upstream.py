@@ -37,6 +37,7 @@ __all__ = [
     "attention_masks_changed_by",
     "completion_columns_named",
     "copy_parameters",
+    "cpu_without_number",
     "decay_parameter_names",
     "disable_gradient_checkpointing",
     "fsdp1_layout",
@@ -219,6 +220,20 @@ def progress_shown_by(callback: type) -> Iterator[None]:
         yield
     finally:
         trainer.DEFAULT_PROGRESS_CALLBACK, trainer.PrinterCallback = before
+
+
+@contextmanager
+def cpu_without_number(args: Any) -> Iterator[None]:
+    """
+    Calls the CPU of training arguments "cpu" until the context ends: in several processes accelerate calls it "cpu:0",
+    and `torch.load` takes that for no place, to which transformers 5.5 loads the state of an optimizer.
+    """
+    device = args.device
+    args._setup_devices = torch.device("cpu") if device.type == "cpu" else device
+    try:
+        yield
+    finally:
+        args._setup_devices = device
 
 
 def is_partitioned(model: Any) -> bool:

@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 failed=()
 
 declare -A sets=(
-    [lowest]="trl==1.15.0 transformers==5.5.0 accelerate==1.10.0 peft==0.18.0 datasets==4.7.0 deepspeed==0.18.9"
+    [lowest]="trl==1.15.0 transformers==5.5.0 accelerate==1.10.0 peft==0.18.0 datasets==4.7.0 deepspeed==0.19.3"
     [usual]="${usual[*]}"
     [newest]="trl transformers accelerate peft datasets deepspeed"
 )

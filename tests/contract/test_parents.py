@@ -13,9 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import PreTrainedConfig, Trainer, TrainerState, masking_utils
+from transformers import PreTrainedConfig, Trainer, TrainerState, TrainingArguments, masking_utils
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, TrlParser
@@ -32,6 +33,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from trl_ext._upstream import cpu_without_number
 from trl_ext.scripts.trl_scripts import _TRAINERS
 
 
@@ -341,6 +343,15 @@ def test_optimizers_are_still_replaced_as_our_check_says():
     assert "map_pytorch_optim_to_deepspeed(optimizer)" in source and "zero_force_ds_cpu_optimizer" in source
     source = inspect.getsource(Trainer.create_optimizer)
     assert "optimizer_cls()(opt_model, **optimizer_kwargs)" in source
+
+
+def test_the_device_of_training_arguments_is_what_we_set(tmp_path):
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    args._setup_devices = numbered = torch.device("cpu:0")
+    assert args.device == numbered
+    with cpu_without_number(args):
+        assert args.device == torch.device("cpu")
+    assert args.device == numbered
 
 
 def test_versions_are_those_claimed():

@@ -23,6 +23,7 @@ def test_a_run_leaves_masks_and_the_optimizer_in_tensorboard_and_trackio(tmp_pat
     trainer = make_trainer(
         tmp_path / "out", save_tiny_model(tmp_path / "base"), tiny_tokenizer(), max_steps=1, logging_steps=1,
         report_to=["tensorboard", "trackio"], optim="adamp",
+        trackio_space_id=None,  # on disk: transformers 5.5 would log to a Space
     )  # fmt: skip
     trainer.add_callback(TokenMaskCallback(trainer, num_pairs=1))
     OptimizerReportCallback.attach(trainer)

@@ -10,20 +10,16 @@ from pathlib import Path
 
 import adamp
 import deepspeed
-import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
-
-# Spares a compilation of 30 to 100 seconds; gloo carries the collectives instead
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-import trl_ext.optim.shards  # noqa: E402
-from recipes.experiments.minimal.muon import Muon  # noqa: E402
-from trl_ext.core.parameter_groups import decay_groups  # noqa: E402
-from trl_ext.optim import SGDP, AdamH, AdamO, AdamP  # noqa: E402
+import trl_ext.optim.shards
+from recipes.experiments.minimal.muon import Muon
+from tests.helpers import deepspeed_on_cpu  # noqa: F401
+from trl_ext.core.parameter_groups import decay_groups
+from trl_ext.optim import SGDP, AdamH, AdamO, AdamP
 
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.05, "wd_ratio": 0.1}

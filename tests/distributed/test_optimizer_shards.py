@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import trl_ext
@@ -56,6 +58,9 @@ if os.environ.get("TRL_EXT_ALL_CASES") == "1":
         "row_parallel_adamo",
     ]  # fmt: skip
     OTHERS[4] += ["hsdp_adamo", "fsdp2_over_tensor_parallel_adamh"]
+if Version(version("deepspeed")) < Version("0.19.7"):  # which aligns each group's buffer, not each parameter
+    for modes in MODES.values():
+        modes[:] = [mode for mode in modes if "alignment" not in mode]
 
 
 def run(command, output):

@@ -107,7 +107,7 @@ def finish(trainer: ConstrainedPPOTrainer, found: dict, output: str) -> None:
     if trainer.is_world_process_zero():
         (Path(output) / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    trainer.accelerator.end_training()
     # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
     sys.stdout.flush()
     os._exit(0)

@@ -7,25 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm.torch  # noqa: F401
-import torch
-from deepspeed.ops import adam
 from torch.distributed.fsdp import fully_shard
 
-
-# Spare two compilations of 30 to 100 seconds each; gloo carries the collectives instead
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
-class DeepSpeedCPUAdam(torch.optim.AdamW):
-    """Stands in for what accelerate puts in AdamW's place where DeepSpeed offloads the optimizer."""
-
-    def __init__(self, params, adamw_mode, **options):
-        assert adamw_mode
-        super().__init__(params, **options)
-
-
-adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
+from tests.helpers import deepspeed_on_cpu  # noqa: F401
 
 
 def shard_fully(trainer) -> None:
@@ -62,7 +46,7 @@ def finish(trainer, folder: Path | str, found: dict[str, Any]) -> None:
         }  # fmt: skip
         (Path(folder) / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    trainer.accelerator.end_training()
     # Everything is written; taking the trainer down can wait for ever for a gloo peer that is already gone
     sys.stdout.flush()
     os._exit(0)

@@ -5,28 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed.comm.torch  # noqa: F401
-import torch
 from accelerate.state import AcceleratorState
-from deepspeed.ops import adam
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-
-# Spare two compilations of 30 to 100 seconds each
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
-class DeepSpeedCPUAdam(torch.optim.AdamW):
-    def __init__(self, params, adamw_mode, **options):
-        super().__init__(params, **options)
-
-
-adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
-
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
-
-from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer  # noqa: E402
-from trl_ext.optim import AdamP, OptimizerMixin, optimizer_factory, register  # noqa: E402
-from trl_ext.optim.callbacks import optimizer_chain  # noqa: E402
+from tests.helpers import deepspeed_on_cpu  # noqa: F401
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_pairs, tiny_tokenizer
+from trl_ext.optim import AdamP, OptimizerMixin, optimizer_factory, register
+from trl_ext.optim.callbacks import optimizer_chain
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

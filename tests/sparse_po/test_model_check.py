@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -39,6 +41,8 @@ FUNCTIONAL_DROPOUT = {
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_heads_that_do_more_are_refused(family):
+    if family == "modernbert-decoder" and Version(transformers.__version__) < Version("5.6"):
+        pytest.skip("transformers 5.5 does not take its own defaults for this configuration")
     ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ids, **REFUSED[family]))
     with pytest.raises(ValueError, match=rf"{type(model).__name__} \({family}\) does not compute its logits"):

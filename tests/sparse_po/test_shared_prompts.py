@@ -1,5 +1,6 @@
 """Pairs that share their prompt: the same states, losses and gradients as two rows, or a refusal by name."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -81,12 +82,17 @@ def test_chunks_follow_the_positions():
     ids = torch.tensor([[5, 6, 7, 8, 9, 3, 4], [5, 6, 7, 8, 3, 2, 2]])
     tokens = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
     packed = pack_pairs(ids, tokens)
+    known = inspect.signature(create_chunked_causal_mask).parameters
+    # Called `cache` in transformers 5.24, and given by name alone in 5.5, which never leaves out a mask of chunks
+    no_cache = {name: None for name in ("past_key_values", "cache") if name in known}
+    whole = {"allow_is_causal_skip": False} if "allow_is_causal_skip" in known else {}
     with branches_apart(SimpleNamespace(config=config), packed):
         inputs = packed.inputs()
         mask = create_chunked_causal_mask(
-            config, inputs["input_ids"].unsqueeze(-1).float(), inputs["attention_mask"], None, inputs["position_ids"]
-        )
-    own = create_chunked_causal_mask(config, ids.unsqueeze(-1).float(), tokens, None, allow_is_causal_skip=False)
+            config, inputs["input_ids"].unsqueeze(-1).float(), inputs["attention_mask"],
+            position_ids=inputs["position_ids"], **no_cache,
+        )  # fmt: skip
+    own = create_chunked_causal_mask(config, ids.unsqueeze(-1).float(), tokens, **no_cache, **whole)
     for row, length in enumerate(tokens.sum(dim=1).tolist()):
         slots = packed.slots[row, :length]
         assert torch.equal(mask[0, 0][slots][:, slots], own[row, 0, :length, :length])

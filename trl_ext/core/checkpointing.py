@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._upstream import cpu_without_number
 from .._version import __version__
 from .agreement import first_fault, from_main, on_each_node, wait_for_all
 from .checkpoint import (
@@ -302,7 +303,8 @@ class WholeCheckpointsMixin(Trainer):
         with warnings.catch_warnings():
             if own is not None:  # they are set below, so that an optimizer's word on them would be wrong
                 warnings.filterwarnings("ignore", message=".*, resumed: ")
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with cpu_without_number(self.args):
+                super()._load_optimizer_and_scheduler(checkpoint)
         if own is not None:
             _set_options(self.optimizer, self.lr_scheduler, own)
         if checkpoint is not None and Path(checkpoint).parent.name == RECUT:
