@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.modules import module as modules
 
+from tests.helpers.accelerate_state import accelerate_state_kept
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -141,7 +143,8 @@ def _same_process_for_every_test():
     """Every test draws the same random numbers, whatever ran before it, and leaves the process as it found it."""
     seed_everything()
     before = process_state()
-    yield
+    with accelerate_state_kept():
+        yield
     if "trl_ext.optim" in sys.modules:  # configurations of ours register names of optimizers for the whole process
         from trl_ext.optim import unregister
 

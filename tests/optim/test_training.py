@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tests.helpers.accelerate_state import accelerate_state_kept
 from tests.helpers.compiling import compiled_training, slow_to_compile
 from tests.helpers.optim import TRAINING, text_data
 from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
@@ -69,5 +70,14 @@ def test_a_run_under_compile_leaves_other_trainers_their_state():
     accelerator = Accelerator(cpu=True)
     before = dict(AcceleratorState._shared_state)
     with pytest.raises(AssertionError, match="nothing was compiled"), compiled_training():
+        assert not AcceleratorState._shared_state
+    assert AcceleratorState._shared_state == before and accelerator.process_index == 0
+
+
+def test_arguments_without_a_trainer_leave_other_trainers_their_state(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    before = dict(AcceleratorState._shared_state)
+    with accelerate_state_kept():
+        assert TrainingArguments(tmp_path, use_cpu=True).device.type == "cpu"
         assert not AcceleratorState._shared_state
     assert AcceleratorState._shared_state == before and accelerator.process_index == 0
